@@ -1,0 +1,459 @@
+"""Checkpoints of a run (Orbax), and parameters from whatever a path holds.
+
+A run writes `MODEL_DIR/checkpoint_<step>` with four items:
+
+  state/    the train state: step, parameters, optimizer (Orbax, OCDBT)
+  dataset/  the data iterator, `process_<i>-of-<n>/` for each process
+  config/   `config.json`, the network configuration
+  metrics/  `metrics`, JSON, what the best checkpoint is chosen by
+
+A checkpoint is written under a temporary name and renamed when all of it is on
+disk, and an old one is renamed away before it is deleted: what carries the
+final name is whole, wherever a kill came.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from gkd_jax import safetensors_io, tree_checks
+
+_PREFIX = "checkpoint"
+_TRASH = ".deleted"
+_SETTINGS = "TEACHER_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH"
+_READABLE = (
+  "a MODEL_DIR, a checkpoint_<step> folder, a folder with"
+  f" {safetensors_io.WEIGHTS_FILE} and {safetensors_io.CONFIG_FILE} of this"
+  " program, or a .safetensors file"
+)
+# What Orbax and tensorstore raise over missing, truncated or damaged files.
+_READ_ERRORS = (ValueError, KeyError, OSError)
+
+PyTree = Any
+Path = os.PathLike[str] | str
+
+save_safetensors = safetensors_io.save_safetensors
+check_matches = tree_checks.check_matches
+
+
+class SavableIterator(Protocol):
+  """A data iterator that writes its position to a folder and reads it back.
+
+  The folder exists, is empty, is this process's own, and is renamed after
+  `save_state` returns: files in it must not refer to it by an absolute path.
+  """
+
+  def save_state(self, path: str) -> None:
+    """Writes the position, from which `next` goes on."""
+
+  def restore_state(self, path: str) -> None:
+    """Goes to the position that `save_state` wrote."""
+
+
+class _IteratorHandler(ocp.CheckpointHandler):
+  """Lets a `SavableIterator` write into Orbax's temporary folder.
+
+  It is a synchronous handler, so `save` returns when the iterator has written:
+  the position on disk is that of the step, though the arrays follow later.
+  """
+
+  def save(self, directory: epath.Path, args: "_IteratorArgs") -> None:
+    folder = directory / _process_folder()
+    folder.mkdir()
+    args.iterator.save_state(os.fspath(folder))
+
+  def restore(self, directory: epath.Path, args: "_IteratorArgs") -> None:
+    args.iterator.restore_state(os.fspath(directory / _process_folder()))
+
+
+@ocp.args.register_with_handler(
+  _IteratorHandler, for_save=True, for_restore=True
+)
+@dataclasses.dataclass
+class _IteratorArgs(ocp.args.CheckpointArgs):
+  iterator: SavableIterator
+
+
+class Checkpointer:
+  """The checkpoints of one training run, for the process that writes them.
+
+  Opening it removes what a killed process left half written, so only the run
+  itself opens one; everybody else reads with `load_params`.
+  """
+
+  def __init__(
+    self,
+    model_dir: Path,
+    *,
+    keep: int | None = 3,
+    best_metric: str | None = None,
+    best_mode: str = "max",
+    keep_best: int = 1,
+    async_save: bool = True,
+  ):
+    """Opens `model_dir`, which is created if it is not there.
+
+    Args:
+      model_dir: the run's folder.
+      keep: how many of the newest checkpoints stay; None keeps all.
+      best_metric: name of the metric, of those given to `save`, that the best
+        checkpoints are chosen by; None keeps no best.
+      best_mode: "max" or "min".
+      keep_best: how many of the best stay beside the newest.
+      async_save: True returns from `save` when the arrays are copied, and
+        writes in the background.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+    """
+    if keep is not None and keep < 1:
+      raise ValueError(f"expected keep of at least 1, got {keep}; set keep")
+    if keep_best < 0:
+      raise ValueError(
+        f"expected keep_best of at least 0, got {keep_best}; set keep_best"
+      )
+    if best_mode not in ("max", "min"):
+      raise ValueError(
+        f"expected best_mode 'max' or 'min', got {best_mode!r}; set best_mode"
+      )
+    self._folder = _absolute(model_dir)
+    self._best_metric = best_metric
+    self._sign = 1.0 if best_mode == "max" else -1.0
+    policies = [ocp.checkpoint_managers.LatestN(n=keep)]
+    if best_metric is not None:
+      policies.append(
+        ocp.checkpoint_managers.BestN(
+          get_metric_fn=self._score,
+          n=keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(),
+        "dataset": _IteratorHandler(),
+        "config": ocp.JsonCheckpointHandler(safetensors_io.CONFIG_FILE),
+      },
+      options=ocp.CheckpointManagerOptions(
+        step_prefix=_PREFIX,
+        best_fn=self._score,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+          policies
+        ),
+        cleanup_tmp_directories=True,
+        todelete_subdir=_TRASH,
+        save_root_metadata=False,
+        enable_async_checkpointing=async_save,
+        # The iterator writes before `save` returns, so its folder has to be
+        # there by then.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+      ),
+    )
+    self._empty_trash()
+
+  def latest_step(self) -> int | None:
+    """Returns the newest step (one being written counts), None without any."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Returns the step with the best metric, the later one of equals.
+
+    None without a `best_metric`, or where no checkpoint has a finite one.
+    """
+    if self._best_metric is None:
+      return None
+    self.wait()
+    step = self._manager.best_step()
+    if step is None or not math.isfinite(
+      self._score(self._manager.metrics(step))
+    ):
+      return None
+    return step
+
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    *,
+    dataset_iterator: SavableIterator | None = None,
+    metrics: Mapping[str, float] | None = None,
+    config: Mapping[str, Any] | None = None,
+  ) -> bool:
+    """Saves, unless there is a checkpoint of this step.
+
+    When it returns, `state` may be donated and the iterator may go on. Errors
+    of the background write are raised by the next `save`, `wait` or `close`.
+
+    Args:
+      step: the step that `state` has reached.
+      state: a tree of arrays and numbers with the fields `step`, `params` and
+        `opt_state`; the teacher's parameters do not belong in it.
+      dataset_iterator: saved with it, at its present position.
+      metrics: name to value; None where none were computed at this step.
+      config: JSON-able network configuration.
+
+    Returns:
+      False if there is a checkpoint of this step, which then stays as it is.
+
+    Raises:
+      ValueError: if there is a newer checkpoint, or `metrics` lack
+        `best_metric`.
+    """
+    newest = self.latest_step()
+    if newest is not None and step < newest:
+      raise ValueError(
+        f"expected a step above {newest}, the newest checkpoint in"
+        f" {self._folder}, got {step}; set MODEL_DIR to an empty folder"
+      )
+    if newest == step:
+      return False
+    if self._best_metric is not None and metrics is not None:
+      _check_metric(self._best_metric, metrics)
+    items = {"state": ocp.args.PyTreeSave(state)}
+    if dataset_iterator is not None:
+      items["dataset"] = _IteratorArgs(dataset_iterator)
+    if config is not None:
+      items["config"] = ocp.args.JsonSave(
+        json.loads(safetensors_io.encode_config(config))
+      )
+    self.wait()
+    return self._manager.save(
+      step,
+      args=ocp.args.Composite(**items),
+      metrics={name: float(value) for name, value in (metrics or {}).items()},
+      force=True,
+    )
+
+  def restore(
+    self,
+    step: int,
+    abstract_state: PyTree,
+    dataset_iterator: SavableIterator | None = None,
+  ) -> PyTree:
+    """Reads the state of one step, and puts the iterator where it was.
+
+    Args:
+      step: one of the steps in the folder.
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or a state:
+        the arrays take its structure, shapes, dtypes and shardings. A leaf
+        without a sharding goes to the first device.
+      dataset_iterator: is moved to the saved position.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: if the step is not there, is damaged, was saved by a process
+        count or without an iterator where one is asked for, or has other
+        parameters or another optimizer.
+    """
+    self.wait()
+    folder = self._folder / f"{_PREFIX}_{step}"
+    if step not in self._manager.all_steps():
+      raise ValueError(
+        f"expected a checkpoint of one of the steps"
+        f" {list(self._manager.all_steps())} in {self._folder}, got {step};"
+        " set MODEL_DIR"
+      )
+    abstract_state = jax.tree.map(_abstract, abstract_state)
+    check_matches(
+      _saved_tree(folder), abstract_state, setting="MODEL_DIR", path=folder
+    )
+    items = {
+      "state": ocp.args.PyTreeRestore(
+        abstract_state,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(
+          abstract_state
+        ),
+      )
+    }
+    if dataset_iterator is not None:
+      if not (folder / "dataset" / _process_folder()).exists():
+        raise ValueError(
+          f"expected the iterator of {_process_folder()}, got"
+          f" {_listing(folder / 'dataset')} in {folder / 'dataset'}; start as"
+          " many processes as the run had, or set MODEL_DIR"
+        )
+      items["dataset"] = _IteratorArgs(dataset_iterator)
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items)).state
+    except _READ_ERRORS as error:
+      raise _damaged(folder, error, "MODEL_DIR") from error
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk, or raises its error."""
+    self._manager.wait_until_finished()
+    self._empty_trash()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    self.wait()
+    self._manager.close()
+
+  def _score(self, metrics: Mapping[str, float]) -> float:
+    """The number, higher is better, that checkpoints are ordered by."""
+    value = self._sign * metrics.get(self._best_metric, math.nan)
+    return -math.inf if math.isnan(value) else value
+
+  def _empty_trash(self) -> None:
+    if jax.process_index() == 0 and (self._folder / _TRASH).exists():
+      (self._folder / _TRASH).rmtree()
+
+
+def load_params(path: Path, *, setting: str = _SETTINGS) -> PyTree:
+  """Reads parameters, whatever of the known formats `path` holds.
+
+  Known are a run's MODEL_DIR (its newest checkpoint), one `checkpoint_<step>`
+  folder of ours or of T5X in Orbax's layout, and our safetensors export. Of a
+  checkpoint only the parameters are read, not the optimizer. Nothing is ever
+  unpickled.
+
+  Args:
+    path: a folder or a file.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    Nested dict of numpy arrays, with the dtypes of the file.
+
+  Raises:
+    ValueError: if `path` holds none of these, or is damaged.
+  """
+  found = _find(path, setting)
+  if found.name.endswith(".safetensors"):
+    return safetensors_io.load_safetensors(found)
+  saved = _saved_tree(found)
+  key = "params" if "params" in saved else "target"
+  if key not in saved:
+    raise ValueError(
+      f"expected an item 'state' with 'params', got {sorted(saved)} in {found};"
+      f" set {setting}"
+    )
+  item = {key: saved[key]}
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
+  )
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(
+        found / "state",
+        args=ocp.args.PyTreeRestore(
+          item, restore_args=as_numpy, partial_restore=True
+        ),
+      )[key]
+  except _READ_ERRORS as error:
+    raise _damaged(found, error, setting) from error
+
+
+def load_config(
+  path: Path, *, setting: str = _SETTINGS
+) -> dict[str, Any] | None:
+  """Reads the network configuration stored beside the parameters.
+
+  Args:
+    path: as for `load_params`.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    The configuration that was saved, or None if none was.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  found = _find(path, setting)
+  if found.name.endswith(".safetensors"):
+    file = found.parent / safetensors_io.CONFIG_FILE
+  else:
+    file = found / "config" / safetensors_io.CONFIG_FILE
+  return safetensors_io.decode_config(file) if file.exists() else None
+
+
+def _absolute(path: Path) -> epath.Path:
+  return epath.Path(path).expanduser().resolve()
+
+
+def _process_folder() -> str:
+  return f"process_{jax.process_index()}-of-{jax.process_count()}"
+
+
+def _abstract(leaf: Any) -> Any:
+  """Describes a leaf of the state for Orbax, its sharding included."""
+  if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    return leaf
+  sharding = leaf.sharding
+  if sharding is None:
+    # Orbax would take the saved sharding, whose devices may not be here.
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_metric(name: str, metrics: Mapping[str, float]) -> None:
+  if name not in metrics:
+    raise ValueError(
+      f"expected the metric {name!r} to choose the best checkpoint by, got"
+      f" {sorted(metrics)}; set best_metric to one of them"
+    )
+
+
+def _saved_tree(folder: epath.Path) -> dict[str, Any]:
+  """The tree of descriptions of what `folder/state` holds."""
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.metadata(folder / "state").item_metadata.tree
+  except (*_READ_ERRORS, AttributeError) as error:
+    raise _damaged(folder, error, "MODEL_DIR") from error
+
+
+def _damaged(folder: epath.Path, error: Exception, setting: str) -> ValueError:
+  reason = " ".join(str(error).split())
+  return ValueError(
+    f"expected a whole checkpoint, got {type(error).__name__}:"
+    f" {reason[:300]} in {folder}; delete this folder to go on from the one"
+    f" before, or set {setting}"
+  )
+
+
+def _find(path: Path, setting: str) -> epath.Path:
+  """Returns the .safetensors file or the Orbax step folder that is meant."""
+  place = _absolute(path)
+  if place.is_file() and place.name.endswith(".safetensors"):
+    return place
+  if not place.is_dir():
+    got = f"the file {place}" if place.exists() else f"nothing at {place}"
+    raise ValueError(f"expected {_READABLE}, got {got}; set {setting}")
+  step_format = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
+  steps = {found.step: found.path for found in step_format.find_all(place)}
+  folder = steps[max(steps)] if steps else place
+  if (folder / "state" / "_METADATA").exists():
+    return folder
+  weights = folder / safetensors_io.WEIGHTS_FILE
+  config = folder / safetensors_io.CONFIG_FILE
+  ours = config.exists() and safetensors_io.decode_config(config) is not None
+  if ours and weights.exists():
+    return weights
+  foreign = None
+  if (folder / "checkpoint").is_file():
+    foreign = "T5X's legacy checkpoints"
+  elif config.exists() and not ours:
+    foreign = "Hugging Face folders"
+  if foreign:
+    raise ValueError(
+      f"expected {_READABLE}, got {foreign[:-1]} at {folder}, and {foreign} are"
+      f" read from a later version on; set {setting}"
+    )
+  raise ValueError(
+    f"expected {_READABLE}, got {_listing(folder)} in {folder}; set {setting}"
+  )
+
+
+def _listing(folder: epath.Path) -> str:
+  names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+  return tree_checks.first(names) if names else "nothing"
