@@ -1,0 +1,337 @@
+"""Layers of T5 in flax.linen: norm, projections, attention, MLP, embedding.
+
+Parameter names, logical axes and initial distributions are those of T5X, so
+that its checkpoints and partition rules fit. Dimension key: see `types`.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+param_with_axes = flax_partitioning.param_with_axes
+
+# Added to attention logits that a mask rules out. A finite number: a row with
+# every key masked (padding) then attends evenly instead of giving NaN.
+MASKED = -1e10
+
+_TRUNCATED_NORMAL = nn.initializers.variance_scaling(
+  1.0, "fan_in", "truncated_normal"
+)
+_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def mask_to_bias(mask: jax.Array) -> jax.Array:
+  """Turns a boolean mask `[..., T, S]` (True: attend) into an additive bias.
+
+  Args:
+    mask: bool `[..., T, S]`.
+
+  Returns:
+    float32 of the same shape: 0 where attention is allowed, `MASKED` elsewhere.
+  """
+  return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
+
+
+def relative_position_bucket(
+  relative_position: jax.Array,
+  *,
+  bidirectional: bool,
+  num_buckets: int = 32,
+  max_distance: int = 128,
+) -> jax.Array:
+  """Bucket of a relative position (Raffel et al. 2020, section 2.1).
+
+  Half of the buckets hold one distance each; the other half grow
+  logarithmically up to `max_distance`, beyond which all share the last one.
+
+  Args:
+    relative_position: int32 `[...]`, key position minus query position.
+    bidirectional: True in the encoder: half of the buckets look ahead. False in
+      the decoder: keys ahead of the query share bucket 0.
+    num_buckets: number of buckets in all.
+    max_distance: first distance of the last bucket.
+
+  Returns:
+    int32 `[...]`, in [0, num_buckets).
+  """
+  distance = -relative_position
+  offset = jnp.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    offset = jnp.where(distance < 0, num_buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    distance = jnp.maximum(distance, 0)
+  exact = num_buckets // 2
+  # The epsilon keeps log(0) finite; that branch is not the one selected.
+  ratio = distance.astype(jnp.float32) / exact + np.finfo(np.float32).eps
+  scale = (num_buckets - exact) / np.log(max_distance / exact)
+  logarithmic = exact + (jnp.log(ratio) * scale).astype(jnp.int32)
+  logarithmic = jnp.minimum(logarithmic, num_buckets - 1)
+  return offset + jnp.where(distance < exact, distance, logarithmic)
+
+
+class RelativePositionBiases(nn.Module):
+  """Learned bias per head and bucket of relative position.
+
+  Attributes:
+    num_heads: H.
+    num_buckets: number of buckets.
+    max_distance: first distance of the last bucket.
+  """
+
+  num_heads: int
+  num_buckets: int = 32
+  max_distance: int = 128
+
+  @nn.compact
+  def __call__(
+    self,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    *,
+    bidirectional: bool,
+  ) -> jax.Array:
+    """Returns the bias `[1, H, T, S]` in float32.
+
+    Args:
+      query_positions: int32 `[T]`.
+      key_positions: int32 `[S]`.
+      bidirectional: see `relative_position_bucket`.
+    """
+    table = param_with_axes(
+      "rel_embedding",
+      nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+      (self.num_heads, self.num_buckets),
+      jnp.float32,
+      axes=("heads", "relpos_buckets"),
+    )
+    buckets = relative_position_bucket(
+      key_positions[None, :] - query_positions[:, None],
+      bidirectional=bidirectional,
+      num_buckets=self.num_buckets,
+      max_distance=self.max_distance,
+    )
+    return jnp.take(table, buckets, axis=1)[None]
+
+
+class LayerNorm(nn.Module):
+  """Root-mean-square norm with a scale, no mean and no bias; float32 inside."""
+
+  dtype: Any = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last axis of `x` `[..., D]`; returns `dtype`."""
+    scale = param_with_axes(
+      "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+    )
+    x = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    y = x * jax.lax.rsqrt(variance + self.epsilon)
+    return (y * jnp.expand_dims(scale, range(y.ndim - 1))).astype(self.dtype)
+
+
+class Dense(nn.Module):
+  """Projection of the last axis, without bias.
+
+  Attributes:
+    features: size of the result's last axis.
+    kernel_axes: logical names of the kernel's two axes.
+    dtype: of the computation; the kernel is stored in float32.
+    kernel_init: distribution of the initial kernel.
+  """
+
+  features: int
+  kernel_axes: tuple[str, str]
+  dtype: Any = jnp.float32
+  kernel_init: Callable[..., jax.Array] = _TRUNCATED_NORMAL
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[..., in]` -> `[..., features]`."""
+    kernel = param_with_axes(
+      "kernel",
+      self.kernel_init,
+      (x.shape[-1], self.features),
+      jnp.float32,
+      axes=self.kernel_axes,
+    )
+    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Embed(nn.Module):
+  """Token embedding, by gather.
+
+  T5X multiplies by a one-hot matrix; a gather gives the same numbers without
+  the `[B*S, V]` product.
+  """
+
+  num_embeddings: int
+  features: int
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    self.embedding = param_with_axes(
+      "embedding",
+      nn.initializers.normal(stddev=1.0),
+      (self.num_embeddings, self.features),
+      jnp.float32,
+      axes=("vocab", "embed"),
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """int32 `[B, S]` -> `[B, S, D]` in `dtype`."""
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """`[B, T, D]` -> logits `[B, T, V]` by the transposed table, float32."""
+    return jnp.dot(x.astype(jnp.float32), self.embedding.T)
+
+
+class MlpBlock(nn.Module):
+  """Feed-forward block; several activations are multiplied (gated units).
+
+  Attributes:
+    mlp_dim: F.
+    activations: names in flax.linen, or "linear". `("relu",)` is T5 1.0,
+      `("gelu", "linear")` T5 1.1, `("silu", "linear")` a gated SiLU.
+    dropout_rate: on the intermediate activations, shared along the length.
+    dtype: of the computation.
+  """
+
+  mlp_dim: int
+  activations: Sequence[str]
+  dropout_rate: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    """`[B, T, D]` -> `[B, T, D]`."""
+    features = x.shape[-1]
+    branches = []
+    for i, activation in enumerate(self.activations):
+      name = "wi" if len(self.activations) == 1 else f"wi_{i}"
+      y = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
+      if activation != "linear":
+        y = getattr(nn, activation)(y)
+      branches.append(y)
+    y = functools.reduce(operator.mul, branches)
+    y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      y, deterministic=deterministic
+    )
+    return Dense(features, ("mlp", "embed"), self.dtype, name="wo")(y)
+
+
+class Attention(nn.Module):
+  """Multi-head dot-product attention with a key-value cache.
+
+  Without `decode` it is plain attention. With `decode` it keeps keys and values
+  in the "cache" collection: self-attention writes those of the current
+  position; cross-attention projects the encoded inputs once, when the cache is
+  created, and reads them afterwards.
+
+  Attributes:
+    num_heads: H.
+    head_dim: K.
+    dropout_rate: on the attention weights, shared along the queries.
+    dtype: of the computation; the softmax is float32 always.
+  """
+
+  num_heads: int
+  head_dim: int
+  dropout_rate: float
+  dtype: Any = jnp.float32
+
+  def _project(self, name: str, x: jax.Array) -> jax.Array:
+    kernel_init = _NORMAL
+    if name == "query":
+      # T5 has no 1/sqrt(K) in the attention: it is part of the initial kernel.
+      kernel_init = lambda *args: _NORMAL(*args) / np.sqrt(self.head_dim)
+    y = Dense(
+      self.num_heads * self.head_dim,
+      ("embed", "joined_kv"),
+      self.dtype,
+      kernel_init,
+      name=name,
+    )(x)
+    return y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+
+  def _cached(self, name: str, make: Callable[[], jax.Array]) -> nn.Variable:
+    return self.variable("cache", f"cached_{name}", make)
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: jax.Array,
+    memory: jax.Array | None,
+    bias: jax.Array,
+    *,
+    deterministic: bool,
+    decode_index: jax.Array | None = None,
+    decode_length: int | None = None,
+  ) -> jax.Array:
+    """Attends from `queries` to `memory`.
+
+    Args:
+      queries: `[B, T, D]`.
+      memory: `[B, S, D]` for cross-attention, None for self-attention.
+      bias: float32, broadcastable to `[B, H, T, S]`, masks included.
+      deterministic: no dropout.
+      decode_index: scalar int32, the position being decoded (T is 1), or None
+        for attention over whole sequences.
+      decode_length: length of the self-attention cache; set with `decode_index`
+        when the cache is created.
+
+    Returns:
+      `[B, T, D]`.
+    """
+    query = self._project("query", queries)
+    source = queries if memory is None else memory
+    if decode_index is None:
+      key, value = self._project("key", source), self._project("value", source)
+    elif memory is not None:
+      key, value = (
+        self._cached(n, lambda n=n: self._project(n, source)).value
+        for n in ("key", "value")
+      )
+    else:
+      key, value = (
+        self._append(name, source, decode_index, decode_length)
+        for name in ("key", "value")
+      )
+    out = self._attend(query, key, value, bias, deterministic)
+    return Dense(
+      queries.shape[-1],
+      ("joined_kv", "embed"),
+      self.dtype,
+      _NORMAL,
+      name="out",
+    )(out.reshape(*queries.shape[:-1], self.num_heads * self.head_dim))
+
+  def _append(self, name, x, index, length):
+    """Writes one position into the cache; returns the cache `[B, T, H, K]`."""
+    is_new = not self.has_variable("cache", f"cached_{name}")
+    shape = (x.shape[0], length, self.num_heads, self.head_dim)
+    cached = self._cached(name, lambda: jnp.zeros(shape, self.dtype))
+    if not is_new:
+      cached.value = jax.lax.dynamic_update_slice(
+        cached.value, self._project(name, x), (0, index, 0, 0)
+      )
+    return cached.value
+
+  def _attend(self, query, key, value, bias, deterministic):
+    logits = jnp.einsum("bthk,bshk->bhts", query, key).astype(jnp.float32)
+    weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
+    weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+      weights, deterministic=deterministic
+    )
+    return jnp.einsum("bhts,bshk->bthk", weights, value)
