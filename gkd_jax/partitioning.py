@@ -1,0 +1,149 @@
+"""The device mesh, T5X's logical-axis rules, and shardings of trees."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA_AXIS, MODEL_AXIS = "data", "model"
+
+# T5X's standard rules for parameters: logical axis -> mesh axis.
+STANDARD_RULES = (
+  ("vocab", MODEL_AXIS),
+  ("embed", None),
+  ("mlp", MODEL_AXIS),
+  ("heads", MODEL_AXIS),
+  ("kv", None),
+  ("joined_kv", MODEL_AXIS),
+  ("relpos_buckets", None),
+)
+
+# The same with the free axis of each matrix split over the data axis as well.
+FULLY_SHARDED_RULES = tuple(
+  (name, DATA_AXIS if name == "embed" else axis)
+  for name, axis in STANDARD_RULES
+)
+
+
+def make_mesh(
+  num_partitions: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns a mesh `("data", "model")`.
+
+  Args:
+    num_partitions: devices that share one copy of the model (the model axis).
+    devices: all of them by default.
+
+  Raises:
+    ValueError: the number of devices is no multiple of `num_partitions`.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  if num_partitions < 1 or len(devices) % num_partitions:
+    raise ValueError(
+      f"expected NUM_PARTITIONS to divide the {len(devices)} devices, got"
+      f" {num_partitions}; set NUM_PARTITIONS"
+    )
+  grid = np.array(devices).reshape(-1, num_partitions)
+  return Mesh(grid, (DATA_AXIS, MODEL_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """One copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over the data axis, copies over the model axis."""
+  return NamedSharding(mesh, P(DATA_AXIS))
+
+
+def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:
+  """Parameter path to logical axis names, from flax's `params_axes`."""
+  flat = traverse_util.flatten_dict(dict(params_axes), sep="/")
+  return {k.removesuffix("_axes"): tuple(v.names) for k, v in flat.items()}
+
+
+def param_shardings(
+  params: Any,
+  axes: dict[str, tuple[str, ...]],
+  mesh: Mesh,
+  rules: Sequence[tuple[str, str | None]] = STANDARD_RULES,
+) -> Any:
+  """Returns the sharding of each parameter, by its logical axes.
+
+  An axis that the mesh axis does not divide stays whole.
+
+  Args:
+    params: tree of arrays or shapes.
+    axes: parameter path to logical names, from `logical_axes`.
+    mesh: see `make_mesh`.
+    rules: logical name to mesh axis.
+
+  Raises:
+    ValueError: a logical axis has no rule.
+  """
+  table = dict(rules)
+
+  def sharding(path, leaf):
+    names = axes["/".join(path)]
+    missing = [name for name in names if name not in table]
+    if missing:
+      raise ValueError(
+        f"expected a rule for each logical axis, got none for {missing};"
+        " set partitioning rules"
+      )
+    spec, used = [], set()
+    for name, size in zip(names, leaf.shape, strict=True):
+      axis = table[name]
+      if axis in used or (axis and size % mesh.shape[axis]):
+        axis = None
+      used.add(axis)
+      spec.append(axis)
+    return NamedSharding(mesh, P(*spec))
+
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {path: sharding(path, leaf) for path, leaf in flat.items()}
+  )
+
+
+def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+  """Shardings of a train state: optimizer slots lie as their parameters do.
+
+  A slot of the parameter's shape takes its sharding; factored slots and counts
+  are small and are copied.
+
+  Args:
+    state: `TrainState` of arrays or shapes.
+    params_shardings: from `param_shardings`.
+    mesh: see `make_mesh`.
+  """
+  by_path = traverse_util.flatten_dict(params_shardings)
+  shapes = {
+    path: leaf.shape
+    for path, leaf in traverse_util.flatten_dict(state.params).items()
+  }
+
+  def slot(path, leaf):
+    keys = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
+    if keys in by_path and shapes[keys] == leaf.shape:
+      return by_path[keys]
+    return replicated(mesh)
+
+  rest = jax.tree_util.tree_map_with_path(slot, state)
+  return rest.replace(params=params_shardings)
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """Bytes that one device holds of a tree of arrays or shapes."""
+  sizes = jax.tree.map(
+    lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    tree,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
