@@ -12,6 +12,7 @@ disk, and an old one is renamed away before it is deleted: what carries the
 final name is whole, wherever a kill came.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -24,24 +25,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax import safetensors_io, tree_checks
+from gkd_jax import checkpoint_errors, safetensors_io
 
 _PREFIX = "checkpoint"
 _TRASH = ".deleted"
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _SETTINGS = "TEACHER_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH"
 _READABLE = (
   "a MODEL_DIR, a checkpoint_<step> folder, a folder with"
   f" {safetensors_io.WEIGHTS_FILE} and {safetensors_io.CONFIG_FILE} of this"
   " program, or a .safetensors file"
 )
-# What Orbax and tensorstore raise over missing, truncated or damaged files.
-_READ_ERRORS = (ValueError, KeyError, OSError)
+_REMEDY = "delete this folder to go on from the one before, or set MODEL_DIR"
 
 PyTree = Any
 Path = os.PathLike[str] | str
 
 save_safetensors = safetensors_io.save_safetensors
-check_matches = tree_checks.check_matches
+check_matches = checkpoint_errors.check_matches
 
 
 class SavableIterator(Protocol):
@@ -190,7 +191,7 @@ class Checkpointer:
   ) -> bool:
     """Saves, unless there is a checkpoint of this step.
 
-    When it returns, `state` may be donated and the iterator may go on. Errors
+    A save waits for the one before, and deletes what is no longer kept.  When it returns, `state` may be donated and the iterator may go on. Errors
     of the background write are raised by the next `save`, `wait` or `close`.
 
     Args:
@@ -266,7 +267,10 @@ class Checkpointer:
       )
     abstract_state = jax.tree.map(_abstract, abstract_state)
     check_matches(
-      _saved_tree(folder), abstract_state, setting="MODEL_DIR", path=folder
+      _saved_tree(folder, _REMEDY),
+      abstract_state,
+      setting="MODEL_DIR",
+      path=folder,
     )
     items = {
       "state": ocp.args.PyTreeRestore(
@@ -276,18 +280,17 @@ class Checkpointer:
         ),
       )
     }
+    position = folder / "dataset" / _process_folder()
+    if dataset_iterator is not None and not position.exists():
+      raise ValueError(
+        f"expected the iterator of {_process_folder()}, got"
+        f" {checkpoint_errors.listing(position.parent)} in {position.parent}; start as many"
+        " processes as the run had, or set MODEL_DIR"
+      )
     if dataset_iterator is not None:
-      if not (folder / "dataset" / _process_folder()).exists():
-        raise ValueError(
-          f"expected the iterator of {_process_folder()}, got"
-          f" {_listing(folder / 'dataset')} in {folder / 'dataset'}; start as"
-          " many processes as the run had, or set MODEL_DIR"
-        )
       items["dataset"] = _IteratorArgs(dataset_iterator)
-    try:
+    with checkpoint_errors.whole(folder, _REMEDY):
       return self._manager.restore(step, args=ocp.args.Composite(**items)).state
-    except _READ_ERRORS as error:
-      raise _damaged(folder, error, "MODEL_DIR") from error
 
   def wait(self) -> None:
     """Returns when the last save is on disk, or raises its error."""
@@ -301,7 +304,7 @@ class Checkpointer:
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     """The number, higher is better, that checkpoints are ordered by."""
-    value = self._sign * metrics.get(self._best_metric, math.nan)
+    value = self._sign * metrics.get(self._best_metric or "", math.nan)
     return -math.inf if math.isnan(value) else value
 
   def _empty_trash(self) -> None:
@@ -329,28 +332,29 @@ def load_params(path: Path, *, setting: str = _SETTINGS) -> PyTree:
   """
   found = _find(path, setting)
   if found.name.endswith(".safetensors"):
-    return safetensors_io.load_safetensors(found)
-  saved = _saved_tree(found)
+    return safetensors_io.load_safetensors(found, setting=setting)
+  remedy = f"copy it again, or set {setting}"
+  saved = _saved_tree(found, remedy)
   key = "params" if "params" in saved else "target"
   if key not in saved:
     raise ValueError(
-      f"expected an item 'state' with 'params', got {sorted(saved)} in {found};"
+      f"expected 'params' (or T5X's 'target') in {found}, got {sorted(saved)};"
       f" set {setting}"
     )
   item = {key: saved[key]}
   as_numpy = jax.tree.map(
     lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
   )
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.restore(
-        found / "state",
-        args=ocp.args.PyTreeRestore(
-          item, restore_args=as_numpy, partial_restore=True
-        ),
-      )[key]
-  except _READ_ERRORS as error:
-    raise _damaged(found, error, setting) from error
+  with (
+    checkpoint_errors.whole(found, remedy),
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+  ):
+    return reader.restore(
+      found / "state",
+      args=ocp.args.PyTreeRestore(
+        item, restore_args=as_numpy, partial_restore=True
+      ),
+    )[key]
 
 
 def load_config(
@@ -373,7 +377,9 @@ def load_config(
     file = found.parent / safetensors_io.CONFIG_FILE
   else:
     file = found / "config" / safetensors_io.CONFIG_FILE
-  return safetensors_io.decode_config(file) if file.exists() else None
+  if not file.exists():
+    return None
+  return safetensors_io.decode_config(file, setting=setting)
 
 
 def _absolute(path: Path) -> epath.Path:
@@ -403,22 +409,15 @@ def _check_metric(name: str, metrics: Mapping[str, float]) -> None:
     )
 
 
-def _saved_tree(folder: epath.Path) -> dict[str, Any]:
+def _saved_tree(folder: epath.Path, remedy: str) -> dict[str, Any]:
   """The tree of descriptions of what `folder/state` holds."""
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.metadata(folder / "state").item_metadata.tree
-  except (*_READ_ERRORS, AttributeError) as error:
-    raise _damaged(folder, error, "MODEL_DIR") from error
-
-
-def _damaged(folder: epath.Path, error: Exception, setting: str) -> ValueError:
-  reason = " ".join(str(error).split())
-  return ValueError(
-    f"expected a whole checkpoint, got {type(error).__name__}:"
-    f" {reason[:300]} in {folder}; delete this folder to go on from the one"
-    f" before, or set {setting}"
-  )
+  # Not by `ocp.Checkpointer`, which warns that an item lacks the metadata of a
+  # whole checkpoint.
+  with (
+    checkpoint_errors.whole(folder, remedy),
+    contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
+  ):
+    return handler.metadata(folder / "state").tree
 
 
 def _find(path: Path, setting: str) -> epath.Path:
@@ -433,10 +432,18 @@ def _find(path: Path, setting: str) -> epath.Path:
   steps = {found.step: found.path for found in step_format.find_all(place)}
   folder = steps[max(steps)] if steps else place
   if (folder / "state" / "_METADATA").exists():
+    if _UNFINISHED in folder.name:
+      raise ValueError(
+        f"expected a whole checkpoint, got {folder}, which was still being"
+        f" written; set {setting}"
+      )
     return folder
   weights = folder / safetensors_io.WEIGHTS_FILE
   config = folder / safetensors_io.CONFIG_FILE
-  ours = config.exists() and safetensors_io.decode_config(config) is not None
+  ours = (
+    config.exists()
+    and safetensors_io.decode_config(config, setting=setting) is not None
+  )
   if ours and weights.exists():
     return weights
   foreign = None
@@ -450,10 +457,5 @@ def _find(path: Path, setting: str) -> epath.Path:
       f" read from a later version on; set {setting}"
     )
   raise ValueError(
-    f"expected {_READABLE}, got {_listing(folder)} in {folder}; set {setting}"
+    f"expected {_READABLE}, got {checkpoint_errors.listing(folder)} in {folder}; set {setting}"
   )
-
-
-def _listing(folder: epath.Path) -> str:
-  names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-  return tree_checks.first(names) if names else "nothing"

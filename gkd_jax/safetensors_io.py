@@ -86,11 +86,14 @@ def save_safetensors(
     raise
 
 
-def load_safetensors(file: os.PathLike[str] | str) -> dict[str, Any]:
+def load_safetensors(
+  file: os.PathLike[str] | str, *, setting: str
+) -> dict[str, Any]:
   """Reads one safetensors file into a nested dict of numpy arrays.
 
   Args:
     file: path of the file; names are split at "/".
+    setting: what the user set the path with, for the message.
 
   Raises:
     ValueError: if the file is truncated or is not in the format.
@@ -101,7 +104,7 @@ def load_safetensors(file: os.PathLike[str] | str) -> dict[str, Any]:
   except (safetensors.SafetensorError, OSError, KeyError) as error:
     raise ValueError(
       f"expected a whole safetensors file, got {error} in {os.fspath(file)};"
-      " write or copy it again"
+      f" copy it again, or set {setting}"
     ) from error
   return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -123,8 +126,14 @@ def encode_config(config: Mapping[str, Any]) -> bytes:
   return (text + "\n").encode()
 
 
-def decode_config(file: os.PathLike[str] | str) -> dict[str, Any] | None:
+def decode_config(
+  file: os.PathLike[str] | str, *, setting: str
+) -> dict[str, Any] | None:
   """Reads a `config.json` of ours, or returns None for another program's.
+
+  Args:
+    file: path of the file.
+    setting: what the user set the path with, for the message.
 
   Raises:
     ValueError: if the file is not JSON.
@@ -133,7 +142,8 @@ def decode_config(file: os.PathLike[str] | str) -> dict[str, Any] | None:
     config = json.loads(epath.Path(file).read_text())
   except ValueError as error:
     raise ValueError(
-      f"expected JSON, got {error} in {os.fspath(file)}; write or copy it again"
+      f"expected JSON, got {error} in {os.fspath(file)}; copy it again, or set"
+      f" {setting}"
     ) from error
   if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
     return None

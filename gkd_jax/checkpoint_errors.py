@@ -1,9 +1,13 @@
-"""Compares the names and shapes of two trees, for a message that helps."""
+"""What is said, in one sentence, of a checkpoint that cannot be used."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 
 PyTree = Any
 
@@ -38,7 +42,7 @@ def check_matches(
   }
   if any(differences.values()):
     listing = "; ".join(
-      f"{len(names)} {kind}: {first(names)}"
+      f"{len(names)} {kind}: {_first(names)}"
       for kind, names in differences.items()
       if names
     )
@@ -50,8 +54,42 @@ def check_matches(
     )
 
 
-def first(names: list[str], limit: int = 5) -> str:
-  """Joins the first names, and says if there are more."""
+@contextlib.contextmanager
+def whole(folder: os.PathLike[str] | str, remedy: str) -> Iterator[None]:
+  """Turns an error in its block into one that `folder` cannot be read.
+
+  Orbax, tensorstore and TensorFlow share no class of errors over missing,
+  truncated or damaged files: Orbax even raises a plain `Exception`. What JAX
+  raises, as when memory runs out, says nothing about the files.
+
+  Args:
+    folder: the checkpoint that the block reads.
+    remedy: what to do, for the message.
+
+  Raises:
+    ValueError: instead of the error in the block.
+  """
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError):
+    raise
+  except Exception as error:
+    # Tensorstore appends pages about its settings.
+    reason = re.split(r"\[tensorstore_spec|See full", str(error))[0]
+    raise ValueError(
+      f"expected a whole checkpoint, got {type(error).__name__}:"
+      f" {' '.join(reason.split())[:300]} in {os.fspath(folder)}; {remedy}"
+    ) from error
+
+
+def listing(folder: os.PathLike[str] | str) -> str:
+  """Returns the first names in a folder that may not be there."""
+  place = epath.Path(folder)
+  names = sorted(p.name for p in place.iterdir()) if place.exists() else []
+  return _first(names) if names else "nothing"
+
+
+def _first(names: list[str], limit: int = 5) -> str:
   return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
