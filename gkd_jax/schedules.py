@@ -74,16 +74,25 @@ def piecewise_linear(
     _check_finite("a step in points", step)
     _check_finite("a value in points", value)
   steps, values = np.asarray(points, np.float32).T
+  last = len(points) - 1
   if np.any(np.diff(steps) <= 0):
     raise ValueError(
       "expected steps that rise strictly, got "
       f"{[step for step, _ in points]}; set points"
     )
 
+  if len(points) == 1:
+    return constant(points[0][1])
+
   def schedule(step):
-    if isinstance(step, jax.Array):
-      return jnp.interp(step.astype(jnp.float32), steps, values)
-    return np.float32(np.interp(step, steps, values))
+    # Not interp: neither numpy's nor jax's is exact at the last point.
+    xp = jnp if isinstance(step, jax.Array) else np
+    step = xp.asarray(step, xp.float32)
+    after = xp.clip(xp.searchsorted(steps, step, side="right"), 1, last)
+    left, right = xp.take(steps, after - 1), xp.take(steps, after)
+    weight = xp.clip((step - left) / (right - left), 0, 1)
+    value = (1 - weight) * xp.take(values, after - 1)
+    return (value + weight * xp.take(values, after)).astype(xp.float32)
 
   return schedule
 
