@@ -13,19 +13,18 @@ final name is whole, wherever a kill came.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax import checkpoint_errors, safetensors_io
+from gkd_jax import checkpoint_errors, checkpoint_iterators, safetensors_io
 
 _PREFIX = "checkpoint"
 _TRASH = ".deleted"
@@ -41,46 +40,9 @@ _REMEDY = "delete this folder to go on from the one before, or set MODEL_DIR"
 PyTree = Any
 Path = os.PathLike[str] | str
 
+SavableIterator = checkpoint_iterators.SavableIterator
 save_safetensors = safetensors_io.save_safetensors
 check_matches = checkpoint_errors.check_matches
-
-
-class SavableIterator(Protocol):
-  """A data iterator that writes its position to a folder and reads it back.
-
-  The folder exists, is empty, is this process's own, and is renamed after
-  `save_state` returns: files in it must not refer to it by an absolute path.
-  """
-
-  def save_state(self, path: str) -> None:
-    """Writes the position, from which `next` goes on."""
-
-  def restore_state(self, path: str) -> None:
-    """Goes to the position that `save_state` wrote."""
-
-
-class _IteratorHandler(ocp.CheckpointHandler):
-  """Lets a `SavableIterator` write into Orbax's temporary folder.
-
-  It is a synchronous handler, so `save` returns when the iterator has written:
-  the position on disk is that of the step, though the arrays follow later.
-  """
-
-  def save(self, directory: epath.Path, args: "_IteratorArgs") -> None:
-    folder = directory / _process_folder()
-    folder.mkdir()
-    args.iterator.save_state(os.fspath(folder))
-
-  def restore(self, directory: epath.Path, args: "_IteratorArgs") -> None:
-    args.iterator.restore_state(os.fspath(directory / _process_folder()))
-
-
-@ocp.args.register_with_handler(
-  _IteratorHandler, for_save=True, for_restore=True
-)
-@dataclasses.dataclass
-class _IteratorArgs(ocp.args.CheckpointArgs):
-  iterator: SavableIterator
 
 
 class Checkpointer:
@@ -137,27 +99,8 @@ class Checkpointer:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      item_handlers={
-        "state": ocp.PyTreeCheckpointHandler(),
-        "dataset": _IteratorHandler(),
-        "config": ocp.JsonCheckpointHandler(safetensors_io.CONFIG_FILE),
-      },
-      options=ocp.CheckpointManagerOptions(
-        step_prefix=_PREFIX,
-        best_fn=self._score,
-        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
-          policies
-        ),
-        cleanup_tmp_directories=True,
-        todelete_subdir=_TRASH,
-        save_root_metadata=False,
-        enable_async_checkpointing=async_save,
-        # The iterator writes before `save` returns, so its folder has to be
-        # there by then.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-      ),
+    self._manager = self._open(
+      ocp.checkpoint_managers.AnyPreservationPolicy(policies), async_save
     )
     self._empty_trash()
 
@@ -191,7 +134,8 @@ class Checkpointer:
   ) -> bool:
     """Saves, unless there is a checkpoint of this step.
 
-    A save waits for the one before, and deletes what is no longer kept.  When it returns, `state` may be donated and the iterator may go on. Errors
+    It waits for the save before and for what that one replaced to be deleted.
+    When it returns, `state` may be donated and the iterator may go on. Errors
     of the background write are raised by the next `save`, `wait` or `close`.
 
     Args:
@@ -217,11 +161,14 @@ class Checkpointer:
       )
     if newest == step:
       return False
-    if self._best_metric is not None and metrics is not None:
-      _check_metric(self._best_metric, metrics)
+    if metrics is not None and self._best_metric not in (None, *metrics):
+      raise ValueError(
+        f"expected the metric {self._best_metric!r} to choose the best"
+        f" checkpoint by, got {sorted(metrics)}; set best_metric"
+      )
     items = {"state": ocp.args.PyTreeSave(state)}
     if dataset_iterator is not None:
-      items["dataset"] = _IteratorArgs(dataset_iterator)
+      items["dataset"] = checkpoint_iterators.IteratorArgs(dataset_iterator)
     if config is not None:
       items["config"] = ocp.args.JsonSave(
         json.loads(safetensors_io.encode_config(config))
@@ -280,15 +227,15 @@ class Checkpointer:
         ),
       )
     }
-    position = folder / "dataset" / _process_folder()
+    position = folder / "dataset" / checkpoint_iterators.process_folder()
     if dataset_iterator is not None and not position.exists():
       raise ValueError(
-        f"expected the iterator of {_process_folder()}, got"
+        f"expected the iterator of {checkpoint_iterators.process_folder()}, got"
         f" {checkpoint_errors.listing(position.parent)} in {position.parent}; start as many"
         " processes as the run had, or set MODEL_DIR"
       )
     if dataset_iterator is not None:
-      items["dataset"] = _IteratorArgs(dataset_iterator)
+      items["dataset"] = checkpoint_iterators.IteratorArgs(dataset_iterator)
     with checkpoint_errors.whole(folder, _REMEDY):
       return self._manager.restore(step, args=ocp.args.Composite(**items)).state
 
@@ -301,6 +248,28 @@ class Checkpointer:
     """Waits, and ends the background threads."""
     self.wait()
     self._manager.close()
+
+  def _open(self, preservation_policy, async_save) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+      self._folder,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(),
+        "dataset": checkpoint_iterators.IteratorHandler(),
+        "config": ocp.JsonCheckpointHandler(safetensors_io.CONFIG_FILE),
+      },
+      options=ocp.CheckpointManagerOptions(
+        step_prefix=_PREFIX,
+        best_fn=self._score,
+        preservation_policy=preservation_policy,
+        cleanup_tmp_directories=True,
+        todelete_subdir=_TRASH,
+        save_root_metadata=False,
+        enable_async_checkpointing=async_save,
+        # The iterator writes before `save` returns, so its folder has to be
+        # there by then.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+      ),
+    )
 
   def _score(self, metrics: Mapping[str, float]) -> float:
     """The number, higher is better, that checkpoints are ordered by."""
@@ -386,10 +355,6 @@ def _absolute(path: Path) -> epath.Path:
   return epath.Path(path).expanduser().resolve()
 
 
-def _process_folder() -> str:
-  return f"process_{jax.process_index()}-of-{jax.process_count()}"
-
-
 def _abstract(leaf: Any) -> Any:
   """Describes a leaf of the state for Orbax, its sharding included."""
   if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -399,14 +364,6 @@ def _abstract(leaf: Any) -> Any:
     # Orbax would take the saved sharding, whose devices may not be here.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_metric(name: str, metrics: Mapping[str, float]) -> None:
-  if name not in metrics:
-    raise ValueError(
-      f"expected the metric {name!r} to choose the best checkpoint by, got"
-      f" {sorted(metrics)}; set best_metric to one of them"
-    )
 
 
 def _saved_tree(folder: epath.Path, remedy: str) -> dict[str, Any]:

@@ -371,6 +371,11 @@ def test_an_error_of_the_background_write_is_raised(tmp_path):
     checkpointer.wait()
   assert checkpointer.latest_step() is None
   assert folders(tmp_path / "checkpoint_1") == ["mine"]
+  # The run may go on, and try again.
+  shutil.rmtree(tmp_path / "checkpoint_1")
+  checkpointer.save(1, {"x": big})
+  checkpointer.close()
+  assert folders(tmp_path) == ["checkpoint_1"]
 
 
 # ------------------------------------------------------------------- kill -9
