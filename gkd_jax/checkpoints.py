@@ -93,11 +93,7 @@ class Checkpointer:
     policies = [ocp.checkpoint_managers.LatestN(n=keep)]
     if best_metric is not None:
       policies.append(
-        ocp.checkpoint_managers.BestN(
-          get_metric_fn=self._score,
-          n=keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
+        ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best)
       )
     self._manager = self._open(
       ocp.checkpoint_managers.AnyPreservationPolicy(policies), async_save
@@ -177,6 +173,7 @@ class Checkpointer:
     return self._manager.save(
       step,
       args=ocp.args.Composite(**items),
+      # Never None: Orbax would keep a checkpoint without metrics for ever.
       metrics={name: float(value) for name, value in (metrics or {}).items()},
       force=True,
     )

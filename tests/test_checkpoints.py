@@ -76,7 +76,7 @@ def make_state(step=1, seed=0, optimizer=None):
   optimizer = optimizer or optax.adamw(1e-3)
   opt_state = optimizer.init(params)
   # A fresh optimizer is full of zeros, which come back from a wrong read, too.
-  _, opt_state = optimizer.update(params, opt_state, params)
+  _, opt_state = jax.jit(optimizer.update)(params, opt_state, params)
   return State(jnp.int32(step), params, opt_state)
 
 
@@ -93,7 +93,7 @@ def assert_identical(got, expected):
 def message(error):
   """The message, which has to be one sentence on one line."""
   text = str(error.value)
-  assert "\n" not in text
+  assert "\n" not in text and len(text) < 900
   assert text.startswith("expected ") and "got " in text and "set " in text
   return text
 
@@ -109,14 +109,16 @@ def zeros_like(state):
 # ---------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("async_save", [True, False])
 @pytest.mark.parametrize(
-  "optimizer",
+  "optimizer, async_save",
   [
-    optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)),
-    optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.adafactor(1e-2, min_dim_size_to_factor=4, momentum=0.9),
+    (optax.adamw(optax.linear_schedule(1e-3, 0.0, 10)), False),
+    (
+      optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adafactor(1e-2, min_dim_size_to_factor=4, momentum=0.9),
+      ),
+      True,
     ),
   ],
   ids=["adamw", "adafactor"],
