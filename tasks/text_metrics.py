@@ -1,18 +1,32 @@
-"""Metrics on decoded text; percentages, 0 to 100."""
+"""Metrics of decoded texts; every value is a percentage from 0 to 100.
+
+The functions have the signature of seqio's metrics, `(targets, predictions)`
+in the same order of examples, and return a dictionary of floats.
+"""
 
 from collections.abc import Sequence
 
+Pronunciation = Sequence[str]
 
-def edit_distance(a: Sequence, b: Sequence) -> int:
-  """Levenshtein distance: insertions, deletions and substitutions.
 
-  >>> edit_distance("K AE T".split(), "K AA T S".split())
-  2
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+  """The least number of insertions, deletions and substitutions, a to b.
+
+  Args:
+    a: A sequence of symbols.
+    b: Another one.
+
+  Returns:
+    The Levenshtein distance.
+
+  Example:
+    >>> edit_distance("kitten", "sitting")
+    3
   """
   row = list(range(len(b) + 1))
-  for i, x in enumerate(a, 1):
+  for i, x in enumerate(a, start=1):
     diagonal, row[0] = row[0], i
-    for j, y in enumerate(b, 1):
+    for j, y in enumerate(b, start=1):
       diagonal, row[j] = (
         row[j],
         min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y)),
@@ -20,31 +34,51 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
   return row[-1]
 
 
-def phoneme_error_rates(
-  targets: Sequence[Sequence[str]], predictions: Sequence[str]
+def phoneme_and_word_error_rate(
+  targets: Sequence[Sequence[Pronunciation]],
+  predictions: Sequence[Pronunciation],
 ) -> dict[str, float]:
-  """Phoneme and word error rate against the nearest pronunciation.
+  """Phoneme and word error rates against the best pronunciation.
 
-  >>> phoneme_error_rates([["K AE T", "K AA T"], ["D AO G"]], ["K AA T", "D"])
-  {'per': 33.333333333333336, 'wer': 50.0}
+  Of a word's pronunciations the one at the least edit distance counts, the
+  first of them on a tie. The word is wrong if that distance is not 0.
 
   Args:
-    targets: for each word its pronunciations, phonemes apart by spaces.
-    predictions: for each word one pronunciation.
+    targets: For each word its pronunciations, each a sequence of phonemes.
+    predictions: For each word one sequence of phonemes.
 
   Returns:
-    `per`: edits over phonemes of the nearest pronunciation, summed over words
-    before dividing; `wer`: words unlike all their pronunciations. Percent.
+    `per`: the sum of edit distances per 100 reference phonemes (it exceeds
+    100 if predictions are much longer than the references); `wer`: wrong words
+    in percent.
+
+  Raises:
+    ValueError: If the two differ in length, are empty, or a word has no
+      pronunciation.
   """
-  edits = phonemes = wrong = 0
+  _check_pairs(targets, predictions)
+  errors = phonemes = wrong = 0
   for references, prediction in zip(targets, predictions, strict=True):
-    spoken = prediction.split()
-    scored = [(edit_distance(spoken, r.split()), len(r.split())) for r in references]
-    distance, length = min(scored)
-    edits += distance
-    phonemes += length
-    wrong += distance > 0
+    if not references or not all(references):
+      raise ValueError(
+        f"expected at least one pronunciation of a word, got {references!r}; "
+        "set the split to one with references"
+      )
+    distances = [edit_distance(r, prediction) for r in references]
+    best = min(range(len(distances)), key=distances.__getitem__)
+    errors += distances[best]
+    phonemes += len(references[best])
+    wrong += distances[best] > 0
   return {
-    "per": 100.0 * edits / max(phonemes, 1),
-    "wer": 100.0 * wrong / max(len(targets), 1),
+    "per": 100.0 * errors / phonemes,
+    "wer": 100.0 * wrong / len(predictions),
   }
+
+
+def _check_pairs(targets: Sequence, predictions: Sequence) -> None:
+  if len(targets) != len(predictions) or not predictions:
+    raise ValueError(
+      "expected as many predictions as targets and at least one, got "
+      f"{len(targets)} targets and {len(predictions)} predictions; "
+      "set the evaluation split"
+    )

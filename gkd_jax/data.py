@@ -1,0 +1,112 @@
+"""From a seqio task to batches of numpy arrays, with a position to save."""
+
+import difflib
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+FEATURE_CONVERTER = seqio.EncDecFeatureConverter
+
+
+def load_task(name: str, module: str | None = None) -> Any:
+  """Returns a seqio task or mixture by name.
+
+  Args:
+    name: of the task or mixture.
+    module: Python module that registers it, imported first.
+
+  Raises:
+    ValueError: no such module or task.
+  """
+  for path in ("gkd_jax.tasks.g2p", module):
+    if path:
+      try:
+        importlib.import_module(path)
+      except ModuleNotFoundError as error:
+        raise ValueError(
+          f"expected a Python module, got {path!r} ({error});"
+          " set MIXTURE_OR_TASK_MODULE, or PYTHONPATH"
+        ) from error
+  known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+  if name not in known:
+    near = difflib.get_close_matches(name, known, cutoff=0.3) or sorted(known)
+    raise ValueError(
+      f"expected a seqio task or mixture such as {', '.join(near)}, got"
+      f" {name!r}; set MIXTURE_OR_TASK_NAME or MIXTURE_OR_TASK_MODULE"
+    )
+  return seqio.get_mixture_or_task(name)
+
+
+class TrainIterator:
+  """Endless batches of a process's share of a training split.
+
+  Its position can be saved and restored (`checkpoints.SavableIterator`).
+
+  Args:
+    task: from `load_task`.
+    lengths: seqio feature to length.
+    batch_size: of all processes together.
+    seed: of the shuffle.
+    pack: several examples in a row.
+    process_index: this process.
+    process_count: of all.
+    use_cached: read seqio's cache.
+    split: name of the split.
+  """
+
+  def __init__(
+    self,
+    task: Any,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    *,
+    seed: int,
+    pack: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+    use_cached: bool = False,
+    split: str = "train",
+  ):
+    if min(lengths.values()) < 1:
+      raise ValueError(
+        f"expected lengths of at least 1, got {dict(lengths)};"
+        " set TASK_FEATURE_LENGTHS"
+      )
+    if batch_size % process_count:
+      raise ValueError(
+        f"expected BATCH_SIZE to be a multiple of the {process_count}"
+        f" processes, got {batch_size}; set BATCH_SIZE"
+      )
+    dataset = seqio.get_dataset(
+      mixture_or_task_name=task.name,
+      task_feature_lengths=dict(lengths),
+      feature_converter=FEATURE_CONVERTER(pack=pack),
+      dataset_split=split,
+      use_cached=use_cached,
+      shuffle=True,
+      num_epochs=None,
+      shard_info=seqio.ShardInfo(process_index, process_count),
+      seed=seed,
+    )
+    dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+    self._iterator = iter(dataset.prefetch(2))
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return {k: v.numpy() for k, v in next(self._iterator).items()}
+
+  def save_state(self, path: str | os.PathLike[str]) -> None:
+    """Writes the position into the folder `path`."""
+    tf.train.Checkpoint(iterator=self._iterator).write(
+      os.path.join(os.fspath(path), "iterator")
+    )
+
+  def restore_state(self, path: str | os.PathLike[str]) -> None:
+    """Goes to the position that `save_state` wrote."""
+    tf.train.Checkpoint(iterator=self._iterator).read(
+      os.path.join(os.fspath(path), "iterator")
+    ).assert_consumed()

@@ -1,0 +1,67 @@
+"""Finding, parsing and checking gin files."""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+
+import gin
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+def shipped_gin() -> str:
+  """The folder of shipped gin files, in an install or in a checkout."""
+  inside = os.path.join(_PACKAGE, "gin")
+  return inside if os.path.isdir(inside) else os.path.join(_PACKAGE, "..", "gin")
+
+
+def parse(
+  files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+):
+  """Parses gin files and bindings, and refuses a macro that nothing reads.
+
+  Args:
+    files: gin files, looked up in the working directory, `search_paths` and
+      the shipped folder.
+    bindings: such as `BATCH_SIZE = 32`.
+    search_paths: further folders.
+
+  Raises:
+    ValueError: a file is missing, or a macro given here is read by nothing.
+  """
+  gin.clear_config()
+  folders = [os.getcwd(), *search_paths, shipped_gin()]
+  for folder in reversed(folders):
+    gin.add_config_file_search_path(folder)
+  for name in files:
+    places = [os.path.join(folder, name) for folder in folders]
+    if not any(os.path.exists(path) for path in places):
+      raise ValueError(
+        f"expected a gin file, got {name!r}, which is not in"
+        f" {', '.join(folders)}; set --gin_file or --gin_search_paths"
+      )
+  gin.parse_config_files_and_bindings(
+    list(files), list(bindings), skip_unknown=False, finalize_config=False
+  )
+  given = [b.split("=", 1)[0].strip() for b in bindings]
+  for name in files:
+    path = next(
+      p for p in (os.path.join(f, name) for f in folders) if os.path.exists(p)
+    )
+    with open(path, encoding="utf-8") as text:
+      given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text.read(), re.M)
+  _check_macros(given)
+
+
+def _check_macros(given):
+  config = gin.config_str()
+  defined = set(re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", config, re.M))
+  used = set(re.findall(r"%([A-Z][A-Z0-9_]*)", config))
+  for name in given:
+    if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and name not in used:
+      near = difflib.get_close_matches(name, used) or sorted(used & defined)
+      raise ValueError(
+        f"expected a macro that something reads, such as {', '.join(near)},"
+        f" got {name}; set the right name"
+      )
