@@ -11,28 +11,26 @@ Tasks registered here, all with the same validation and test splits:
   g2p_cmudict_unlabelled: the other train words, inputs only. The targets are
     empty (a lone EOS once tokenized), so nothing of the dictionary's answers
     can leak into a run on the student's own samples.
+  g2p_cmudict_3k_teacher, g2p_cmudict_unlabelled_teacher: a teacher's outputs as
+    targets, from the JSONL file that the variable G2P_TEACHER_OUTPUTS names
+    (`teacher_outputs.register` takes a path instead).
 """
 
-from collections.abc import Mapping, Sequence
 import functools
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 
 import seqio
 
-from gkd_jax.tasks import sources
-from gkd_jax.tasks import text_metrics
-from gkd_jax.tasks import vocabularies
+from gkd_jax.tasks import sources, teacher_outputs, text_metrics, vocabularies
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 PHONEMES = tuple(
-  "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S"
-  " SH T TH UH UW V W Y Z ZH".split()
+  ["AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY", "JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH"]
 )
 # Ids are the same for letters and phonemes: 3 special + 27 + 39, rounded to 72.
-WORD_VOCABULARY, PHONEME_VOCABULARY = vocabularies.characters_and_symbols(
-  LETTERS, PHONEMES
-)
+INPUTS, TARGETS = vocabularies.characters_and_symbols(LETTERS, PHONEMES)
 NUM_LABELLED_3K = 3000
 
 _SPLITS = ("train", "validation", "test")
@@ -91,7 +89,7 @@ def labelled_words(num_labelled: int) -> frozenset[str]:
     num_labelled: The size of the sample.
 
   Returns:
-    The `num_labelled` words with the least md5 of `"labelled:" + word`.
+    The `num_labelled` words with the least md5 of `"sample" + word`.
 
   Raises:
     ValueError: If there are not so many train words, or none is asked for.
@@ -103,7 +101,7 @@ def labelled_words(num_labelled: int) -> frozenset[str]:
       f"{num_labelled}; set num_labelled"
     )
   return frozenset(
-    sorted(train, key=lambda word: _md5("labelled:" + word))[:num_labelled]
+    sorted(train, key=lambda word: _md5("sample" + word))[:num_labelled]
   )
 
 
@@ -126,28 +124,31 @@ def _load_columns(
 
 
 def postprocess(
-  output: str, *, example: Mapping | None = None, is_target: bool = False
-) -> list:
-  """What the metrics compare: phonemes, or all pronunciations of the target.
+  output: str, example: Mapping | None = None, is_target: bool = False
+) -> str | list[str]:
+  """What the metric compares: the output, or the target's pronunciations.
 
   Args:
     output: A decoded prediction or target, phonemes separated by spaces.
-    example: The example, with its pronunciations in `references`.
+    example: The example, with all pronunciations in `references`.
     is_target: Whether `output` is the target.
 
   Returns:
-    A list of phonemes; for a target, a list of such lists.
+    The output as it is; for a target, the list of pronunciations.
+
+  Raises:
+    ValueError: If a target comes without its example.
   """
   if not is_target:
-    return output.split()
+    return output
   if example is None:
     raise ValueError(
-      "expected the example of a target, got None; set example"
+      "expected the example that a target belongs to, got None; set example"
     )
   references = example["references"]
   if isinstance(references, bytes):
     references = references.decode()
-  return [r.split() for r in references.split(_REFERENCE_SEPARATOR)]
+  return references.split(_REFERENCE_SEPARATOR)
 
 
 def add_g2p_task(
@@ -181,11 +182,11 @@ def add_g2p_task(
       seqio.preprocessors.append_eos,
     ],
     output_features={
-      "inputs": seqio.Feature(WORD_VOCABULARY, add_eos=True),
-      "targets": seqio.Feature(PHONEME_VOCABULARY, add_eos=True),
+      "inputs": seqio.Feature(INPUTS, add_eos=True),
+      "targets": seqio.Feature(TARGETS, add_eos=True),
     },
     postprocess_fn=postprocess,
-    metric_fns=[text_metrics.phoneme_and_word_error_rate],
+    metric_fns=[text_metrics.phoneme_error_rates],
   )
 
 
@@ -194,3 +195,5 @@ add_g2p_task("g2p_cmudict_3k", num_labelled=NUM_LABELLED_3K)
 add_g2p_task(
   "g2p_cmudict_unlabelled", num_labelled=NUM_LABELLED_3K, unlabelled=True
 )
+for _base in ("g2p_cmudict_3k", "g2p_cmudict_unlabelled"):
+  teacher_outputs.register(f"{_base}_teacher", "$G2P_TEACHER_OUTPUTS", _base)

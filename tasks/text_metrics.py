@@ -6,8 +6,6 @@ in the same order of examples, and return a dictionary of floats.
 
 from collections.abc import Sequence
 
-Pronunciation = Sequence[str]
-
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
   """The least number of insertions, deletions and substitutions, a to b.
@@ -34,40 +32,44 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
   return row[-1]
 
 
-def phoneme_and_word_error_rate(
-  targets: Sequence[Sequence[Pronunciation]],
-  predictions: Sequence[Pronunciation],
+def phoneme_error_rates(
+  targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Phoneme and word error rates against the best pronunciation.
+  """Phoneme and word error rates against the nearest pronunciation.
 
   Of a word's pronunciations the one at the least edit distance counts, the
   first of them on a tie. The word is wrong if that distance is not 0.
 
   Args:
-    targets: For each word its pronunciations, each a sequence of phonemes.
-    predictions: For each word one sequence of phonemes.
+    targets: For each word its pronunciations, phonemes separated by spaces.
+    predictions: For each word one pronunciation.
 
   Returns:
-    `per`: the sum of edit distances per 100 reference phonemes (it exceeds
-    100 if predictions are much longer than the references); `wer`: wrong words
-    in percent.
+    `per`: the sum of edit distances per 100 phonemes of the nearest
+    pronunciations, which exceeds 100 if predictions are far too long; `wer`:
+    wrong words in percent.
 
   Raises:
     ValueError: If the two differ in length, are empty, or a word has no
       pronunciation.
+
+  Example:
+    >>> phoneme_error_rates([["K AE T", "K AA T"], ["D AO"]], ["K AA T", "D"])
+    {'per': 20.0, 'wer': 50.0}
   """
   _check_pairs(targets, predictions)
   errors = phonemes = wrong = 0
   for references, prediction in zip(targets, predictions, strict=True):
-    if not references or not all(references):
+    spoken = [reference.split() for reference in references]
+    if not spoken or not all(spoken):
       raise ValueError(
         f"expected at least one pronunciation of a word, got {references!r}; "
         "set the split to one with references"
       )
-    distances = [edit_distance(r, prediction) for r in references]
+    distances = [edit_distance(s, prediction.split()) for s in spoken]
     best = min(range(len(distances)), key=distances.__getitem__)
     errors += distances[best]
-    phonemes += len(references[best])
+    phonemes += len(spoken[best])
     wrong += distances[best] > 0
   return {
     "per": 100.0 * errors / phonemes,

@@ -15,14 +15,15 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 _NUM_SPECIAL = 3
-_UNK_TEXT = "<unk>"
+# As SentencePiece writes it; one character, so that it encodes to one UNK.
+_UNK_TEXT = "⁇"
 
 
 class TokenVocabulary(seqio.Vocabulary):
   """A closed list of tokens: PAD 0, EOS 1, UNK 2, then the tokens.
 
   Decoding drops PAD and EOS and writes UNK, and ids that no token has, as
-  `<unk>`. TensorFlow encoding uses no lookup table: a table is a resource, and
+  `⁇`. TensorFlow encoding uses no lookup table: a table is a resource, and
   an iterator that holds a resource cannot be saved with a checkpoint.
 
   Example:

@@ -1,0 +1,187 @@
+"""Tasks whose train targets are a teacher's outputs, as `gkd infer` wrote them.
+
+Sequence-level distillation (Kim and Rush 2016) is then plain supervised
+training on such a task. Validation and test are those of the task that the
+outputs were made for.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+
+import seqio
+import tensorflow as tf
+
+from gkd_jax.tasks import sources
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, modified_ns: int, size: int) -> sources.Columns:
+  # The last two arguments make a file that was written anew be read anew.
+  del modified_ns, size
+  inputs, targets = [], []
+  with open(path, encoding="utf-8") as lines:
+    for number, line in enumerate(lines, start=1):
+      try:
+        row = json.loads(line)
+        pair = row["inputs"], row["prediction"]
+      except (ValueError, KeyError, TypeError):
+        pair = (None, None)
+      if not all(isinstance(text, str) for text in pair):
+        raise ValueError(
+          "expected lines of JSON with the texts 'inputs' and 'prediction', "
+          f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
+          "a file that `gkd infer` wrote"
+        )
+      inputs.append(pair[0])
+      targets.append(pair[1])
+  if not inputs:
+    raise ValueError(
+      f"expected at least one line in {path}, got an empty file; set path to "
+      "a file that `gkd infer` wrote"
+    )
+  return {"inputs": inputs, "targets": targets}
+
+
+def _load_columns(split: str, *, path: str) -> sources.Columns:
+  del split  # The source has a train split only.
+  found = os.path.expandvars(os.path.expanduser(path))
+  if not os.path.isfile(found):
+    raise ValueError(
+      f"expected a JSONL file of a teacher's outputs, got {path!r} that names "
+      f"{found!r}, which is no file; set path (or the variable in it)"
+    )
+  status = os.stat(found)
+  return _read(found, status.st_mtime_ns, status.st_size)
+
+
+class TeacherOutputsSource(seqio.DataSource):
+  """Train from a JSONL file; the other splits as texts of a base task."""
+
+  def __init__(self, path: str, base_task: str):
+    """Makes the source; neither the file nor the base task is read yet.
+
+    Args:
+      path: The JSONL file; `~` and `$VARIABLE` are expanded when it is read.
+      base_task: The name of the task that gives the other splits.
+
+    Raises:
+      ValueError: If the base task does not tokenize with
+        `seqio.preprocessors.tokenize`.
+    """
+    self.path = path
+    self.base_task = base_task
+    self._file = sources.ColumnsDataSource(
+      functools.partial(_load_columns, path=path), splits=("train",)
+    )
+    base = seqio.TaskRegistry.get(base_task)
+    self._text_preprocessors, _ = split_preprocessors(base)
+    super().__init__(
+      splits=("train", *(s for s in base.splits if s != "train"))
+    )
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    """False for what the base task cannot, so for all."""
+    return seqio.TaskRegistry.get(
+      self.base_task
+    ).source.supports_arbitrary_sharding
+
+  def num_input_examples(self, split: str) -> int | None:
+    """The number of rows, as far as the source of the split knows it."""
+    return self._source(split).num_input_examples(split)
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    """The shards of the source of the split."""
+    return self._source(split).list_shards(split)
+
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused_kwargs,
+  ) -> tf.data.Dataset:
+    """Examples of texts, ready to be tokenized; see `seqio.DataSource`."""
+    dataset = self._source(split).get_dataset(
+      split=split, shuffle=shuffle, seed=seed, shard_info=shard_info
+    )
+    if split != "train":
+      for preprocessor in self._text_preprocessors:
+        dataset = preprocessor(dataset)
+    return dataset
+
+  def _source(self, split: str) -> seqio.DataSource:
+    if split == "train":
+      return self._file
+    return seqio.TaskRegistry.get(self.base_task).source
+
+
+def split_preprocessors(
+  task: seqio.Task,
+) -> tuple[list[Callable], list[Callable]]:
+  """Divides a task's preprocessors before `seqio.preprocessors.tokenize`.
+
+  Args:
+    task: A seqio task.
+
+  Returns:
+    The preprocessors that make texts, and those from `tokenize` on.
+
+  Raises:
+    ValueError: If `tokenize` is not among them.
+  """
+  steps = list(task.preprocessors)
+  for i, step in enumerate(steps):
+    function = step.func if isinstance(step, functools.partial) else step
+    if function is seqio.preprocessors.tokenize:
+      return steps[:i], steps[i:]
+  raise ValueError(
+    "expected a task that tokenizes with seqio.preprocessors.tokenize, got "
+    f"{task.name}; set base_task"
+  )
+
+
+def register(name: str, path: str, base_task: str) -> seqio.Task:
+  """Registers a task that trains on a teacher's outputs.
+
+  Nothing is read before the dataset is built. Registering the same task
+  twice is allowed, so that a configuration may be parsed again.
+
+  Args:
+    name: The name of the new task.
+    path: A JSONL file of `gkd infer`: one object a line with the texts `inputs`
+      (after the base task's own preprocessing) and `prediction`; other keys
+      are ignored. `~` and `$VARIABLE` are expanded when it is read.
+    base_task: The task that gives vocabularies, metrics, validation and test.
+
+  Returns:
+    The task.
+
+  Raises:
+    ValueError: If `name` is a task already, with another file or base, or the
+      base task does not tokenize with `seqio.preprocessors.tokenize`.
+  """
+  if name in seqio.TaskRegistry.names():
+    task = seqio.TaskRegistry.get(name)
+    known = task.source
+    if isinstance(known, TeacherOutputsSource) and (
+      (known.path, known.base_task) == (path, base_task)
+    ):
+      return task
+    raise ValueError(
+      f"expected a new name, got {name!r}, which is a task with another source; "
+      "set name"
+    )
+  base = seqio.TaskRegistry.get(base_task)
+  _, tokenizers = split_preprocessors(base)
+  return seqio.TaskRegistry.add(
+    name,
+    source=TeacherOutputsSource(path, base_task),
+    preprocessors=tokenizers,
+    output_features=base.output_features,
+    postprocess_fn=base.postprocessor,
+    metric_fns=base.metric_fns,
+  )
