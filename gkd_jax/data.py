@@ -11,6 +11,7 @@ import seqio
 import tensorflow as tf
 
 FEATURE_CONVERTER = seqio.EncDecFeatureConverter
+SHIPPED_TASKS = ("gkd_jax.tasks.arithmetic", "gkd_jax.tasks.g2p")
 
 
 def load_task(name: str, module: str | None = None) -> Any:
@@ -23,7 +24,7 @@ def load_task(name: str, module: str | None = None) -> Any:
   Raises:
     ValueError: no such module or task.
   """
-  for path in ("gkd_jax.tasks.g2p", module):
+  for path in (*SHIPPED_TASKS, module):
     if path:
       try:
         importlib.import_module(path)
