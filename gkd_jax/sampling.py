@@ -125,7 +125,8 @@ def sample(
     model's at temperature 1, without filters, suppressed tokens removed.
 
   Raises:
-    ValueError: if a setting is outside its range or a shape is not `[B]`.
+    ValueError: if a setting is outside its range, a shape is not `[B]`, or the
+      key that a temperature above 0 needs is None.
   """
   _check_settings(max_decode_length, temperature, top_k, top_p)
   greedy = _is_static(temperature) and temperature == 0
