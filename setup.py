@@ -44,7 +44,10 @@ setuptools.setup(
   python_requires=">=3.11,<3.14",
   packages=["gkd_jax", "gkd_jax.tasks", "gkd_jax.gin"],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
-  package_data={"gkd_jax.gin": _gin_files()},
+  package_data={
+    "gkd_jax.gin": _gin_files(),
+    "gkd_jax.tasks": ["g2p_teacher/*"],
+  },
   install_requires=[
     "absl-py>=2.1",
     "clu>=0.0.12",

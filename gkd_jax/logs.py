@@ -41,7 +41,7 @@ class TrainLog:
     self._writer = metric_writers.SummaryWriter(model_dir)
     self._sums: dict[str, list] = {}
     self._on_policy = self._rows = self._tokens = 0
-    self._time = time.monotonic()
+    self._time = self._started = time.monotonic()
     self._terminal = sys.stdout.isatty()
 
   def add(self, metrics: types.Metrics, source: str, batch: Any):
@@ -100,6 +100,15 @@ class TrainLog:
     shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
     print(f"step {step} evaluation: {shown}", flush=True)
     self._time = time.monotonic()
+
+  def final(self, result: Mapping[str, Any]):
+    """Writes `final.json`, with the seconds since the run was started."""
+    result = dict(result) | {"seconds": time.monotonic() - self._started}
+    path = os.path.join(self._dir, "final.json")
+    with open(path + ".tmp", "w") as f:
+      json.dump(result, f)
+    os.replace(path + ".tmp", path)
+    print(f"final: {json.dumps(result)}", flush=True)
 
   def _record(self, step, scalars):
     finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}

@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|export --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-MODES = ("train", "eval", "infer", "export")
+MODES = ("train", "eval", "infer", "export", "report", "path")
 
 flags.DEFINE_multi_string("gin_file", [], "gin files, in order")
 flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
@@ -52,6 +52,16 @@ def _run(argv):
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
   if mode == "export":
     _export()
+    return
+  if mode == "path":
+    from gkd_jax.tasks import shipped
+
+    print(shipped.model_path(*argv[2:]))
+    return
+  if mode == "report":
+    from gkd_jax import reports
+
+    reports.report(argv[2:], FLAGS.output_path or ".")
     return
   import gin
 

@@ -53,6 +53,7 @@ def train(
   best_metric: str | None = None,
   best_mode: str = "min",
   max_skipped_in_row: int = 20,
+  final_eval_split: str | None = None,
   dry_run: bool = False,
 ) -> Mapping[str, float]:
   """Trains the student of `model`, from wherever `model_dir` stands.
@@ -84,6 +85,8 @@ def train(
     best_metric: of the task's metrics; its best checkpoint is kept as well.
     best_mode: "min" or "max".
     max_skipped_in_row: non-finite updates in a row that stop the run.
+    final_eval_split: after the last step, decode this whole split greedily
+      and by sampling at temperature 1, and write `final.json`.
     dry_run: build everything, print sizes, and stop.
 
   Returns:
@@ -126,7 +129,7 @@ def train(
   teacher_params = {}
   if model.teacher is not None:
     teacher_params = load_teacher(
-      teacher_checkpoint_path, *place(model.teacher), dry_run=dry_run
+      teacher_checkpoint_path, *place(model.teacher)
     )
   abstract_state = jax.eval_shape(
     lambda p: train_state.create(p, optimizer.transform), abstract_params
@@ -254,6 +257,25 @@ def train(
       print(f"SIGTERM: saved step {done}, stopping", flush=True)
       break
   checkpointer.close()
+  if final_eval_split and not stop.asked:
+    final = evaluate.Evaluator(
+      task, task_feature_lengths, eval_batch_size, mesh, split=final_eval_split
+    )
+    log.final(
+      {
+        "greedy": final.score(final.predict(model.student, state.params)),
+        "sampled": final.score(
+          final.predict(
+            model.student,
+            state.params,
+            seed=seed,
+            decoder_params={"temperature": 1.0},
+          )
+        ),
+        "params": sizes["student"],
+        "split": final_eval_split,
+      }
+    )
   log.close()
   stop.restore()
   return scores
@@ -276,7 +298,7 @@ def _place(model, *, shapes, mesh, shard_over_data):
   return variables["params"], shardings
 
 
-def load_teacher(path, abstract_params, shardings, *, dry_run=False):
+def load_teacher(path, abstract_params, shardings):
   """The teacher's parameters on their devices, checked against its sizes.
 
   Raises:
@@ -291,7 +313,6 @@ def load_teacher(path, abstract_params, shardings, *, dry_run=False):
   checkpoints.check_matches(
     params, abstract_params, setting="TEACHER_CHECKPOINT_PATH", path=path
   )
-  del dry_run
   return jax.tree.map(jax.device_put, dict(params), shardings)
 
 

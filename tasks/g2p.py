@@ -26,9 +26,11 @@ import seqio
 from gkd_jax.tasks import sources, teacher_outputs, text_metrics, vocabularies
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
-PHONEMES = tuple(
-  ["AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY", "JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH"]
+_PHONEMES = (
+  "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S"
+  " SH T TH UH UW V W Y Z ZH"
 )
+PHONEMES = tuple(_PHONEMES.split())
 # Ids are the same for letters and phonemes: 3 special + 27 + 39, rounded to 72.
 INPUTS, TARGETS = vocabularies.characters_and_symbols(LETTERS, PHONEMES)
 NUM_LABELLED_3K = 3000

@@ -4,6 +4,7 @@ The functions have the signature of seqio's metrics, `(targets, predictions)`
 in the same order of examples, and return a dictionary of floats.
 """
 
+import re
 from collections.abc import Sequence
 
 
@@ -84,3 +85,127 @@ def _check_pairs(targets: Sequence, predictions: Sequence) -> None:
       f"{len(targets)} targets and {len(predictions)} predictions; "
       "set the evaluation split"
     )
+
+
+_STEP = re.compile(r"(-?\d+)([-+])(\d+)=(-?\d+)")
+
+
+def chain_accuracy(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Final answers and steps of chains such as `12+7=19;19-30=-11;#-11`.
+
+  A step is valid if it has this form, its result is right, and from the second
+  on it begins with the result that the step before wrote. A prediction without
+  any step counts as one that is not valid.
+
+  Args:
+    targets: The reference chains.
+    predictions: The generated chains.
+
+  Returns:
+    `answer_accuracy`: predictions whose text after the last `#` is the
+    reference's, in percent; `valid_steps`: valid steps in percent of all steps
+    of all predictions.
+
+  Raises:
+    ValueError: If the two differ in length, are empty, or a reference has no
+      answer.
+
+  Example:
+    >>> chain_accuracy(["1+2=3;3-1=2;#2"], ["1+2=4;4-1=3;#2"])
+    {'answer_accuracy': 100.0, 'valid_steps': 50.0}
+  """
+  _check_pairs(targets, predictions)
+  right = valid = total = 0
+  for target, prediction in zip(targets, predictions, strict=True):
+    _, mark, wanted = target.rpartition("#")
+    if not mark:
+      raise ValueError(
+        f"expected a reference with '#' before its answer, got {target!r}; "
+        "set the task"
+      )
+    _, mark, answer = prediction.rpartition("#")
+    right += bool(mark) and answer == wanted
+    steps = [s for s in prediction.partition("#")[0].split(";") if s]
+    total += max(len(steps), 1)
+    valid += _count_valid_steps(steps)
+  return {
+    "answer_accuracy": 100.0 * right / len(predictions),
+    "valid_steps": 100.0 * valid / total,
+  }
+
+
+def _count_valid_steps(steps: Sequence[str]) -> int:
+  valid = 0
+  previous = None
+  for step in steps:
+    match = _STEP.fullmatch(step)
+    if match is None:
+      previous = ""  # Nothing can follow on from a malformed step.
+      continue
+    first, sign, second, result = match.groups()
+    change = int(second) if sign == "+" else -int(second)
+    follows = previous is None or previous == first
+    valid += follows and int(first) + change == int(result)
+    previous = result
+  return valid
+
+
+def rouge(
+  targets: Sequence[str],
+  predictions: Sequence[str],
+  *,
+  use_stemmer: bool = False,
+) -> dict[str, float]:
+  """ROUGE-1, ROUGE-2 and ROUGE-L, mean F-measures (Lin 2004).
+
+  Args:
+    targets: The reference summaries.
+    predictions: The generated summaries.
+    use_stemmer: Whether words are stemmed first. Seqio's T5 tasks do not stem;
+      many papers do, and their numbers are about a point higher.
+
+  Returns:
+    `rouge1`, `rouge2` and `rougeL`, in percent.
+
+  Raises:
+    ValueError: If the two differ in length or are empty.
+  """
+  from rouge_score import rouge_scorer
+
+  _check_pairs(targets, predictions)
+  names = ["rouge1", "rouge2", "rougeL"]
+  scorer = rouge_scorer.RougeScorer(names, use_stemmer=use_stemmer)
+  scores = [
+    scorer.score(target, prediction)
+    for target, prediction in zip(targets, predictions, strict=True)
+  ]
+  return {
+    name: 100.0 * sum(s[name].fmeasure for s in scores) / len(scores)
+    for name in names
+  }
+
+
+def bleu(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Corpus BLEU by sacrebleu, with the international tokenizer as for T5.
+
+  Args:
+    targets: One reference translation each.
+    predictions: The generated translations.
+
+  Returns:
+    `bleu`, from 0 to 100.
+
+  Raises:
+    ValueError: If the two differ in length or are empty.
+  """
+  import sacrebleu
+
+  _check_pairs(targets, predictions)
+  score = sacrebleu.corpus_bleu(
+    list(predictions), [list(targets)], tokenize="intl"
+  )
+  return {"bleu": score.score}

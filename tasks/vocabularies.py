@@ -171,3 +171,14 @@ def characters_and_symbols(
     TokenVocabulary(tokens, separator="", multiple_of=multiple_of),
     TokenVocabulary(tokens, separator=" ", multiple_of=multiple_of),
   )
+
+
+# The vocabulary of all T5 models: 32,000 pieces and 100 sentinels.
+T5_SENTENCEPIECE = (
+  "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+)
+
+
+def t5_vocabulary() -> seqio.SentencePieceVocabulary:
+  """T5's SentencePiece vocabulary; its file is read at the first use."""
+  return seqio.SentencePieceVocabulary(T5_SENTENCEPIECE)

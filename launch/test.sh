@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs gkd_jax with its test requirements into .venv-test, checks style and
+# types, and runs all tests. PYTHON=python3.12 chooses the Python.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+"${PYTHON:-python3}" -m venv .venv-test
+.venv-test/bin/pip install --quiet -e ".[demo,test]"
+export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
+.venv-test/bin/ruff check .
+.venv-test/bin/pyright --pythonpath .venv-test/bin/python
+.venv-test/bin/python -m pytest -q -n 2 "$@"

@@ -1,0 +1,171 @@
+"""An external calculator over generated solutions, and exact match.
+
+As in Cobbe et al. (2021) and Wei et al. (2022, appendix B): a model that sets up
+the right equations is not blamed for its arithmetic. Each `a op b ... = c` of a
+text is computed anew, and a corrected result is carried into the text after
+it, by matching the number as written.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_TERM = rf"\(*-?\$?{_NUMBER}%?\)*"
+_EQUATION = re.compile(
+  # Not inside of a longer number, word or decimal.
+  rf"(?<![\w.,])(?P<left>{_TERM}(?:\s*[-+*/x×÷]\s*{_TERM})+)"
+  rf"\s*=\s*(?P<sign>-?)\$?(?P<right>{_NUMBER})"
+)
+_SIGNED_NUMBER = re.compile(rf"(?<![\w.,])-?\$?{_NUMBER}")
+_ANSWER = re.compile(rf"answer is\s*:?\s*(-?\$?{_NUMBER})", re.IGNORECASE)
+_OPERATIONS = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+}
+
+
+def _to_fraction(number: str) -> Fraction:
+  return Fraction(number.replace(",", "").replace("$", ""))
+
+
+def evaluate(expression: str) -> Fraction | None:
+  """The exact value of an expression of numbers, + - * / and parentheses.
+
+  `x`, `×` and `÷` are operators too; `$` and thousands separators are ignored;
+  `%` divides by 100.
+
+  Args:
+    expression: The text of the expression.
+
+  Returns:
+    Its value; None if it is malformed or divides by zero.
+
+  Example:
+    >>> str(evaluate("20% x $1,500"))
+    '300'
+  """
+  text = re.sub(r"[$,\s]", "", expression)
+  text = re.sub(r"[x×]", "*", text).replace("÷", "/").replace("%", "/100")
+  # Python does not allow leading zeros of a whole number.
+  text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
+  try:
+    return _value(ast.parse(text, mode="eval").body, text)
+  except (SyntaxError, ZeroDivisionError):
+    return None
+
+
+def _value(node: ast.AST, text: str) -> Fraction:
+  if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+    left, right = _value(node.left, text), _value(node.right, text)
+    return _OPERATIONS[type(node.op)](left, right)
+  if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+    return -_value(node.operand, text)
+  if isinstance(node, ast.Constant):
+    return Fraction(ast.get_source_segment(text, node))
+  raise SyntaxError(f"expected numbers and + - * /, got {text!r}")
+
+
+def _format(value: Fraction) -> str:
+  if value.denominator == 1:
+    return str(value.numerator)
+  return f"{float(value):.6f}".rstrip("0").rstrip(".")
+
+
+def _agrees(value: Fraction, written: str) -> bool:
+  # A result may be rounded to the decimals that it is written with.
+  decimals = len(written.partition(".")[2])
+  half_a_digit = Fraction(1, 2 * 10**decimals) if decimals else 0
+  return abs(value - _to_fraction(written)) <= half_a_digit
+
+
+def apply_calculator(text: str) -> str:
+  """Corrects the results of all equations of a text, from left to right.
+
+  Args:
+    text: A solution with equations such as `12 + 7 = 19`.
+
+  Returns:
+    The text with right results; every later number that was written like a
+    corrected one is replaced too.
+
+  Example:
+    >>> apply_calculator("3 * 4 = 13. 13 + 1 = 14. The answer is 14.")
+    '3 * 4 = 12. 12 + 1 = 13. The answer is 13.'
+  """
+  position = 0
+  while match := _EQUATION.search(text, position):
+    value = evaluate(match["left"])
+    start = match.start("sign")
+    position = start
+    written = match["sign"] + match["right"]
+    if value is None or _agrees(value, written):
+      # The result may be the first term of the next equation.
+      continue
+    corrected = _format(value)
+    whole = re.compile(
+      rf"(?<![\d.,]){re.escape(match['right'])}(?![\d]|[.,]\d)"
+    )
+    head, tail = text[: match.start("sign")], text[match.end("right") :]
+    dollar = "$" if "$" in text[start : match.start("right")] else ""
+    # Only unsigned results are carried: "-5" and "5" differ by a sign that
+    # the following text may have as a minus.
+    if value >= 0 and not match["sign"]:
+      tail = whole.sub(corrected, tail)
+    sign = "-" if value < 0 else ""
+    text = head + sign + dollar + corrected.lstrip("-") + tail
+  return text
+
+
+def final_number(text: str) -> Fraction | None:
+  """The number after the last `answer is`, else the last number of a text.
+
+  Args:
+    text: A solution.
+
+  Returns:
+    The number; None if the text has none.
+
+  Example:
+    >>> str(final_number("5 + 2 = 7. The answer is $1,007."))
+    '1007'
+  """
+  answers = _ANSWER.findall(text) or _SIGNED_NUMBER.findall(text)
+  return _to_fraction(answers[-1]) if answers else None
+
+
+def final_number_accuracy(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Exact match of the final numbers, without and with the calculator.
+
+  Args:
+    targets: The reference solutions.
+    predictions: The generated solutions.
+
+  Returns:
+    `accuracy` and `accuracy_with_calculator`, in percent of the examples.
+
+  Raises:
+    ValueError: If a reference has no number, or there are no examples, or
+      not as many predictions as targets.
+  """
+  plain = calculated = 0
+  for target, prediction in zip(targets, predictions, strict=True):
+    wanted = final_number(target)
+    if wanted is None:
+      raise ValueError(
+        f"expected a reference with a number, got {target!r}; set the task"
+      )
+    plain += final_number(prediction) == wanted
+    calculated += final_number(apply_calculator(prediction)) == wanted
+  if not targets:
+    raise ValueError("expected at least one example, got 0; set the split")
+  return {
+    "accuracy": 100.0 * plain / len(targets),
+    "accuracy_with_calculator": 100.0 * calculated / len(targets),
+  }
