@@ -12,13 +12,17 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+_NUMBER = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 _TERM = rf"\(*-?\$?{_NUMBER}%?\)*"
 _EQUATION = re.compile(
   # Not inside of a longer number, word or decimal.
   rf"(?<![\w.,])(?P<left>{_TERM}(?:\s*[-+*/x×÷]\s*{_TERM})+)"
   rf"\s*=\s*(?P<sign>-?)\$?(?P<right>{_NUMBER})"
 )
+# What stands before or after an equation that is only a part of one: "hours *
+# 2/3 = 6", "1 1/2 * 4 = 6", "5 / 2 = 2 1/2", "7 + 8 = 7 + 7 + 1 = 15".
+_CUT_BEFORE = re.compile(r"(?:[-+*/x×÷–]|\d)\s*$")
+_CUT_AFTER = re.compile(r"\s*[-+*/x×÷]\s*[\d(.$]|\s+\d+/\d")
 _SIGNED_NUMBER = re.compile(rf"(?<![\w.,])-?\$?{_NUMBER}")
 _ANSWER = re.compile(rf"answer is\s*:?\s*(-?\$?{_NUMBER})", re.IGNORECASE)
 _OPERATIONS = {
@@ -50,12 +54,13 @@ def evaluate(expression: str) -> Fraction | None:
     '300'
   """
   text = re.sub(r"[$,\s]", "", expression)
-  text = re.sub(r"[x×]", "*", text).replace("÷", "/").replace("%", "/100")
+  text = re.sub(r"[x×]", "*", text).replace("÷", "/")
+  text = re.sub(r"([\d.]+)%", r"(\1/100)", text)
   # Python does not allow leading zeros of a whole number.
   text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
   try:
     return _value(ast.parse(text, mode="eval").body, text)
-  except (SyntaxError, ZeroDivisionError):
+  except (SyntaxError, ZeroDivisionError, RecursionError):
     return None
 
 
@@ -76,11 +81,22 @@ def _format(value: Fraction) -> str:
   return f"{float(value):.6f}".rstrip("0").rstrip(".")
 
 
-def _agrees(value: Fraction, written: str) -> bool:
+def _corrected(left: str, written: str, after: str) -> Fraction | None:
+  """The right result of an equation; None to leave it as it is."""
+  # The parenthesis of "(3 + 4 = 7)" is the sentence's.
+  surplus = left.count("(") - left.count(")")
+  value = evaluate(left[max(surplus, 0) :])
+  if value is None:
+    return None
   # A result may be rounded to the decimals that it is written with.
   decimals = len(written.partition(".")[2])
-  half_a_digit = Fraction(1, 2 * 10**decimals) if decimals else 0
-  return abs(value - _to_fraction(written)) <= half_a_digit
+  tolerance = Fraction(1, 2 * 10**decimals) if decimals else Fraction(0)
+  result = _to_fraction(written)
+  percent = "%" in left or after.startswith("%")
+  candidates = [value, 100 * value] if percent else [value]
+  if any(abs(c - result) <= tolerance for c in candidates):
+    return None
+  return 100 * value if "%" in left and after.startswith("%") else value
 
 
 def apply_calculator(text: str) -> str:
@@ -99,25 +115,26 @@ def apply_calculator(text: str) -> str:
   """
   position = 0
   while match := _EQUATION.search(text, position):
-    value = evaluate(match["left"])
-    start = match.start("sign")
-    position = start
-    written = match["sign"] + match["right"]
-    if value is None or _agrees(value, written):
-      # The result may be the first term of the next equation.
+    # The result may be the first term of the next equation.
+    position = match.start("sign")
+    before, after = text[: match.start()], text[match.end() :]
+    if _CUT_BEFORE.search(before) or _CUT_AFTER.match(after):
       continue
-    corrected = _format(value)
-    whole = re.compile(
-      rf"(?<![\d.,]){re.escape(match['right'])}(?![\d]|[.,]\d)"
-    )
-    head, tail = text[: match.start("sign")], text[match.end("right") :]
-    dollar = "$" if "$" in text[start : match.start("right")] else ""
-    # Only unsigned results are carried: "-5" and "5" differ by a sign that
-    # the following text may have as a minus.
+    written = match["sign"] + match["right"]
+    value = _corrected(match["left"], written, after)
+    if value is None:
+      continue
+    # Only results without a sign are carried on: in the text after it, the
+    # sign of "-5" may be a minus.
     if value >= 0 and not match["sign"]:
-      tail = whole.sub(corrected, tail)
+      number = re.escape(match["right"])
+      after = re.sub(
+        rf"(?<![\d.,]){number}(?!\d|[.,]\d)", _format(value), after
+      )
+    # Between sign and number there may be a dollar sign.
+    unit = text[match.end("sign") : match.start("right")]
     sign = "-" if value < 0 else ""
-    text = head + sign + dollar + corrected.lstrip("-") + tail
+    text = text[:position] + sign + unit + _format(abs(value)) + after
   return text
 
 

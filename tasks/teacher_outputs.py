@@ -83,7 +83,7 @@ class TeacherOutputsSource(seqio.DataSource):
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
-    """False for what the base task cannot, so for all."""
+    """Whether the base task's source can be; the file always can."""
     return seqio.TaskRegistry.get(
       self.base_task
     ).source.supports_arbitrary_sharding
@@ -109,8 +109,13 @@ class TeacherOutputsSource(seqio.DataSource):
       split=split, shuffle=shuffle, seed=seed, shard_info=shard_info
     )
     if split != "train":
+      base = seqio.TaskRegistry.get(self.base_task)
       for preprocessor in self._text_preprocessors:
-        dataset = preprocessor(dataset)
+        dataset = seqio.utils.add_kwargs_to_transform(
+          preprocessor,
+          sequence_length=None,
+          output_features=base.output_features,
+        )(dataset)
     return dataset
 
   def _source(self, split: str) -> seqio.DataSource:
@@ -128,12 +133,18 @@ def split_preprocessors(
     task: A seqio task.
 
   Returns:
-    The preprocessors that make texts, and those from `tokenize` on.
+    The preprocessors that make texts, and those from `tokenize` on; without
+    seqio's cache placeholder.
 
   Raises:
     ValueError: If `tokenize` is not among them.
   """
-  steps = list(task.preprocessors)
+  # Outputs in a file are not cached again.
+  steps = [
+    step
+    for step in task.preprocessors
+    if not isinstance(step, seqio.CacheDatasetPlaceholder)
+  ]
   for i, step in enumerate(steps):
     function = step.func if isinstance(step, functools.partial) else step
     if function is seqio.preprocessors.tokenize:
@@ -184,4 +195,9 @@ def register(name: str, path: str, base_task: str) -> seqio.Task:
     output_features=base.output_features,
     postprocess_fn=base.postprocessor,
     metric_fns=base.metric_fns,
+    # seqio lists the metric functions again, wrapped, after the given objects.
+    metric_objs=base.metric_objs[
+      : len(base.metric_objs) - len(base.metric_fns)
+    ],
+    shuffle_buffer_size=base.shuffle_buffer_size,
   )

@@ -163,8 +163,8 @@ def rouge(
   Args:
     targets: The reference summaries.
     predictions: The generated summaries.
-    use_stemmer: Whether words are stemmed first. Seqio's T5 tasks do not stem;
-      many papers do, and their numbers are about a point higher.
+    use_stemmer: Whether words are stemmed first. The T5 tasks do not stem;
+      numbers with and without are not comparable.
 
   Returns:
     `rouge1`, `rouge2` and `rougeL`, in percent.
@@ -190,7 +190,7 @@ def rouge(
 def bleu(
   targets: Sequence[str], predictions: Sequence[str]
 ) -> dict[str, float]:
-  """Corpus BLEU by sacrebleu, with the international tokenizer as for T5.
+  """Corpus BLEU by sacrebleu, with the `intl` tokenizer as in the T5 tasks.
 
   Args:
     targets: One reference translation each.

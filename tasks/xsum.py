@@ -1,6 +1,6 @@
 """Extreme summarization: an article in, one sentence out.
 
-Data: TFDS `xsum:1.1.0` (204,045 training articles). The paper trains with at
+Data: TFDS `xsum:1.1.0` (204 thousand training articles). The paper trains with at
 most 1,024 input and 64 output tokens and scores ROUGE-2 on the validation split
 (appendix table A.1). TFDS asks for the articles to be placed by hand; see its
 page on `xsum`.
