@@ -56,7 +56,7 @@ setuptools.setup(
     "jax>=0.5",
     "matplotlib>=3.8",
     "numpy>=1.26",
-    "optax>=0.2.4",
+    "optax>=0.2.6",
     "orbax-checkpoint>=0.11.20",
     "rich>=13",
     "rouge-score>=0.1.2",

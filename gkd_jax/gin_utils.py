@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import gin
+from absl import logging
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -41,9 +42,16 @@ def parse(
         f"expected a gin file, got {name!r}, which is not in"
         f" {', '.join(folders)}; set --gin_file or --gin_search_paths"
       )
-  gin.parse_config_files_and_bindings(
-    list(files), list(bindings), skip_unknown=False, finalize_config=False
-  )
+  # Gin logs an error for each folder that lacks a file before the one that
+  # holds it.
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    gin.parse_config_files_and_bindings(
+      list(files), list(bindings), skip_unknown=False, finalize_config=False
+    )
+  finally:
+    logging.set_verbosity(verbosity)
   given = [b.split("=", 1)[0].strip() for b in bindings]
   for name in files:
     path = next(

@@ -106,7 +106,7 @@ def train_step(
     grads, metrics = jax.lax.psum((grads, metrics), axis_name)
   weight = jnp.maximum(metrics["loss"][1], 1e-9)
   grads = jax.tree.map(lambda g: g / weight, grads)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
   rate = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
   new_state = _update(state, grads, optimizer.transform, rate, finite)
