@@ -1,61 +1,41 @@
 """Divergences between the teacher's and the student's next-token laws.
 
-p is the teacher, q the student, in that order in every signature. All take
-log-probs `[..., V]` and return nats per position `[...]` in float32.
+p is the teacher and q the student, in that order in every signature. All take
+log-probs `[..., V]` in any float type and return nats per position `[...]` in
+float32. Values and gradients are finite at log-probs of -1e9 and of -inf: a
+log-prob below -1e10 counts as -1e10.
 
-Every sum is written as sum_v f(p_v, q_v) with f >= 0: an entry `p log(p/q)` is
-taken as `p log(p/q) - p + q`, whose sum is the same and whose terms cannot be
-negative. Near p = q, where the plain terms cancel, this keeps the digits.
+All but total variation are built from one quantity, for laws a, b and a share
+s of b in their mixture:
 
-Formulas: Agarwal et al. (arXiv 2306.13649), section 2; skew KLs: Ko et al.
-(arXiv 2402.03898).
+  K_s(a, b) = KL(a ‖ (1-s) a + s b) / s
+
+  | divergence        | as K                                               |
+  |-------------------|----------------------------------------------------|
+  | `forward_kl`      | K_1(p, q)                                          |
+  | `reverse_kl`      | K_1(q, p)                                          |
+  | `normalized_jsd`  | K_{1-β}(p, q) + K_β(q, p)                          |
+  | `jsd`             | β (1-β) (K_{1-β}(p, q) + K_β(q, p))                |
+  | `skew_forward_kl` | (1-α) K_{1-α}(p, q)                                |
+  | `skew_reverse_kl` | (1-α) K_{1-α}(q, p)                                |
+
+Sources: Agarwal et al. (arXiv 2306.13649), section 2; total variation: Wen et
+al. (arXiv 2307.15190); skew KLs: Ko et al. (arXiv 2402.03898). Share and skew
+are constants: the gradient with respect to them is not meant to be used.
 """
 
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gkd_jax import types
 
-# Log-probs are clipped here from below: exp is 0 in float32 well before it, and
-# differences of two of them stay finite.
+# exp is 0 in float32 well above it, and differences and sums stay finite.
 _FLOOR = -1e10
-
-# (d + exp(-d) - 1) / d² = 1/2! - d/3! + d²/4! - ..., highest power first; the
-# first term left out is below 1e-8 of the sum for |d| < 0.25.
-_SERIES = np.array(
-  [(-1.0) ** n / math.factorial(n + 2) for n in range(6, -1, -1)], np.float32
-)
-
-
-def _prepare(*log_probs: jax.Array) -> list[jax.Array]:
-  return [jnp.maximum(x.astype(jnp.float32), _FLOOR) for x in log_probs]
-
-
-def _relative_entropy(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
-  """KL(a ‖ b), summed over the last axis, term by term non-negative.
-
-  a (d + exp(-d) - 1) with d = log a - log b, by its series where d is small
-  (the three terms cancel), else as a d + (b - a).
-  """
-  d = log_a - log_b
-  a, b = jnp.exp(log_a), jnp.exp(log_b)
-  # The double where keeps the gradient finite: powers of a large number would
-  # be inf, and inf times a zero cotangent NaN.
-  near = jnp.abs(d) < 0.25
-  small = jnp.where(near, d, 0.0)
-  close = a * jnp.square(small) * jnp.polyval(_SERIES, small)
-  # a = 0 contributes b alone; a * d would be 0 * 1e10 in gradients.
-  positive = a > 0
-  far = jnp.where(positive, a * jnp.where(positive, d, 0.0), 0.0) + (b - a)
-  return jnp.sum(jnp.where(near, close, far), axis=-1)
 
 
 def forward_kl(
@@ -74,7 +54,7 @@ def forward_kl(
   Returns:
     `[...]` nats per position, float32.
   """
-  return _relative_entropy(*_prepare(teacher_log_probs, student_log_probs))
+  return _skewed_kl(teacher_log_probs, student_log_probs, 1.0)
 
 
 def reverse_kl(
@@ -82,78 +62,104 @@ def reverse_kl(
 ) -> jax.Array:
   """KL(q ‖ p) = Σ q log(q / p), which seeks one of the teacher's modes.
 
-  Args and result: see `forward_kl`.
-  """
-  return _relative_entropy(*_prepare(student_log_probs, teacher_log_probs))
-
-
-def jsd(
-  teacher_log_probs: jax.Array, student_log_probs: jax.Array, *, beta: Any
-) -> jax.Array:
-  """Generalized JSD(β) = β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q.
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> round(float(reverse_kl(p, q)), 4)
+  0.1308
 
   Args:
     teacher_log_probs: `[..., V]` log p.
     student_log_probs: `[..., V]` log q.
-    beta: in (0, 1), a number or a traced scalar; the teacher's share.
+
+  Returns:
+    `[...]` nats per position, float32.
+  """
+  return _skewed_kl(student_log_probs, teacher_log_probs, 1.0)
+
+
+def jsd(
+  teacher_log_probs: jax.Array,
+  student_log_probs: jax.Array,
+  *,
+  beta: float | jax.Array,
+) -> jax.Array:
+  """JSD(β) = β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q.
+
+  β is the teacher's share, of the mixture and of the sum (the paper's
+  equation 1). Near p = q it is β (1-β) times a KL, so β scales the gradient
+  too; `normalized_jsd` does not.
+
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> round(float(jsd(p, q, beta=0.5)), 4)
+  0.0338
+
+  Args:
+    teacher_log_probs: `[..., V]` log p.
+    student_log_probs: `[..., V]` log q.
+    beta: in (0, 1), a number or a traced scalar.
 
   Returns:
     `[...]` nats per position, float32, at most the binary entropy of β.
 
   Raises:
-    ValueError: a static β outside (0, 1). At 0 and 1 this divergence is 0
-      whatever p and q are; its scaled limits are the KLs.
+    ValueError: a β that is known when tracing is outside of (0, 1). At 0 and 1
+      the formula is 0 whatever p and q are: the KLs are its scaled limits.
   """
-  _check_range("beta", beta)
-  if _is_static(beta) and beta in (0, 1):
-    name = "forward_kl" if beta == 0 else "reverse_kl"
+  beta = _checked("beta", beta)
+  if isinstance(beta, float) and beta in (0, 1):
     raise ValueError(
-      f"expected jsd's beta in (0, 1), got {beta}, at which it is 0 for all"
-      f" inputs; set the divergence to {name!r}"
+      f"expected beta between 0 and 1 for 'jsd', got {beta}, at which it is 0"
+      " for all inputs; set the divergence to"
+      f" {'reverse_kl' if beta else 'forward_kl'!r}"
     )
-  p, q = _prepare(teacher_log_probs, student_log_probs)
-  m = _mixture(p, q, beta)
-  return beta * _relative_entropy(p, m) + (1 - beta) * _relative_entropy(q, m)
+  scale = beta * (1 - beta)
+  return scale * normalized_jsd(teacher_log_probs, student_log_probs, beta=beta)
 
 
 def generalized_jsd(
-  teacher_log_probs: jax.Array, student_log_probs: jax.Array, *, beta: Any
+  teacher_log_probs: jax.Array,
+  student_log_probs: jax.Array,
+  *,
+  beta: float | jax.Array,
 ) -> jax.Array:
-  """JSD(β) with β = 0 read as forward and β = 1 as reverse KL.
+  """`jsd`, but β = 0 means forward KL and β = 1 means reverse KL.
 
-  This is the reading of the paper's experiments and of TRL, and what gin's
-  `DIVERGENCE = 'jsd'` means. The scale jumps at the ends: see `normalized_jsd`.
+  The reading of the paper's experiments and of TRL, and what the gin macros
+  `DIVERGENCE = 'jsd'` and `BETA` mean. Its scale jumps at both ends.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
     student_log_probs: `[..., V]` log q.
-    beta: in [0, 1], a number or a traced scalar.
+    beta: in [0, 1], a number or a traced scalar; only the divergence that it
+      picks is computed (all three where `vmap` maps over it).
 
   Returns:
     `[...]` nats per position, float32.
+
+  Raises:
+    ValueError: a β that is known when tracing is outside of [0, 1].
   """
-  _check_range("beta", beta)
-  if _is_static(beta):
-    if beta in (0, 1):
-      end = forward_kl if beta == 0 else reverse_kl
-      return end(teacher_log_probs, student_log_probs)
-    return jsd(teacher_log_probs, student_log_probs, beta=beta)
-  branch = jnp.where(beta <= 0, 0, jnp.where(beta >= 1, 1, 2))
-  return jax.lax.switch(
-    branch,
-    [forward_kl, reverse_kl, functools.partial(jsd, beta=beta)],
-    teacher_log_probs,
-    student_log_probs,
-  )
+  beta = _checked("beta", beta)
+  branches = [forward_kl, functools.partial(jsd, beta=beta), reverse_kl]
+  if isinstance(beta, float):
+    chosen = branches[0 if beta == 0 else 2 if beta == 1 else 1]
+    return chosen(teacher_log_probs, student_log_probs)
+  index = jnp.where(beta <= 0, 0, jnp.where(beta >= 1, 2, 1))
+  return jax.lax.switch(index, branches, teacher_log_probs, student_log_probs)
 
 
 def normalized_jsd(
-  teacher_log_probs: jax.Array, student_log_probs: jax.Array, *, beta: Any
+  teacher_log_probs: jax.Array,
+  student_log_probs: jax.Array,
+  *,
+  beta: float | jax.Array,
 ) -> jax.Array:
   """JSD(β) / (β (1-β)): KL(p ‖ q) at β = 0, KL(q ‖ p) at 1, smooth between.
 
-  β then chooses the direction only: the plain JSD(β) is about β (1-β) KL near
-  p = q, so that β also scales the gradient.
+  β then sets the direction alone, and not the size of the gradient with it.
+
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> [round(float(normalized_jsd(p, q, beta=b)), 4) for b in (0, 0.5, 1)]
+  [0.1438, 0.1353, 0.1308]
 
   Args:
     teacher_log_probs: `[..., V]` log p.
@@ -162,98 +168,106 @@ def normalized_jsd(
 
   Returns:
     `[...]` nats per position, float32.
+
+  Raises:
+    ValueError: a β that is known when tracing is outside of [0, 1].
   """
-  _check_range("beta", beta)
-  p, q = _prepare(teacher_log_probs, student_log_probs)
-  m = _mixture(p, q, beta)
-  # KL(p‖m)/(1-β) + KL(q‖m)/β. Near an end one KL vanishes with its divisor
-  # squared; there it is second-order small and is dropped exactly at the end.
-  at_zero, at_one = jnp.equal(beta, 0), jnp.equal(beta, 1)
-  teacher = _relative_entropy(p, m) / jnp.where(at_one, 1.0, 1 - beta)
-  student = _relative_entropy(q, m) / jnp.where(at_zero, 1.0, beta)
-  return teacher + student
+  beta = _checked("beta", beta)
+  # Never divides by β (1-β): near an end JSD(β) has lost its digits.
+  return _skewed_kl(
+    teacher_log_probs, student_log_probs, 1 - beta
+  ) + _skewed_kl(student_log_probs, teacher_log_probs, beta)
 
 
 def total_variation(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> jax.Array:
-  """½ Σ |p - q|, in [0, 1] (no unit; f-distill's divergence).
+  """½ Σ |p - q|, f-distill's divergence: between 0 and 1, and no unit.
 
-  Args and shape: see `forward_kl`.
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> round(float(total_variation(p, q)), 4)
+  0.25
+
+  Args:
+    teacher_log_probs: `[..., V]` log p.
+    student_log_probs: `[..., V]` log q.
+
+  Returns:
+    `[...]` per position, float32.
   """
-  p, q = _prepare(teacher_log_probs, student_log_probs)
-  return 0.5 * jnp.sum(jnp.abs(jnp.exp(p) - jnp.exp(q)), axis=-1)
+  log_p, log_q = _floored(teacher_log_probs), _floored(student_log_probs)
+  return 0.5 * jnp.sum(jnp.abs(_difference(log_p, log_q)), axis=-1)
 
 
 def skew_forward_kl(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
-  alpha: Any = 0.1,
+  alpha: float | jax.Array = 0.1,
 ) -> jax.Array:
-  """KL(p ‖ α p + (1-α) q) (DistiLLM).
+  """KL(p ‖ α p + (1-α) q), DistiLLM's skew KL; forward KL at α = 0.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
     student_log_probs: `[..., V]` log q.
-    alpha: in [0, 1), the teacher's share of the mixture.
+    alpha: in [0, 1), the teacher's share of the mixture, a number or a traced
+      scalar.
 
   Returns:
-    `[...]` nats per position, float32.
+    `[...]` nats per position, float32, at most -log α.
+
+  Raises:
+    ValueError: an α that is known when tracing is outside of [0, 1).
   """
-  _check_range("alpha", alpha)
-  p, q = _prepare(teacher_log_probs, student_log_probs)
-  return _relative_entropy(p, _mixture(p, q, alpha))
+  alpha = _checked_skew(alpha)
+  kl = _skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha)
+  return (1 - alpha) * kl
 
 
 def skew_reverse_kl(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
-  alpha: Any = 0.1,
+  alpha: float | jax.Array = 0.1,
 ) -> jax.Array:
-  """KL(q ‖ (1-α) p + α q) (DistiLLM); α is the student's share.
+  """KL(q ‖ (1-α) p + α q), DistiLLM's skew reverse KL; reverse KL at α = 0.
 
-  Args and result: see `skew_forward_kl`.
+  Args:
+    teacher_log_probs: `[..., V]` log p.
+    student_log_probs: `[..., V]` log q.
+    alpha: in [0, 1), the student's share of the mixture, a number or a traced
+      scalar.
+
+  Returns:
+    `[...]` nats per position, float32, at most -log α.
+
+  Raises:
+    ValueError: an α that is known when tracing is outside of [0, 1).
   """
-  _check_range("alpha", alpha)
-  p, q = _prepare(teacher_log_probs, student_log_probs)
-  return _relative_entropy(q, _mixture(q, p, alpha))
+  alpha = _checked_skew(alpha)
+  kl = _skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha)
+  return (1 - alpha) * kl
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
-  """-Σ p log p of `[..., V]`, nats per position, float32."""
-  (log_p,) = _prepare(log_probs)
-  p = jnp.exp(log_p)
-  return -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+  """-Σ p log p, in nats per position.
 
+  >>> round(float(entropy(jnp.log(jnp.array([0.5, 0.5])))), 4)
+  0.6931
 
-def _mixture(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
-  """log(share a + (1-share) b), exact to rounding near a = b."""
-  d = log_a - log_b
-  near = jnp.abs(d) < 0.5
-  small = jnp.where(near, d, 0.0)
-  close = log_b + jnp.log1p(share * jnp.expm1(small))
-  weighted_a = log_a + jnp.log(jnp.maximum(share, 1e-38))
-  weighted_b = log_b + jnp.log(jnp.maximum(1 - share, 1e-38))
-  # Both apart by at least 0.5, or equal: logaddexp's gradient is finite.
-  return jnp.where(near, close, jnp.logaddexp(weighted_a, weighted_b))
+  Args:
+    log_probs: `[..., V]` log p.
 
-
-def _is_static(value: Any) -> bool:
-  return isinstance(value, (int, float, np.number, np.ndarray))
-
-
-def _check_range(name: str, value: Any):
-  if _is_static(value) and not 0 <= value <= 1:
-    raise ValueError(
-      f"expected {name} in [0, 1], got {value}; set {name.upper()}"
-    )
+  Returns:
+    `[...]` float32.
+  """
+  log_p = _floored(log_probs)
+  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 _REGISTRY: dict[str, Callable[..., jax.Array]] = {
-  f.__name__: f
-  for f in (
+  function.__name__: function
+  for function in (
     forward_kl,
     reverse_kl,
     jsd,
@@ -267,33 +281,136 @@ _REGISTRY: dict[str, Callable[..., jax.Array]] = {
 
 
 def names() -> list[str]:
-  """Names that `get` knows."""
+  """Returns the names that `get` knows, sorted."""
   return sorted(_REGISTRY)
 
 
-def get(name: str, **hyper: Any) -> types.Divergence:
-  """Returns a divergence by name, its hyper-parameters bound.
+def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
+  """Returns a divergence with its hyper-parameters bound.
+
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> round(float(get("jsd", beta=0.5)(p, q)), 4)
+  0.0338
 
   Args:
-    name: see `names`.
+    name: one of `names()`.
     **hyper: `beta` or `alpha`, where the divergence takes it.
 
+  Returns:
+    A function of teacher and student log-probs `[..., V]`, giving nats `[...]`.
+
   Raises:
-    ValueError: no such name, or a hyper-parameter that it does not take.
+    ValueError: there is no such name (the message holds the nearest ones), or
+      a hyper-parameter is missing, not taken, or out of its range.
   """
   if name not in _REGISTRY:
-    near = difflib.get_close_matches(name, _REGISTRY) or names()
+    near = difflib.get_close_matches(str(name), _REGISTRY) or names()
     raise ValueError(
-      f"expected a divergence of {', '.join(near)}, got {name!r};"
+      f"expected a divergence such as {', '.join(near)}, got {name!r};"
       " set DIVERGENCE"
     )
-  function = _REGISTRY[name]
-  taken = set(inspect.signature(function).parameters)
+  parameters = inspect.signature(_REGISTRY[name]).parameters.values()
+  options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
   for key, value in hyper.items():
-    if key not in taken:
+    if key not in options:
       raise ValueError(
         f"expected no {key} for the divergence {name!r}, got {value};"
         f" set DIVERGENCE or leave {key} out"
       )
-    _check_range(key, value)
-  return functools.partial(function, **hyper)
+  for key, option in options.items():
+    if option.default is option.empty and key not in hyper:
+      raise ValueError(
+        f"expected a {key} for the divergence {name!r}, got none;"
+        f" set {key.upper()}"
+      )
+  divergence = functools.partial(_REGISTRY[name], **hyper)
+  # Values out of range fail here, and not in the first step.
+  law = jax.ShapeDtypeStruct((1,), jnp.float32)
+  jax.eval_shape(divergence, law, law)
+  return divergence
+
+
+def _skewed_kl(
+  log_a: jax.Array, log_b: jax.Array, share: float | jax.Array
+) -> jax.Array:
+  """K_s(a, b) = KL(a ‖ m) / s, m = (1-s) a + s b; `share` is s.
+
+  0 at s = 0, where m = a, and KL(a ‖ b) at s = 1. The terms that are summed are
+  a log(a / m) - a + m, over s: their sum is the same, since a and m both sum to
+  1, and none is negative, while plain terms of both signs cancel near a = b.
+
+  With y = b/a - 1 and v = s y, so that m = a (1 + v), a term is
+
+    a (v - log1p(v)) / s = (b - a) (v - log1p(v)) / v
+
+  Args:
+    log_a: `[..., V]`.
+    log_b: `[..., V]`.
+    share: in [0, 1], a number or a traced scalar.
+
+  Returns:
+    `[...]` nats, float32.
+  """
+  log_a, log_b = _floored(log_a), _floored(log_b)
+  log_ratio = log_b - log_a
+  difference = _difference(log_a, log_b)
+  # Capped, so that neither y nor its square overflows.
+  v = share * jnp.expm1(jnp.minimum(log_ratio, 40.0))
+  near = (jnp.abs(v) < 0.25) & (log_ratio < 40.0)
+  # The double where: the branch not taken must not make a NaN gradient.
+  v = jnp.where(near, v, 0.0)
+  # log1p(v) = 2 artanh(z) = 2 (z + z³/3 + ...), and v - 2 z = v z.
+  z = v / (2 + v)
+  z2 = z * z
+  series = 1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 / 9))
+  near_term = difference * z * (1 - 2 * z / (2 + v) * series)
+  if isinstance(share, float) and share == 1:
+    log_m = log_ratio  # what the other line gives, without its exp and log
+  else:
+    log_m = jnp.logaddexp(_log(1 - share), _log(share) + log_ratio)
+  # Here log_m is log(m/a). Below 1e-20 the share counts as 0.
+  far_term = difference - jnp.exp(log_a) * log_m / jnp.maximum(share, 1e-20)
+  terms = jnp.where(near, near_term, far_term)
+  terms = jnp.where(jnp.less(share, 1e-20), 0.0, terms)
+  return jnp.sum(terms, axis=-1)
+
+
+def _difference(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+  """b - a, with the digits that exp(log_b) - exp(log_a) loses near a = b."""
+  log_ratio = log_b - log_a
+  a = jnp.exp(log_a)
+  # Where b > e a nothing cancels, and a expm1(...) may be 0 times infinity.
+  close = a * jnp.expm1(jnp.minimum(log_ratio, 1.0))
+  return jnp.where(log_ratio < 1, close, jnp.exp(log_b) - a)
+
+
+def _floored(log_probs: jax.Array) -> jax.Array:
+  return jnp.maximum(log_probs.astype(jnp.float32), _FLOOR)
+
+
+def _log(share: float | jax.Array) -> jax.Array:
+  """log(share), and a finite number below all log-probs' differences at 0."""
+  positive = jnp.greater(share, 0)
+  return jnp.where(positive, jnp.log(jnp.where(positive, share, 1.0)), -1e12)
+
+
+def _checked(name: str, value: float | jax.Array) -> float | jax.Array:
+  """The value: a float, in [0, 1], if it is known when tracing."""
+  if isinstance(value, jax.core.Tracer):
+    return value
+  known = float(value)
+  if not 0 <= known <= 1:
+    raise ValueError(
+      f"expected {name} in [0, 1], got {value}; set {name.upper()}"
+    )
+  return known
+
+
+def _checked_skew(alpha: float | jax.Array) -> float | jax.Array:
+  alpha = _checked("alpha", alpha)
+  if isinstance(alpha, float) and alpha == 1:
+    raise ValueError(
+      f"expected alpha in [0, 1), got {alpha}, at which a skew KL is 0 for all"
+      " inputs; set ALPHA"
+    )
+  return alpha
