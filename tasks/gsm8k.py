@@ -69,7 +69,7 @@ def chain_of_thought(
     answer = tf.strings.regex_replace(example["answer"], r"<<[^>]*>>", "")
     thought = tf.strings.regex_replace(answer, r"\s*####(?s:.*)$", "\n")
     thought = tf.strings.regex_replace(thought, r"[ \t]*[\r\n]+\s*", "\n")
-    thought = tf.strings.regex_replace(thought, r"([^.!?:;,\n])\n", r"\1.\n")
+    thought = tf.strings.regex_replace(thought, r"([^.!?:;,\n])\n", "\\1.\n")
     thought = tf.strings.regex_replace(thought, r"\n", " ")
     number = tf.strings.regex_replace(answer, r"^(?s:.*)####\s*", "")
     number = tf.strings.regex_replace(tf.strings.strip(number), ",", "")

@@ -49,9 +49,11 @@ def test_train_is_the_file_and_the_rest_is_the_base_task(tmp_path, registry):
   ]
   assert sorted(targets)[0] == [1] and all(t[-1] == 1 for t in targets)
   for split in ("validation", "test"):
-    assert decoded(task.get_dataset(split=split, shuffle=False)) == decoded(
-      base.get_dataset(split=split, shuffle=False)
-    )
+    of_both = [
+      decoded(t.get_dataset(split=split, shuffle=False).take(50))
+      for t in (task, base)
+    ]
+    assert of_both[0] == of_both[1] and len(of_both[0]) == 50
   assert task.metric_fns == base.metric_fns
   assert task.num_input_examples("train") == 2
   assert task.num_input_examples("test") == 1000
