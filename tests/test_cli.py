@@ -1,0 +1,263 @@
+"""The command line, as a user starts it: runs, resumes, and errors."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+
+from gkd_jax import checkpoints
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENV = {
+  **os.environ,
+  "JAX_PLATFORMS": "cpu",
+  "PYTHONPATH": str(ROOT),
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  # One program is compiled once for all of these processes.
+  "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="gkd_jax_cache"),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+def command(*arguments):
+  return [sys.executable, "-m", "gkd_jax.main", *map(str, arguments)]
+
+
+def gkd(*arguments, cwd=None, env=None):
+  return subprocess.run(
+    command(*arguments),
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=ENV | (env or {}),
+    timeout=300,
+    check=False,
+  )
+
+
+def gin(**macros):
+  return [f"--gin.{name}={value!r}" for name, value in macros.items()]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("smoke") / "teacher"
+  done = gkd(
+    "train",
+    "--gin_file=experiments/smoke_teacher.gin",
+    *gin(MODEL_DIR=str(folder)),
+  )
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+def smoke(teacher, folder, **macros):
+  settings = {"MODEL_DIR": str(folder), "TEACHER_CHECKPOINT_PATH": str(teacher)}
+  return [
+    "train",
+    "--gin_file=experiments/smoke.gin",
+    *gin(**(settings | macros)),
+  ]
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+  """The uninterrupted smoke run."""
+  folder = tmp_path_factory.mktemp("smoke") / "student"
+  done = gkd(*smoke(teacher, folder))
+  assert done.returncode == 0, done.stderr
+  return folder, done.stdout
+
+
+def assert_same_run(a, b):
+  for x, y in zip(
+    _leaves(checkpoints.load_params(a)),
+    _leaves(checkpoints.load_params(b)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)
+
+
+def _leaves(tree):
+  for key in sorted(tree):
+    if isinstance(tree[key], dict):
+      yield from _leaves(tree[key])
+    else:
+      yield np.asarray(tree[key])
+
+
+def test_smoke_run_writes_what_it_says(whole):
+  folder, printed = whole
+  assert {p.name for p in folder.glob("checkpoint_*")} == {
+    "checkpoint_10",
+    "checkpoint_20",
+  }
+  assert "step 20/20" in printed and "step 20 evaluation" in printed
+  rows = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
+  last = next(r for r in reversed(rows) if "loss" in r)
+  assert last["step"] == 20
+  for name in (
+    "forward_kl",
+    "reverse_kl",
+    "teacher_entropy",
+    "student_entropy",
+    "top1_agreement",
+    "gradient_norm",
+    "learning_rate",
+  ):
+    assert np.isfinite(last[name]), name
+  assert any("sampled_length" in r for r in rows)
+  examples = [json.loads(x) for x in (folder / "examples.jsonl").open()]
+  assert len(examples) == 10
+  assert set(examples[0]) == {
+    "step",
+    "input",
+    "reference",
+    "teacher",
+    "student",
+  }
+  assert list(folder.glob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
+  folder = tmp_path / "student"
+  with subprocess.Popen(
+    command(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+    env=ENV,
+  ) as process:
+    for line in process.stdout:
+      if line.startswith("step 8/"):
+        process.send_signal(how)
+        break
+    process.stdout.read()
+    code = process.wait(timeout=120)
+  assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL)
+  steps = {int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")}
+  assert steps and max(steps) < 20
+  done = gkd(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3))
+  assert done.returncode == 0, done.stderr
+  assert "resumed" in done.stdout
+  assert_same_run(folder, whole[0])
+
+
+def test_infer_and_export(whole, tmp_path):
+  exported = tmp_path / "safetensors"
+  done = gkd(
+    "export", f"--checkpoint_path={whole[0]}", f"--output_path={exported}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert_same_run(exported, whole[0])
+  output = tmp_path / "out.jsonl"
+  done = gkd(
+    "infer",
+    "--gin_file=models/toy.gin",
+    "--gin_file=runs/infer.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    *gin(
+      CHECKPOINT_PATH=str(exported),
+      MIXTURE_OR_TASK_NAME="arithmetic_cot",
+      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
+      EVAL_NUM_EXAMPLES=5,
+      OUTPUT_PATH=str(output),
+    ),
+  )
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(x) for x in output.open()]
+  assert len(lines) == 5
+  assert all(set(x) == {"inputs", "prediction", "score"} for x in lines)
+  assert all(x["score"] < 0 for x in lines)
+
+
+def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
+  folder = tmp_path / "student"
+  done = gkd(*smoke(teacher, folder), "--dry_run")
+  assert done.returncode == 0, done.stderr
+  assert "STUDENT_DATA_FRACTION = 0.5" in done.stdout
+  assert "parameters" in done.stdout and not folder.exists()
+
+
+def test_a_task_outside_of_the_repository(tmp_path):
+  (tmp_path / "my_file.py").write_text(
+    """
+import seqio, tensorflow as tf
+
+def lines(split, shuffle_files, seed=None):
+  words = [f"word {i}" for i in range(64)]
+  return tf.data.Dataset.from_tensor_slices({"inputs": words, "targets": words})
+
+feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+seqio.TaskRegistry.add(
+  "my_task",
+  source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
+  preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+  output_features={"inputs": feature(), "targets": feature()},
+  metric_fns=[],
+)
+"""
+  )
+  done = gkd(
+    "train",
+    "--gin_file=models/toy.gin",
+    "--gin_file=runs/sft.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    "--gin.toy/network.T5Config.vocab_size=384",
+    *gin(
+      MODEL_DIR=str(tmp_path / "run"),
+      MIXTURE_OR_TASK_NAME="my_task",
+      MIXTURE_OR_TASK_MODULE="my_file",
+      TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
+      TRAIN_STEPS=2,
+    ),
+    cwd=tmp_path,
+    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "run" / "checkpoint_2").is_dir()
+
+
+WRONG = {
+  "lambda": ({"STUDENT_DATA_FRACTION": 1.5}, "set STUDENT_DATA_FRACTION"),
+  "beta": ({"BETA": -1.0}, "set BETA"),
+  "temperature": ({"SAMPLING_TEMPERATURE": -1.0}, "set SAMPLING_TEMPERATURE"),
+  "length": (
+    {"TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 0}},
+    "set TASK_FEATURE_LENGTHS",
+  ),
+  "task": ({"MIXTURE_OR_TASK_NAME": "aritmetic_cot"}, "as arithmetic_cot,"),
+  "nothing": ({"TEACHER_CHECKPOINT_PATH": "/nowhere"}, "/nowhere"),
+  "macro": ({"STUDENT_DATA_FRACTIONS": 1.0}, "as STUDENT_DATA_FRACTION"),
+  "divergence": ({"DIVERGENCE": "jds"}, "set DIVERGENCE"),
+  "microbatches": ({"NUM_MICROBATCHES": 3}, "set BATCH_SIZE"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_one_sentence(teacher, tmp_path, name):
+  macros, message = WRONG[name]
+  done = gkd(*smoke(teacher, tmp_path / "student", **macros))
+  assert done.returncode == 2
+  errors = [x for x in done.stderr.splitlines() if x.startswith("gkd: ")]
+  assert len(errors) == 1 and message in errors[0], done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_other_shapes_and_vocabularies(teacher, tmp_path):
+  for binding, message in (
+    ("toy/teacher/network.T5Config.mlp_dim=48", "mlp/w"),
+    ("toy/teacher/network.T5Config.vocab_size=32", "24 (student)"),
+  ):
+    done = gkd(*smoke(teacher, tmp_path / "student"), f"--gin.{binding}")
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+

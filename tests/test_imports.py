@@ -1,0 +1,64 @@
+"""Imports point downward, and the step needs no TensorFlow."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = (
+  ("types", "divergences", "losses", "sampling", "schedules"),
+  ("layers", "network", "partitioning"),
+  ("models", "train_state", "optimizers"),
+  (
+    "data",
+    "checkpoints",
+    "checkpoint_errors",
+    "checkpoint_iterators",
+    "safetensors_io",
+  ),
+  ("trainer", "evaluate", "infer", "train", "logs"),
+  ("main", "gin_utils", "reports"),
+)
+LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path):
+  """Names of gkd_jax modules that a file imports."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module:
+      parts = node.module.split(".")
+      if parts[0] == "gkd_jax":
+        found |= {parts[1]} if parts[1:] else {a.name for a in node.names}
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        if alias.name.startswith("gkd_jax."):
+          found.add(alias.name.split(".")[1])
+  return found
+
+
+def test_every_module_has_a_layer():
+  modules = {p.stem for p in (ROOT / "gkd_jax").glob("*.py")} - {"__init__"}
+  assert modules == set(LEVEL)
+
+
+def test_imports_point_downward():
+  for name, level in LEVEL.items():
+    for other in _imports(ROOT / "gkd_jax" / f"{name}.py") & set(LEVEL):
+      assert LEVEL[other] <= level, f"{name} imports {other}, which is above it"
+
+
+def test_tasks_import_nothing_of_the_package_but_tasks():
+  for path in (ROOT / "tasks").glob("*.py"):
+    assert _imports(path) <= {"tasks"}, path
+
+
+def test_the_step_imports_without_tensorflow():
+  code = (
+    "import sys\n"
+    "from gkd_jax import trainer, models\n"
+    "heavy = {'tensorflow', 'seqio', 'gin', 'orbax', 't5x'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
