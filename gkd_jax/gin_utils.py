@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Sequence
 
-import gin
 from absl import logging
+
+import gin
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -14,7 +15,9 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 def shipped_gin() -> str:
   """The folder of shipped gin files, in an install or in a checkout."""
   inside = os.path.join(_PACKAGE, "gin")
-  return inside if os.path.isdir(inside) else os.path.join(_PACKAGE, "..", "gin")
+  return (
+    inside if os.path.isdir(inside) else os.path.join(_PACKAGE, "..", "gin")
+  )
 
 
 def parse(

@@ -9,11 +9,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flax import linen as nn
-from flax.linen import partitioning as flax_partitioning
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
 
 param_with_axes = flax_partitioning.param_with_axes
 
@@ -132,7 +132,11 @@ class LayerNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis of `x` `[..., D]`; returns `dtype`."""
     scale = param_with_axes(
-      "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
+      "scale",
+      nn.initializers.ones,
+      (x.shape[-1],),
+      jnp.float32,
+      axes=("embed",),
     )
     x = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)

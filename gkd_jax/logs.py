@@ -59,7 +59,9 @@ class TrainLog:
     scalars = {}
     for name, pairs in self._sums.items():
       values = np.sum(np.array(jax.device_get(pairs), np.float64), axis=0)
-      scalars[name] = float(values[0] / values[1]) if values[1] else float("nan")
+      scalars[name] = (
+        float(values[0] / values[1]) if values[1] else float("nan")
+      )
     now = time.monotonic()
     seconds, steps = now - self._time, max(step - self._last, 1)
     scalars |= {

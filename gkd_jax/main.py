@@ -64,7 +64,6 @@ def _run(argv):
     reports.report(argv[2:], FLAGS.output_path or ".")
     return
   import gin
-
   from gkd_jax import gin_utils, infer, train
 
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)

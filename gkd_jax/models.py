@@ -88,7 +88,9 @@ class EncoderDecoderModel:
       jnp.ones(input_shapes[name], types_.get(name, jnp.int32))
       for name in ("encoder_input_tokens", "decoder_input_tokens")
     )
-    return self.module.init(rng, encoder, decoder, decoder, enable_dropout=False)
+    return self.module.init(
+      rng, encoder, decoder, decoder, enable_dropout=False
+    )
 
   def encode(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from gkd_jax import layers
 
@@ -87,7 +87,11 @@ def _dropout(config: T5Config) -> nn.Dropout:
 
 def _attention(config: T5Config, **kwargs) -> layers.Attention:
   return layers.Attention(
-    config.num_heads, config.head_dim, config.dropout_rate, config.dtype, **kwargs
+    config.num_heads,
+    config.head_dim,
+    config.dropout_rate,
+    config.dtype,
+    **kwargs,
   )
 
 
@@ -180,7 +184,9 @@ class Encoder(nn.Module):
     """Tokens `[B, S]` and mask `[B, 1, S, S]` -> `[B, S, D]`."""
     config = self.config
     positions = jnp.arange(tokens.shape[1])
-    relative = layers.RelativePositionBiases(config.num_heads, name="relpos_bias")
+    relative = layers.RelativePositionBiases(
+      config.num_heads, name="relpos_bias"
+    )
     bias = layers.mask_to_bias(mask) + relative(
       positions, positions, bidirectional=True
     )
@@ -222,7 +228,9 @@ class Decoder(nn.Module):
       max_decode_length: cache length, needed by the call that creates it.
     """
     config = self.config
-    relative = layers.RelativePositionBiases(config.num_heads, name="relpos_bias")
+    relative = layers.RelativePositionBiases(
+      config.num_heads, name="relpos_bias"
+    )
     index = None
     if decode:
       index, bias = self._decode_bias(relative, max_decode_length)
@@ -248,7 +256,9 @@ class Decoder(nn.Module):
   def _decode_bias(self, relative, max_decode_length):
     """The position being decoded, and the bias `[1, H, 1, T]` of its row."""
     is_new = not self.has_variable("cache", "cache_index")
-    index = self.variable("cache", "cache_index", lambda: jnp.zeros((), jnp.int32))
+    index = self.variable(
+      "cache", "cache_index", lambda: jnp.zeros((), jnp.int32)
+    )
     length = self.variable(
       "cache", "positions", lambda: jnp.arange(max_decode_length)
     )

@@ -31,9 +31,7 @@ def read_run(folder: str) -> dict[str, Any]:
   if os.path.exists(metrics):
     with open(metrics, encoding="utf-8") as lines:
       rows = [json.loads(line) for line in lines]
-    run["curve"] = [
-      (r["step"], r["eval/wer"]) for r in rows if "eval/wer" in r
-    ]
+    run["curve"] = [(r["step"], r["eval/wer"]) for r in rows if "eval/wer" in r]
   return run
 
 

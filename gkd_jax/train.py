@@ -178,7 +178,9 @@ def train(
         path=initial_checkpoint_path,
       )
     else:
-      params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
+      params = model.get_initial_variables(jax.random.key(seed), shapes)[
+        "params"
+      ]
     params = jax.tree.map(
       lambda x, s: jax.device_put(jnp.array(x, jnp.float32), s),
       dict(params),

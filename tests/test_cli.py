@@ -259,5 +259,3 @@ def test_other_shapes_and_vocabularies(teacher, tmp_path):
     done = gkd(*smoke(teacher, tmp_path / "student"), f"--gin.{binding}")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
-
-

@@ -107,7 +107,9 @@ def test_no_position_sees_a_later_one():
   row = {k: jnp.asarray(v[:1]) for k, v in batch.items()}
 
   def logit(embedding):
-    variables = {"params": params | {"token_embedder": {"embedding": embedding}}}
+    variables = {
+      "params": params | {"token_embedder": {"embedding": embedding}}
+    }
     return model.module.apply(
       variables,
       encoded[:1],
@@ -149,8 +151,17 @@ def test_bfloat16_is_near_float32_and_gives_float32_logits():
 
 @pytest.mark.parametrize(
   ("distance", "bidirectional", "bucket"),
-  [(0, True, 0), (-7, True, 7), (-8, True, 8), (7, True, 23), (500, True, 31)]
-  + [(-15, False, 15), (-16, False, 16), (-500, False, 31), (3, False, 0)],
+  [
+    (0, True, 0),
+    (-7, True, 7),
+    (-8, True, 8),
+    (7, True, 23),
+    (500, True, 31),
+    (-15, False, 15),
+    (-16, False, 16),
+    (-500, False, 31),
+    (3, False, 0),
+  ],
 )
 def test_buckets_by_hand(distance, bidirectional, bucket):
   got = layers.relative_position_bucket(

@@ -28,7 +28,9 @@ def gradient(source, *, microbatches=1, run=jax.jit, **kwargs):
 
 
 def assert_same(a, b, tolerance=1e-5):
-  difference = optax.tree.norm(jax.tree.map(lambda x, y: np.asarray(x) - y, a, b))
+  difference = optax.tree.norm(
+    jax.tree.map(lambda x, y: np.asarray(x) - y, a, b)
+  )
   assert difference <= tolerance * optax.tree.norm(b)
 
 
@@ -108,7 +110,9 @@ def test_pmap_changes_nothing(source, microbatches):
   got = jax.tree.map(jnp.subtract, state.params, new.params)
   expected, expected_metrics = reference(source, "sequence")
   assert_same(got, expected)
-  np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["loss"], expected_metrics["loss"], rtol=1e-5
+  )
 
 
 def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
@@ -122,7 +126,9 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
   loss = lambda p, b, source: model.train_loss(
     p, teacher, b, source=source, **common
   )[0]
-  on_policy = jax.jit(jax.grad(loss), static_argnums=2)(student, batch, "student")
+  on_policy = jax.jit(jax.grad(loss), static_argnums=2)(
+    student, batch, "student"
+  )
   tokens, _ = model.student.sample(
     student,
     model.student.encode(student, batch),
@@ -138,7 +144,9 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
     "decoder_input_tokens": sampling.shift_right(tokens),
     "decoder_loss_weights": sampling.sequence_weights(tokens),
   }
-  supervised = jax.jit(jax.grad(loss), static_argnums=2)(student, as_data, "data")
+  supervised = jax.jit(jax.grad(loss), static_argnums=2)(
+    student, as_data, "data"
+  )
   assert_same(on_policy, supervised)
 
 
@@ -181,7 +189,7 @@ def test_loss_equals_the_formula_in_float64():
 
 
 def test_mixed_rows_use_their_own_source():
-  model, student, teacher = toy_models.gkd(student_data_fraction=0.5)
+  model, student, _teacher = toy_models.gkd(student_data_fraction=0.5)
   batch = toy_models.batch()
   chosen = np.asarray(
     model._choose("mixed", 0, jax.random.key(1), jnp.arange(8))
@@ -218,7 +226,9 @@ def test_teacher_is_untouched_and_not_in_the_state():
   state, _ = jax.jit(step)(
     toy_models.state(student, optimizer), teacher, toy_models.batch()
   )
-  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(teacher), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(before), jax.tree.leaves(teacher), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
   widths = {x.shape for x in jax.tree.leaves(state)}
   assert (16, 8) in widths and (16, 12) not in widths
