@@ -362,7 +362,7 @@ class Transformer(nn.Module):
       mask = targets_valid[:, None, :, None] & targets_valid[:, None, None, :]
       mask &= causal[None, None]
       cross_mask = targets_valid[:, None, :, None] & inputs_valid
-    if decoder_segment_ids is not None:
+    if decoder_segment_ids is not None and mask is not None:
       mask &= _same_segment(decoder_segment_ids, decoder_segment_ids)
       cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
     return self.decoder(

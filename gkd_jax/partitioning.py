@@ -31,7 +31,7 @@ FULLY_SHARDED_RULES = tuple(
 
 
 def make_mesh(
-  num_partitions: int = 1, devices: Sequence[jax.Device] | None = None
+  num_partitions: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """Returns a mesh `("data", "model")`.
 
