@@ -60,7 +60,7 @@ def evaluate(expression: str) -> Fraction | None:
   text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
   try:
     return _value(ast.parse(text, mode="eval").body, text)
-  except (SyntaxError, ZeroDivisionError, RecursionError):
+  except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
     return None
 
 
@@ -70,8 +70,10 @@ def _value(node: ast.AST, text: str) -> Fraction:
     return _OPERATIONS[type(node.op)](left, right)
   if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
     return -_value(node.operand, text)
-  if isinstance(node, ast.Constant):
-    return Fraction(ast.get_source_segment(text, node))
+  segment = ast.get_source_segment(text, node)
+  if isinstance(node, ast.Constant) and segment:
+    # From the text, because a float would not be exact.
+    return Fraction(segment)
   raise SyntaxError(f"expected numbers and + - * /, got {text!r}")
 
 

@@ -79,7 +79,8 @@ class ColumnsDataSource(seqio.DataSource):
         next(iter(sizes.values()))
       )
       columns = {k: v[order] for k, v in columns.items()}
-    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    # TensorFlow's annotation leaves out nested structures.
+    dataset = tf.data.Dataset.from_tensor_slices(columns)  # pyright: ignore[reportArgumentType]
     if shard_info is not None and shard_info.num_shards > 1:
       dataset = dataset.shard(shard_info.num_shards, shard_info.index)
     return dataset

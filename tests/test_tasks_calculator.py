@@ -31,6 +31,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
     ("(2 + 3", None),
     ("2 ** 3", None),
     ("two + 3", None),
+    ("'2' + 3", None),
     ("", None),
     ("__import__('os')", None),
   ],
