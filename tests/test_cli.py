@@ -84,6 +84,10 @@ def assert_same_run(a, b):
     np.testing.assert_array_equal(x, y)
 
 
+def _lines(path):
+  return [json.loads(x) for x in path.read_text().splitlines()]
+
+
 def _leaves(tree):
   for key in sorted(tree):
     if isinstance(tree[key], dict):
@@ -99,7 +103,7 @@ def test_smoke_run_writes_what_it_says(whole):
     "checkpoint_20",
   }
   assert "step 20/20" in printed and "step 20 evaluation" in printed
-  rows = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
+  rows = _lines(folder / "metrics.jsonl")
   last = next(r for r in reversed(rows) if "loss" in r)
   assert last["step"] == 20
   for name in (
@@ -113,7 +117,7 @@ def test_smoke_run_writes_what_it_says(whole):
   ):
     assert np.isfinite(last[name]), name
   assert any("sampled_length" in r for r in rows)
-  examples = [json.loads(x) for x in (folder / "examples.jsonl").open()]
+  examples = _lines(folder / "examples.jsonl")
   assert len(examples) == 10
   assert set(examples[0]) == {
     "step",
@@ -172,7 +176,7 @@ def test_infer_and_export(whole, tmp_path):
     ),
   )
   assert done.returncode == 0, done.stderr
-  lines = [json.loads(x) for x in output.open()]
+  lines = _lines(output)
   assert len(lines) == 5
   assert all(set(x) == {"inputs", "prediction", "score"} for x in lines)
   assert all(x["score"] < 0 for x in lines)
