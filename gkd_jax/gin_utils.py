@@ -35,6 +35,9 @@ def parse(
     ValueError: a file is missing, or a macro given here is read by nothing.
   """
   gin.clear_config()
+  # Gin also looks for `runs/x.gin` in a Python package `runs`, and fails where a
+  # folder of that name has no __init__.py. Files are files here.
+  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
   folders = [os.getcwd(), *search_paths, shipped_gin()]
   for folder in reversed(folders):
     gin.add_config_file_search_path(folder)
