@@ -20,14 +20,15 @@ s of b in their mixture:
   | `skew_reverse_kl` | (1-α) K_{1-α}(q, p)                                |
 
 Sources: Agarwal et al. (arXiv 2306.13649), section 2; total variation: Wen et
-al. (arXiv 2307.15190); skew KLs: Ko et al. (arXiv 2402.03898). Share and skew
-are constants: the gradient with respect to them is not meant to be used.
+al. (arXiv 2307.15190); skew KLs: Ko et al. (arXiv 2402.03898). β and α are
+constants: no gradient flows into them.
 """
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,9 @@ from gkd_jax import types
 
 # exp is 0 in float32 well above it, and differences and sums stay finite.
 _FLOOR = -1e10
+
+# A share below this counts as 0, so that nothing is divided by it.
+_NO_SHARE = 1e-20
 
 
 def forward_kl(
@@ -335,44 +339,61 @@ def _skewed_kl(
 ) -> jax.Array:
   """K_s(a, b) = KL(a ‖ m) / s, m = (1-s) a + s b; `share` is s.
 
-  0 at s = 0, where m = a, and KL(a ‖ b) at s = 1. The terms that are summed are
-  a log(a / m) - a + m, over s: their sum is the same, since a and m both sum to
-  1, and none is negative, while plain terms of both signs cancel near a = b.
+  0 at s = 0, where m = a, and KL(a ‖ b) at s = 1. `[..., V]` to `[...]` nats.
+  """
+  # A static 1 needs no mixture.
+  plain = isinstance(share, float) and share == 1
+  terms = _terms(_floored(log_a), _floored(log_b), None if plain else share)
+  return jnp.sum(terms, axis=-1)
 
-  With y = b/a - 1 and v = s y, so that m = a (1 + v), a term is
+
+@jax.custom_jvp
+def _terms(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
+  """What K_s(a, b) sums: (a log(a / m) - a + m) / s; a share of None is 1.
+
+  The sum over V is KL(a ‖ m) / s, since a and m both sum to 1. None of these
+  terms is negative, while the plain a log(a / m) cancel near a = b. With
+  y = b/a - 1 and v = s y, so that m = a (1 + v), a term is
 
     a (v - log1p(v)) / s = (b - a) (v - log1p(v)) / v
-
-  Args:
-    log_a: `[..., V]`.
-    log_b: `[..., V]`.
-    share: in [0, 1], a number or a traced scalar.
-
-  Returns:
-    `[...]` nats, float32.
   """
-  log_a, log_b = _floored(log_a), _floored(log_b)
+  s = 1.0 if share is None else share
   log_ratio = log_b - log_a
   difference = _difference(log_a, log_b)
-  # Capped, so that neither y nor its square overflows.
-  v = share * jnp.expm1(jnp.minimum(log_ratio, 40.0))
+  v = s * jnp.expm1(jnp.minimum(log_ratio, 40.0))  # y is capped at e^40
   near = (jnp.abs(v) < 0.25) & (log_ratio < 40.0)
-  # The double where: the branch not taken must not make a NaN gradient.
-  v = jnp.where(near, v, 0.0)
   # log1p(v) = 2 artanh(z) = 2 (z + z³/3 + ...), and v - 2 z = v z.
   z = v / (2 + v)
   z2 = z * z
   series = 1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 / 9))
   near_term = difference * z * (1 - 2 * z / (2 + v) * series)
-  if isinstance(share, float) and share == 1:
-    log_m = log_ratio  # what the other line gives, without its exp and log
-  else:
-    log_m = jnp.logaddexp(_log(1 - share), _log(share) + log_ratio)
-  # Here log_m is log(m/a). Below 1e-20 the share counts as 0.
-  far_term = difference - jnp.exp(log_a) * log_m / jnp.maximum(share, 1e-20)
-  terms = jnp.where(near, near_term, far_term)
-  terms = jnp.where(jnp.less(share, 1e-20), 0.0, terms)
-  return jnp.sum(terms, axis=-1)
+  log_m = log_ratio  # log(m / a)
+  if share is not None:
+    log_m = jnp.logaddexp(_log(1 - s), _log(s) + log_ratio)
+  # Far terms are positive, but for the rounding of products near underflow.
+  far_term = difference - jnp.exp(log_a) * log_m / jnp.maximum(s, _NO_SHARE)
+  terms = jnp.where(near, near_term, jnp.maximum(far_term, 0.0))
+  return jnp.where(jnp.less(s, _NO_SHARE), 0.0, terms)
+
+
+def _slope(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
+  """Derivative of `_terms` with respect to log b: (b - a) s b / m."""
+  difference = _difference(log_a, log_b)
+  if share is None:
+    return difference
+  return difference * jax.nn.sigmoid(
+    log_b - log_a + _log(share) - _log(1 - share)
+  )
+
+
+# The closed form keeps its digits where automatic differentiation of the
+# branches would not, and needs no second pass through them. A term scales with
+# (a, b), so its derivatives with respect to log a and log b add up to itself.
+_terms.defjvps(
+  lambda dot, terms, *args: dot * (terms - _slope(*args)),
+  lambda dot, terms, *args: dot * _slope(*args),
+  None,
+)
 
 
 def _difference(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
@@ -397,7 +418,7 @@ def _log(share: float | jax.Array) -> jax.Array:
 def _checked(name: str, value: float | jax.Array) -> float | jax.Array:
   """The value: a float, in [0, 1], if it is known when tracing."""
   if isinstance(value, jax.core.Tracer):
-    return value
+    return jax.lax.stop_gradient(value)
   known = float(value)
   if not 0 <= known <= 1:
     raise ValueError(

@@ -2,7 +2,11 @@
 
 Every loss returns `(loss_sum, weight_sum, aux)`. The caller adds sums and
 weights over microbatches and devices and divides once, so that the gradient
-depends on none of them.
+depends on none of them. `aux` are `types.Metrics`, per token whatever the
+normalisation of the loss, and carry no gradient.
+
+All is computed in float32. A position of weight 0 adds neither value nor
+gradient, even where its logits are NaN or infinite.
 """
 
 import jax
@@ -25,35 +29,39 @@ def token_weights(
 
   Args:
     weights: `[B, T]`, 0 at padding.
-    length_normalization: "sequence": each sequence's tokens share a weight of
-      1, the paper's 1/L_y (equation 2). "token": as given.
-    segment_ids: `[B, T]` int, the sequence of each token of a packed row, or
-      None for one sequence a row.
+    length_normalization: "sequence": the tokens of each sequence share a weight
+      of 1, the paper's 1/L_y (equation 2). "token": `weights` as they are.
+    segment_ids: `[B, T]` int, which sequence of a packed row each token belongs
+      to; None for one sequence per row.
 
   Returns:
-    float32 `[B, T]`, and their total weight: sequences with at least one
-    weighted token, or the sum of the weights.
+    The weights `[B, T]` float32, and their sum `[]` float32: the number of
+    sequences with at least one weighted token, or the sum of `weights`.
 
   Raises:
-    ValueError: another `length_normalization`.
+    ValueError: another `length_normalization`, or shapes that differ.
   """
-  weights = weights.astype(jnp.float32)
-  if length_normalization == "token":
-    return weights, jnp.sum(weights)
-  if length_normalization != "sequence":
+  if length_normalization not in ("sequence", "token"):
     raise ValueError(
       "expected length normalisation 'sequence' or 'token', got"
       f" {length_normalization!r}; set LENGTH_NORMALIZATION"
     )
+  weights = weights.astype(jnp.float32)
+  if length_normalization == "token":
+    return weights, jnp.sum(weights)
   if segment_ids is None:
-    totals = jnp.broadcast_to(
-      jnp.sum(weights, axis=1, keepdims=True), weights.shape
-    )
+    totals = jnp.sum(weights, axis=1, keepdims=True)  # [B, 1]
+    number = jnp.sum(totals > 0)
   else:
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    totals = jnp.einsum("bts,bs->bt", same.astype(jnp.float32), weights)
-  shares = jnp.where(totals > 0, weights / jnp.where(totals > 0, totals, 1), 0)
-  return shares, jnp.sum(shares)
+    _check_shape("segment_ids", segment_ids, weights.shape)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, T]
+    of_others = jnp.where(same, weights[:, None, :], 0.0)
+    totals = jnp.sum(of_others, axis=2)  # [B, T]
+    # A sequence is counted at its first weighted token.
+    before = jnp.sum(jnp.tril(of_others, k=-1), axis=2)
+    number = jnp.sum((weights > 0) & (before == 0))
+  shares = weights / jnp.where(totals > 0, totals, 1.0)
+  return shares, number.astype(jnp.float32)
 
 
 def distillation_loss(
@@ -69,24 +77,39 @@ def distillation_loss(
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Divergence of the student from the teacher, position by position.
 
+  `loss_sum / weight_sum` is the paper's equation 2 averaged over sequences, or
+  the mean over tokens. The result is not multiplied by squared temperatures.
+
+  >>> teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]]]))
+  >>> student = jnp.log(jnp.array([[[0.75, 0.25], [0.1, 0.9]]]))
+  >>> loss, weight, _ = distillation_loss(
+  ...     teacher, student, jnp.array([[1.0, 0.0]]), divergence="forward_kl")
+  >>> round(float(loss / weight), 4)
+  0.1438
+
   Args:
-    teacher_logits: `[B, T, V]`, any float type.
-    student_logits: `[B, T, V]`, any float type.
-    weights: `[B, T]`, 0 at padding: neither value nor gradient there, whatever
-      the logits hold.
-    divergence: a name in `divergences`, or a function.
-    teacher_temperature: divides the teacher's logits.
+    teacher_logits: `[B, T, V]`. Gradients flow into them as into the student's;
+      stop them outside.
+    student_logits: `[B, T, V]`.
+    weights: `[B, T]`, 0 at padding.
+    divergence: a name in `divergences` without hyper-parameters to set, or what
+      `divergences.get` returns.
+    teacher_temperature: divides the teacher's logits, a number above 0 or a
+      traced scalar.
     student_temperature: divides the student's logits.
-    length_normalization: see `token_weights`.
-    segment_ids: see `token_weights`.
+    length_normalization: "sequence" or "token", see `token_weights`.
+    segment_ids: `[B, T]` int for packed rows, see `token_weights`.
 
   Returns:
-    The weighted sum in nats, its weight, and metrics as (sum, weight) over
-    tokens at the loss's temperatures: `forward_kl`, `reverse_kl`,
-    `teacher_entropy`, `student_entropy` (nats per token), `top1_agreement`.
+    `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
+    the mean over tokens of each ("sequence"), or over tokens ("token"). Then
+    metrics per token: `forward_kl`, `reverse_kl`, `teacher_entropy`,
+    `student_entropy` in nats, all at the temperatures of the loss, and
+    `top1_agreement`, the share of tokens that both rank first.
 
   Raises:
-    ValueError: vocabularies that differ, or a temperature not above 0.
+    ValueError: shapes that differ, a temperature not above 0, or a name or
+      length normalisation that does not exist.
   """
   if teacher_logits.shape != student_logits.shape:
     raise ValueError(
@@ -94,20 +117,26 @@ def distillation_loss(
       f" {teacher_logits.shape} and {student_logits.shape}; set the same"
       " vocab_size for TEACHER and STUDENT"
     )
+  _check_shape("weights", weights, student_logits.shape[:-1])
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
-  present = weights > 0
-  p = _log_probs(teacher_logits, teacher_temperature, present, "teacher")
-  q = _log_probs(student_logits, student_temperature, present, "student")
+  _check_temperature("teacher_temperature", teacher_temperature)
+  _check_temperature("student_temperature", student_temperature)
+
+  p = _masked(teacher_logits, weights) / teacher_temperature
+  q = _masked(student_logits, weights) / student_temperature
+  p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
   shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
   loss_sum = jnp.sum(shares * divergence(p, q))
+
   p, q = jax.lax.stop_gradient((p, q))
+  agrees = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
   per_token = {
     "forward_kl": divergences.forward_kl(p, q),
     "reverse_kl": divergences.reverse_kl(p, q),
     "teacher_entropy": divergences.entropy(p),
     "student_entropy": divergences.entropy(q),
-    "top1_agreement": jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1),
+    "top1_agreement": agrees,
   }
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
@@ -124,59 +153,99 @@ def cross_entropy_loss(
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """T5X's cross-entropy with label smoothing and z-loss.
 
+  With smoothing ε the target's share is 1-ε, and ε is spread evenly over the
+  other V-1 tokens. The entropy of that law is subtracted, so that the least
+  possible loss is 0 for every ε.
+
+  >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
+  >>> loss, weight, _ = cross_entropy_loss(
+  ...     logits, jnp.array([[1, 0]]), jnp.array([[1.0, 0.0]]))
+  >>> round(float(loss / weight), 4)
+  1.3863
+
   Args:
-    logits: `[B, T, V]`, any float type.
+    logits: `[B, T, V]`.
     targets: `[B, T]` int.
     weights: `[B, T]`, 0 at padding.
-    label_smoothing: ε: the target keeps 1-ε, the other V-1 tokens share ε. The
-      entropy of that law is taken off: a perfect prediction has loss 0.
-    z_loss: factor of log(Z)², added per token.
-    length_normalization: see `token_weights`.
-    segment_ids: see `token_weights`.
+    label_smoothing: ε in [0, 1).
+    z_loss: factor of log(Z)², which each token adds; Z is the sum of
+      exp(logits).
+    length_normalization: "sequence" or "token", see `token_weights`.
+    segment_ids: `[B, T]` int for packed rows, see `token_weights`.
 
   Returns:
-    The weighted sum in nats, its weight, and metrics as (sum, weight) over
-    tokens: `cross_entropy` (z-loss not included), `z_loss`, `accuracy`.
+    `loss_sum` in nats and `weight_sum`, both `[]` float32, as in
+    `distillation_loss`; with "token", T5X's loss without a normalising factor.
+    Then metrics per token: `cross_entropy` (z-loss not included), `z_loss`, and
+    `accuracy` of the first-ranked token.
+
+  Raises:
+    ValueError: shapes that differ, an ε outside of [0, 1), or a length
+      normalisation that does not exist.
   """
-  present = weights > 0
-  logits = jnp.where(present[:, :, None], logits.astype(jnp.float32), 0.0)
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  log_probs = logits - log_z[:, :, None]
-  picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
-  entropy = -picked
+  _check_shape("targets", targets, logits.shape[:-1])
+  _check_shape("weights", weights, logits.shape[:-1])
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(
+      f"expected label_smoothing in [0, 1), got {label_smoothing};"
+      " set label_smoothing"
+    )
+  logits = _masked(logits, weights)
+  # As log_softmax, but without writing out `[B, T, V]` log-probs, of which only
+  # the target's are needed, and the sum when smoothing.
+  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+  shifted = logits - largest[:, :, None]
+  log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+  log_z = log_sum + largest
+  picked = jnp.take_along_axis(shifted, targets[:, :, None], axis=-1)[:, :, 0]
+  cross_entropy = log_sum - picked
   if label_smoothing:
-    others = label_smoothing / (logits.shape[-1] - 1)
-    keep = 1.0 - label_smoothing
-    constant = keep * np.log(keep) + label_smoothing * np.log(others)
-    rest = jnp.sum(log_probs, axis=-1) - picked
-    entropy = -(keep * picked + others * rest) + constant
+    others = logits.shape[-1] - 1
+    keep, low = 1 - label_smoothing, label_smoothing / others
+    least = -keep * np.log(keep) - label_smoothing * np.log(low)
+    of_others = others * log_sum - (jnp.sum(shifted, axis=-1) - picked)
+    cross_entropy = keep * cross_entropy + low * of_others - least
   penalty = z_loss * jnp.square(log_z)
   shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
-  loss_sum = jnp.sum(shares * (entropy + penalty))
+  loss_sum = jnp.sum(shares * (cross_entropy + penalty))
   per_token = {
-    "cross_entropy": entropy,
+    "cross_entropy": cross_entropy,
     "z_loss": penalty,
     "accuracy": jnp.argmax(logits, axis=-1) == targets,
   }
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
-def _log_probs(logits, temperature, present, whose):
-  if isinstance(temperature, (int, float)) and temperature <= 0:
-    raise ValueError(
-      f"expected a {whose}_temperature above 0, got {temperature};"
-      f" set {whose.upper()}_TEMPERATURE"
-    )
-  # Padding may hold anything, NaN too: it is replaced before, not after.
-  logits = jnp.where(present[:, :, None], logits.astype(jnp.float32), 0.0)
-  return jax.nn.log_softmax(logits / temperature, axis=-1)
+def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
+  """Float32 logits, 0 where the weight is.
+
+  Replaced before the softmax: masking the loss after it would still let NaN
+  through, in the gradient.
+  """
+  return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
 
 
-def _token_metrics(per_token, weights) -> types.Metrics:
+def _token_metrics(
+  per_token: dict[str, jax.Array], weights: jax.Array
+) -> types.Metrics:
   weights = weights.astype(jnp.float32)
   total = jnp.sum(weights)
-  per_token = jax.lax.stop_gradient(per_token)
   return {
-    name: (jnp.sum(value * weights), total)
+    name: (jax.lax.stop_gradient(jnp.sum(value * weights)), total)
     for name, value in per_token.items()
   }
+
+
+def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]):
+  if array.shape != shape:
+    raise ValueError(
+      f"expected {name} of shape {shape}, got {array.shape}; one entry per"
+      " position of the batch"
+    )
+
+
+def _check_temperature(name: str, value: float | jax.Array):
+  if not isinstance(value, jax.core.Tracer) and not value > 0:
+    raise ValueError(
+      f"expected a {name} above 0, got {value}; set {name.upper()}"
+    )
