@@ -1,0 +1,131 @@
+"""Cross-entropy against T5X's numbers, float64 numpy and closed forms."""
+
+import golden_t5x
+import jax.numpy as jnp
+import loss_batches
+import numpy as np
+import pytest
+
+from gkd_jax import losses
+
+
+def smoothed(targets, size, smoothing):
+  """The law `[B, T, V]` that label smoothing trains towards."""
+  law = np.full((*targets.shape, size), smoothing / (size - 1))
+  np.put_along_axis(law, targets[:, :, None], 1 - smoothing, axis=-1)
+  return law
+
+
+@pytest.mark.parametrize("name", golden_t5x.NAMES)
+def test_cross_entropy_equals_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  weights = numbers["batch/decoder_loss_weights"]
+  total, weight, aux = losses.cross_entropy_loss(
+    numbers["logits"],
+    numbers["batch/decoder_target_tokens"],
+    weights,
+    z_loss=1e-4,
+  )
+  np.testing.assert_allclose(total, numbers["loss"], rtol=1e-6)
+  assert weight == weights.sum()
+  parts = aux["cross_entropy"][0] + aux["z_loss"][0]
+  np.testing.assert_allclose(parts, total, rtol=1e-6)
+  assert aux["z_loss"][0] > 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_equals_float64(smoothing, normalization):
+  _, logits, weights, targets = loss_batches.random_batch(8)
+  total, weight, aux = losses.cross_entropy_loss(
+    logits,
+    targets,
+    weights,
+    label_smoothing=smoothing,
+    z_loss=0.01,
+    length_normalization=normalization,
+  )
+  log_q = loss_batches.log_softmax64(logits)
+  law = smoothed(targets, logits.shape[-1], smoothing)
+  # The KL from the smoothed law: its entropy is subtracted.
+  kl = (law * (np.log(np.maximum(law, 1e-300)) - log_q)).sum(-1)
+  z_loss = 0.01 * np.log(np.exp(np.float64(logits)).sum(-1)) ** 2
+  lengths = weights.sum(1)
+  shares, number = weights, lengths.sum()
+  if normalization == "sequence":
+    shares, number = weights / lengths[:, None], len(lengths)
+  np.testing.assert_allclose(total, (shares * (kl + z_loss)).sum(), rtol=1e-5)
+  assert weight == number
+  per_token = {
+    "cross_entropy": kl,
+    "z_loss": z_loss,
+    "accuracy": logits.argmax(-1) == targets,
+  }
+  assert aux.keys() == per_token.keys()
+  for name, (number, count) in aux.items():
+    expected = (per_token[name] * weights).sum()
+    np.testing.assert_allclose(number, expected, rtol=1e-5, err_msg=name)
+    assert count == weights.sum()
+
+
+def test_gradient_by_its_closed_form():
+  _, logits, weights, targets = loss_batches.random_batch(9)
+  loss = lambda x: losses.cross_entropy_loss(
+    x, targets, weights, label_smoothing=0.1, z_loss=0.01
+  )
+  _, _, gradient = loss_batches.value_and_grad(loss, logits)
+  q = np.exp(loss_batches.log_softmax64(logits))
+  log_z = np.log(np.exp(np.float64(logits)).sum(-1, keepdims=True))
+  law = smoothed(targets, logits.shape[-1], 0.1)
+  expected = (q - law + 0.02 * log_z * q) * weights[:, :, None]
+  np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_label_smoothing_by_hand():
+  logits = jnp.log(jnp.array([[[0.7, 0.2, 0.1]]]))
+  total, _, _ = losses.cross_entropy_loss(
+    logits, jnp.array([[0]]), jnp.ones((1, 1)), label_smoothing=0.1
+  )
+  # 0.9 log(0.9 / 0.7) + 0.05 log(0.05 / 0.2) + 0.05 log(0.05 / 0.1)
+  np.testing.assert_allclose(total, 0.12221091, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_perfect_prediction_costs_nothing(smoothing):
+  target = np.array([[2]])
+  with np.errstate(divide="ignore"):
+    logits = np.log(smoothed(target, 5, smoothing))
+  if smoothing == 0:
+    logits = np.maximum(logits, -1e9)
+  # With the logits far from 0: the largest is subtracted first.
+  total, _, _ = losses.cross_entropy_loss(
+    jnp.asarray(logits, jnp.float32) + 64,
+    target,
+    jnp.ones((1, 1)),
+    label_smoothing=smoothing,
+  )
+  np.testing.assert_allclose(total, 0.0, atol=4e-6)
+
+
+def test_a_small_loss_keeps_its_digits_far_from_0():
+  # log(1 + e^-10) at logits around 500.
+  total, _, _ = losses.cross_entropy_loss(
+    jnp.array([[[500.0, 490.0]]]), jnp.array([[0]]), jnp.ones((1, 1))
+  )
+  np.testing.assert_allclose(total, np.log1p(np.exp(-10.0)), rtol=1e-2)
+
+
+def test_equals_forward_kl_from_one_hot_teachers():
+  _, student, weights, targets = loss_batches.random_batch(10)
+  one_hot = np.arange(student.shape[-1]) == targets[:, :, None]
+  distilled = lambda s: losses.distillation_loss(
+    np.where(one_hot, 0.0, -np.inf), s, weights, divergence="forward_kl"
+  )
+  trained = lambda s: losses.cross_entropy_loss(
+    s, targets, weights, length_normalization="sequence"
+  )
+  got = loss_batches.value_and_grad(distilled, student)
+  expected = loss_batches.value_and_grad(trained, student)
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+  assert got[1] == expected[1]
+  np.testing.assert_allclose(got[2], expected[2], rtol=1e-5, atol=1e-7)
