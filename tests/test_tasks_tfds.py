@@ -163,6 +163,16 @@ def test_xsum_metrics_see_the_whole_reference():
   assert half["rougeL"] == pytest.approx(100 * (4 / 7) / 2)
 
 
+@pytest.mark.parametrize("task", ["xsum", "wmt14_en_de", "gsm8k_cot"])
+def test_targets_are_scored_as_they_were_before_tokenization(task):
+  # Also under an evaluator that, unlike seqio's, decodes the cut tokens.
+  postprocess = seqio.TaskRegistry.get(task).postprocess_fn
+  example = {"targets_pretokenized": "ganz und gär".encode()}
+  assert postprocess("ga", example=example, is_target=True) == "ganz und gär"
+  assert postprocess("ga", example=example, is_target=False) == "ga"
+  assert postprocess("ga", example={}, is_target=True) == "ga"
+
+
 def test_wmt_texts():
   for split, rows in SENTENCES.items():
     assert texts("wmt14_en_de_bytes", split) == {
