@@ -58,7 +58,7 @@ def forward_kl(
   Returns:
     `[...]` nats per position, float32.
   """
-  return _skewed_kl(teacher_log_probs, student_log_probs, 1.0)
+  return _skewed_kl(teacher_log_probs, student_log_probs, 1.0, 0.0)
 
 
 def reverse_kl(
@@ -77,7 +77,7 @@ def reverse_kl(
   Returns:
     `[...]` nats per position, float32.
   """
-  return _skewed_kl(student_log_probs, teacher_log_probs, 1.0)
+  return _skewed_kl(student_log_probs, teacher_log_probs, 1.0, 0.0)
 
 
 def jsd(
@@ -178,9 +178,9 @@ def normalized_jsd(
   """
   beta = _checked("beta", beta)
   # Never divides by β (1-β): near an end JSD(β) has lost its digits.
-  return _skewed_kl(
-    teacher_log_probs, student_log_probs, 1 - beta
-  ) + _skewed_kl(student_log_probs, teacher_log_probs, beta)
+  forward = _skewed_kl(teacher_log_probs, student_log_probs, 1 - beta, beta)
+  reverse = _skewed_kl(student_log_probs, teacher_log_probs, beta, 1 - beta)
+  return forward + reverse
 
 
 def total_variation(
@@ -224,7 +224,7 @@ def skew_forward_kl(
     ValueError: an α that is known when tracing is outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
-  kl = _skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha)
+  kl = _skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha, alpha)
   return (1 - alpha) * kl
 
 
@@ -249,7 +249,7 @@ def skew_reverse_kl(
     ValueError: an α that is known when tracing is outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
-  kl = _skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha)
+  kl = _skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha, alpha)
   return (1 - alpha) * kl
 
 
@@ -335,21 +335,29 @@ def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
 
 
 def _skewed_kl(
-  log_a: jax.Array, log_b: jax.Array, share: float | jax.Array
+  log_a: jax.Array,
+  log_b: jax.Array,
+  share: float | jax.Array,
+  rest: float | jax.Array,
 ) -> jax.Array:
-  """K_s(a, b) = KL(a ‖ m) / s, m = (1-s) a + s b; `share` is s.
+  """K_s(a, b) = KL(a ‖ m) / s, m = (1-s) a + s b; s is `share`, 1-s `rest`.
 
   0 at s = 0, where m = a, and KL(a ‖ b) at s = 1. `[..., V]` to `[...]` nats.
+  The caller gives both shares: float32 knows a share next to 1 less well than
+  its rest.
   """
   # A static 1 needs no mixture.
   plain = isinstance(share, float) and share == 1
-  terms = _terms(_floored(log_a), _floored(log_b), None if plain else share)
+  shares = None if plain else (share, rest)
+  terms = _terms(_floored(log_a), _floored(log_b), shares)
   return jnp.sum(terms, axis=-1)
 
 
 @jax.custom_jvp
-def _terms(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
-  """What K_s(a, b) sums: (a log(a / m) - a + m) / s; a share of None is 1.
+def _terms(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
+  """What K_s(a, b) sums: (a log(a / m) - a + m) / s.
+
+  `shares` is (s, 1-s), or None where s is 1.
 
   The sum over V is KL(a ‖ m) / s, since a and m both sum to 1. None of these
   terms is negative, while the plain a log(a / m) cancel near a = b. With
@@ -357,7 +365,7 @@ def _terms(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
 
     a (v - log1p(v)) / s = (b - a) (v - log1p(v)) / v
   """
-  s = 1.0 if share is None else share
+  s, rest = shares or (1.0, 0.0)
   log_ratio = log_b - log_a
   difference = _difference(log_a, log_b)
   v = s * jnp.expm1(jnp.minimum(log_ratio, 40.0))  # y is capped at e^40
@@ -368,22 +376,21 @@ def _terms(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
   series = 1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 / 9))
   near_term = difference * z * (1 - 2 * z / (2 + v) * series)
   log_m = log_ratio  # log(m / a)
-  if share is not None:
-    log_m = jnp.logaddexp(_log(1 - s), _log(s) + log_ratio)
+  if shares is not None:
+    log_m = jnp.logaddexp(_log(rest), _log(s) + log_ratio)
   # Far terms are positive, but for the rounding of products near underflow.
   far_term = difference - jnp.exp(log_a) * log_m / jnp.maximum(s, _NO_SHARE)
   terms = jnp.where(near, near_term, jnp.maximum(far_term, 0.0))
   return jnp.where(jnp.less(s, _NO_SHARE), 0.0, terms)
 
 
-def _slope(log_a: jax.Array, log_b: jax.Array, share: Any) -> jax.Array:
+def _slope(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
   """Derivative of `_terms` with respect to log b: (b - a) s b / m."""
   difference = _difference(log_a, log_b)
-  if share is None:
+  if shares is None:
     return difference
-  return difference * jax.nn.sigmoid(
-    log_b - log_a + _log(share) - _log(1 - share)
-  )
+  s, rest = shares
+  return difference * jax.nn.sigmoid(log_b - log_a + _log(s) - _log(rest))
 
 
 # The closed form keeps its digits where automatic differentiation of the
