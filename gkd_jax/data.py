@@ -11,7 +11,10 @@ import seqio
 import tensorflow as tf
 
 FEATURE_CONVERTER = seqio.EncDecFeatureConverter
-SHIPPED_TASKS = ("gkd_jax.tasks.arithmetic", "gkd_jax.tasks.g2p")
+SHIPPED_TASKS = tuple(
+  f"gkd_jax.tasks.{name}"
+  for name in ("arithmetic", "g2p", "gsm8k", "wmt", "xsum")
+)
 
 
 def load_task(name: str, module: str | None = None) -> Any:
