@@ -44,6 +44,8 @@ class IteratorHandler(ocp.CheckpointHandler):
 )
 @dataclasses.dataclass
 class IteratorArgs(ocp.args.CheckpointArgs):
+  """The iterator whose position is saved or restored."""
+
   iterator: SavableIterator
 
 

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   ("types", "divergences", "losses", "sampling", "schedules"),
   ("layers", "network", "partitioning"),
-  ("models", "train_state", "optimizers"),
+  ("encoder_decoder", "models", "train_state", "optimizers"),
   (
     "data",
     "checkpoints",

@@ -234,16 +234,17 @@ def test_teacher_is_untouched_and_not_in_the_state():
   assert (16, 8) in widths and (16, 12) not in widths
 
 
-def test_encoder_runs_once_in_an_on_policy_step_without_dropout():
-  model, student, teacher = toy_models.gkd()
+@pytest.mark.parametrize(("dropout_rate", "encodings"), [(0.0, 1), (0.1, 2)])
+def test_encodings_of_the_student_in_an_on_policy_step(dropout_rate, encodings):
+  model, student, teacher = toy_models.gkd(dropout_rate)
   step, optimizer = toy_models.sgd_step(model, "student")
-  count = lambda m: str(
-    jax.make_jaxpr(step)(
-      toy_models.state(student, optimizer), teacher, toy_models.batch()
-    )
-  ).count("f32[8,2,6,6] = dot_general")
-  # Student once forward, teacher once forward, student twice backward.
-  assert count(model) == 2 + 1
+  jaxpr = jax.make_jaxpr(step)(
+    toy_models.state(student, optimizer), teacher, toy_models.batch()
+  )
+  # Attention weights of an encoder, [B, H, S, S]: the student's forward passes,
+  # the teacher's one, and the student's one backward pass.
+  products = str(jaxpr).count("f32[8,2,6,6] = dot_general")
+  assert products == encodings + 1 + 1
 
 
 def test_schedules_of_beta_and_lambda_do_not_recompile():
@@ -262,27 +263,30 @@ def test_schedules_of_beta_and_lambda_do_not_recompile():
   assert compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_non_finite_update_is_skipped_and_counted(where):
-  model, student, teacher = toy_models.gkd()
-  step, optimizer = toy_models.sgd_step(model, "data")
+class _RootModel:
+  """Loss sqrt(w): at w = 0 it is finite, and its gradient is infinite."""
+
+  def train_loss(self, params, teacher_params, batch, **kwargs):
+    del teacher_params, batch, kwargs
+    return jnp.sqrt(params["w"]), jnp.ones(()), {}
+
+
+@pytest.mark.parametrize(
+  ("bad", "loss_is_finite"), [(-1.0, False), (0.0, True)]
+)
+def test_a_non_finite_update_is_skipped_and_counted(bad, loss_is_finite):
+  step, optimizer = toy_models.sgd_step(_RootModel(), "data")
   run = jax.jit(step)
-  if where == "loss":
-    student = jax.tree.map(lambda x: x * np.nan, student)
-  else:
-    # A finite loss whose gradient overflows float32's squares.
-    student = student | {
-      "token_embedder": jax.tree.map(
-        lambda x: x * 1e-38, student["token_embedder"]
-      )
-    }
-    student["encoder"] = jax.tree.map(lambda x: x * np.inf, student["encoder"])
-  state = toy_models.state(student, optimizer)
+  state = toy_models.state({"w": jnp.float32(bad)}, optimizer)
   for done in (1, 2):
-    state, metrics = run(state, teacher, toy_models.batch())
+    state, metrics = run(state, {}, toy_models.batch())
+    assert bool(jnp.isfinite(metrics["loss"][0])) == loss_is_finite
+    assert state.params["w"] == bad
     assert state.skipped == state.skipped_in_row == done == state.step
-  good = state.replace(params=toy_models.gkd()[1])
-  state, metrics = run(good, teacher, toy_models.batch())
+  good = state.replace(params={"w": jnp.float32(4.0)})
+  state, metrics = run(good, {}, toy_models.batch())
+  # 4 - 1 / (2 sqrt 4)
+  assert state.params["w"] == 3.75
   assert (state.skipped, state.skipped_in_row, state.step) == (2, 0, 3)
   assert metrics["skipped_updates"][0] == 2
 
