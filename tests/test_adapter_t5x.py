@@ -208,9 +208,11 @@ def test_losses_and_parameters_are_those_of_our_trainer(
 @needs_t5x
 def test_the_teacher_lies_on_the_mesh_by_its_own_rules(tmp_path):
   ours, student, teacher = toy_models.gkd()
-  spec = lambda t: t.teacher_params["decoder"]["layers_0"]["mlp"]["wi_0"][
-    "kernel"
-  ].sharding.spec
+  spec = lambda t: (
+    t.teacher_params["decoder"]["layers_0"]["mlp"]["wi_0"][
+      "kernel"
+    ].sharding.spec
+  )
   plain = _trainer(tmp_path, _model(ours), student, teacher)
   assert spec(plain) == jax.sharding.PartitionSpec(None, "model")
   rules = partitioning.standard_logical_axis_rules(1, 2)
@@ -222,9 +224,7 @@ def test_the_teacher_lies_on_the_mesh_by_its_own_rules(tmp_path):
     teacher_partitioner=_partitioner(logical_axis_rules=rules),
   )
   assert spec(split) == jax.sharding.PartitionSpec("data", "model")
-  losses = [
-    _train(t, toy_models.batch())["loss"] for t in (plain, split)
-  ]
+  losses = [_train(t, toy_models.batch())["loss"] for t in (plain, split)]
   np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
@@ -247,17 +247,17 @@ def test_a_batch_without_targets_is_nan_and_changes_nothing(tmp_path):
 @needs_t5x
 def test_wrong_settings(tmp_path):
   ours, student, teacher = toy_models.gkd()
-  make = functools.partial(
-    _trainer, tmp_path, student=student, teacher=teacher
-  )
+  make = functools.partial(_trainer, tmp_path, student=student, teacher=teacher)
   with pytest.raises(ValueError, match="whole number .* set RANDOM_SEED"):
     make(_model(ours), seed=None)
   with pytest.raises(ValueError, match="/nowhere"):
     make(_model(ours), teacher_checkpoint_path="/nowhere")
   with pytest.raises(ValueError, match="got EncoderDecoderModel; set MODEL"):
-    make(adapter.t5x_models.EncoderDecoderModel(
-      _network(ours.student), None, None, t5x_optimizers.sgd(0.1)
-    ))
+    make(
+      adapter.t5x_models.EncoderDecoderModel(
+        _network(ours.student), None, None, t5x_optimizers.sgd(0.1)
+      )
+    )
   with pytest.raises(ValueError, match="set STUDENT_DATA_FRACTION"):
     _model(ours, student_data_fraction=1.5)
   other = t5x_network.Transformer(t5x_network.T5Config(vocab_size=24))
@@ -315,10 +315,14 @@ def t5x_train(tmp_path_factory, tiny_teacher):
       "MODEL_DIR": str(model_dir),
       "TEACHER_CHECKPOINT_PATH": str(path),
     } | macros
-    without = [] if evaluate else [
-      "--gin.train_script.train.train_eval_dataset_cfg=None",
-      "--gin.train_script.train.infer_eval_dataset_cfg=None",
-    ]
+    without = (
+      []
+      if evaluate
+      else [
+        "--gin.train_script.train.train_eval_dataset_cfg=None",
+        "--gin.train_script.train.infer_eval_dataset_cfg=None",
+      ]
+    )
     done = subprocess.run(
       [
         *(sys.executable, "-m", "t5x.train"),
