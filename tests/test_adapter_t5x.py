@@ -248,7 +248,7 @@ def test_a_batch_without_targets_is_nan_and_changes_nothing(tmp_path):
 def test_wrong_settings(tmp_path):
   ours, student, teacher = toy_models.gkd()
   make = functools.partial(_trainer, tmp_path, student=student, teacher=teacher)
-  with pytest.raises(ValueError, match="whole number .* set RANDOM_SEED"):
+  with pytest.raises(ValueError, match=r"whole number .* set RANDOM_SEED"):
     make(_model(ours), seed=None)
   with pytest.raises(ValueError, match="/nowhere"):
     make(_model(ours), teacher_checkpoint_path="/nowhere")
