@@ -16,6 +16,7 @@ import flax
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import toy_models
 from flax import traverse_util
@@ -26,7 +27,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 with warnings.catch_warnings():
   warnings.simplefilter("ignore")  # T5X's, at import
   try:
-    from t5x import checkpoints as t5x_checkpoints
     from t5x import optimizers as t5x_optimizers
     from t5x import partitioning, utils
     from t5x.examples.t5 import network as t5x_network
@@ -54,7 +54,7 @@ def test_without_t5x_one_sentence_says_how_to_install_it(monkeypatch):
 # ---- the step, against our own trainer --------------------------------------
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _t5x_broadcasts_ranks():
   with jax.numpy_rank_promotion("allow"):
     yield
@@ -138,21 +138,6 @@ def _assert_same_trees(a, b, **tolerance):
     np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
 
 
-@functools.cache
-def _our_step(options, source):
-  model, *_ = toy_models.gkd(**dict(options))
-  optimizer = optimizers.Optimizer(schedules.constant(0.1), optax.sgd(1.0))
-  return jax.jit(
-    functools.partial(
-      trainer.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=7,
-      source=source,
-    )
-  )
-
-
 @needs_t5x
 @pytest.mark.parametrize(
   ("fraction", "microbatches", "options"),
@@ -177,15 +162,26 @@ def test_losses_and_parameters_are_those_of_our_trainer(
   )
   optimizer = optimizers.Optimizer(schedules.constant(0.1), optax.sgd(1.0))
   state = toy_models.state(student, optimizer)
+
+  @functools.cache
+  def our_step(source):
+    return jax.jit(
+      functools.partial(
+        trainer.train_step,
+        model=ours,
+        optimizer=optimizer,
+        seed=7,
+        source=source,
+      )
+    )
+
   sources = set()
   under_t5x.compile_train(toy_models.batch())
   for step in range(4):
     batch = toy_models.batch(seed=step)
     source = trainer.source_of_step(ours, 7, step)
     sources.add(source)
-    state, metrics = _our_step(tuple(options.items()), source)(
-      state, teacher, batch
-    )
+    state, metrics = our_step(source)(state, teacher, batch)
     summary = _train(under_t5x, batch, step)
     for name, (total, weight) in metrics.items():
       # Both sum float32 gradients in another order.
@@ -195,7 +191,13 @@ def test_losses_and_parameters_are_those_of_our_trainer(
       )
   if fraction == 0.5 and "student_data_granularity" not in options:
     assert sources == {models.DATA, models.STUDENT}
-  assert under_t5x.train_state.step == 4
+  # Several steps in one call, as T5X's loop does it: a coin for each.
+  batches = [toy_models.batch(seed=step) for step in range(4, 8)]
+  under_t5x.train(iter(batches), 4).result()
+  for step, batch in enumerate(batches, 4):
+    source = trainer.source_of_step(ours, 7, step)
+    state, _ = our_step(source)(state, teacher, batch)
+  assert under_t5x.train_state.step == 8
   _assert_same_trees(
     under_t5x.train_state.params, state.params, rtol=1e-4, atol=1e-5
   )
@@ -319,8 +321,8 @@ def t5x_train(tmp_path_factory, tiny_teacher):
       []
       if evaluate
       else [
-        "--gin.train_script.train.train_eval_dataset_cfg=None",
-        "--gin.train_script.train.infer_eval_dataset_cfg=None",
+        "--gin.train.train_eval_dataset_cfg=None",
+        "--gin.train.infer_eval_dataset_cfg=None",
       ]
     )
     done = subprocess.run(
@@ -345,10 +347,9 @@ def t5x_train(tmp_path_factory, tiny_teacher):
 
 
 def _saved(model_dir, step):
-  """Everything in a checkpoint, path to array, as T5X itself reads it."""
-  tree = t5x_checkpoints.load_t5x_checkpoint(
-    str(model_dir / f"checkpoint_{step}")
-  )
+  """Everything in a checkpoint of T5X's, path to array."""
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.restore(model_dir / f"checkpoint_{step}" / "state")
   return traverse_util.flatten_dict(tree, sep="/")
 
 
