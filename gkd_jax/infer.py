@@ -37,7 +37,7 @@ def infer(
     split: name of the split.
     batch_size: rows decoded at a time.
     num_examples: at most so many, None for all.
-    temperature: 0 is greedy.
+    temperature: 0 is greedy, or as the model's `decode_fn` has it.
     seed: of sampling.
   """
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
@@ -56,7 +56,7 @@ def infer(
     model.student,
     params,
     seed=seed,
-    decoder_params={"temperature": temperature},
+    decoder_params={"temperature": temperature} if temperature else None,
   )
   scores = evaluator.score(results)
   os.makedirs(os.path.dirname(output_path) or ".", exist_ok=True)

@@ -268,7 +268,7 @@ def train(
         "greedy": final.score(final.predict(model.student, state.params)),
         "sampled": final.score(
           final.predict(
-            model.student,
+            model.student.with_decode_fn(),
             state.params,
             seed=seed,
             decoder_params={"temperature": 1.0},
