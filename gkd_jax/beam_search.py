@@ -14,10 +14,11 @@ traced control flow, and runs under `jit` on a mesh with the batch sharded: rows
 of one prompt stay on one device.
 
 Ties fall as in T5X: of equal candidates the one of the worse-ranked live output
-wins, then the lower token id; of equal finished outputs the one that ended
-first. Where T5X differs: a candidate without a live ancestor never counts as
-finished (with V < 2N T5X can return one in place of live outputs), and the loop
-stops at the length that can be reached instead of one token beyond it.
+wins, then the lower token id. Equal finished outputs swap places in each step,
+so that their order depends on how long the other prompts of the batch take; all
+else is a prompt's own. Where T5X differs: a candidate without a live ancestor
+never counts as finished (with V < 2N T5X can return one in place of live
+outputs), and logits of -inf are allowed.
 """
 
 import functools
@@ -124,13 +125,15 @@ def beam_search(
 
   def not_finished(state: BeamState):
     # Log-probs only fall. The largest penalty brings a score closest to 0: that
-    # of the longest output, or of the next one if alpha is below 0.
+    # of the longest output (T5X: and one token), or, with alpha below 0, of the
+    # next one.
     largest = jnp.maximum(
-      penalty(max_decode_length), penalty(state.position + 1)
+      penalty(max_decode_length + 1), penalty(state.position + 1)
     )
-    bound = state.live_log_probs[:, -1] / largest  # [B]
-    can_improve = jnp.any(bound > state.finished_scores[:, 0])
-    return (state.position < max_decode_length) & can_improve
+    best_live = state.live_log_probs[:, -1]  # [B]
+    can_improve = best_live / largest >= state.finished_scores[:, 0]
+    can_improve &= best_live != -jnp.inf
+    return (state.position < max_decode_length) & jnp.any(can_improve)
 
   def step(state: BeamState) -> BeamState:
     logits, cache = tokens_to_logits(state.current.reshape(-1), state.cache)
