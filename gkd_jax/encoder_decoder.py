@@ -336,7 +336,8 @@ class EncoderDecoderModel:
     """
     options = self.default_decoder_params | dict(decoder_params or {})
     of_options = options.pop("num_decodes", 1)
-    num_decodes = of_options if num_decodes is None else num_decodes
+    if num_decodes is None:
+      num_decodes = int(of_options)
     of_options = options.pop("return_all_decodes", False)
     return_all = (
       of_options if return_all_decodes is None else return_all_decodes
