@@ -13,6 +13,9 @@ flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
 flags.DEFINE_list("gin_search_paths", [], "further folders of gin files")
 flags.DEFINE_string("tfds_data_dir", None, "folder of TFDS data")
 flags.DEFINE_bool("dry_run", False, "build everything, print sizes, and stop")
+flags.DEFINE_bool(
+  "multiprocess", False, "jax.distributed, with what JAX finds (TPU pod, SLURM)"
+)
 flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
 flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
@@ -40,7 +43,7 @@ def _run(argv):
       f"expected a mode of {', '.join(MODES)}, got {mode!r};"
       " run `gkd MODE --gin_file=...`"
     )
-  if FLAGS.coordinator_address:
+  if FLAGS.coordinator_address or FLAGS.multiprocess:
     import jax
 
     jax.distributed.initialize(
@@ -71,6 +74,8 @@ def _run(argv):
     if FLAGS.dry_run:
       print(gin.config_str())
     gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+  elif mode == "eval":
+    gin.get_configurable(infer.evaluate_checkpoint)()
   else:
     gin.get_configurable(infer.infer)()
 

@@ -116,7 +116,10 @@ def test_smoke_run_writes_what_it_says(whole):
     "learning_rate",
   ):
     assert np.isfinite(last[name]), name
-  assert any("sampled_length" in r for r in rows)
+  sampled = [r for r in rows if "sampled_length" in r]
+  assert sampled
+  for row in sampled:
+    assert row["seconds_sampling"] > 0 and row["seconds_per_step"] > 0
   examples = _lines(folder / "examples.jsonl")
   assert len(examples) == 10
   assert set(examples[0]) == {
@@ -154,7 +157,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   assert_same_run(folder, whole[0])
 
 
-def test_infer_and_export(whole, tmp_path):
+def decode(mode, checkpoint, **macros):
+  return gkd(
+    mode,
+    "--gin_file=models/toy.gin",
+    f"--gin_file=runs/{mode}.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    *gin(
+      CHECKPOINT_PATH=str(checkpoint),
+      MIXTURE_OR_TASK_NAME="arithmetic_cot",
+      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
+      EVAL_NUM_EXAMPLES=5,
+      EVAL_SPLIT="test",
+      **macros,
+    ),
+  )
+
+
+def test_export_infer_and_eval(whole, tmp_path):
   exported = tmp_path / "safetensors"
   done = gkd(
     "export", f"--checkpoint_path={whole[0]}", f"--output_path={exported}"
@@ -162,24 +182,26 @@ def test_infer_and_export(whole, tmp_path):
   assert done.returncode == 0, done.stderr
   assert_same_run(exported, whole[0])
   output = tmp_path / "out.jsonl"
-  done = gkd(
-    "infer",
-    "--gin_file=models/toy.gin",
-    "--gin_file=runs/infer.gin",
-    "--gin.STUDENT=%TOY_STUDENT",
-    *gin(
-      CHECKPOINT_PATH=str(exported),
-      MIXTURE_OR_TASK_NAME="arithmetic_cot",
-      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
-      EVAL_NUM_EXAMPLES=5,
-      OUTPUT_PATH=str(output),
-    ),
-  )
+  done = decode("infer", exported, OUTPUT_PATH=str(output))
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
   assert all(set(x) == {"inputs", "prediction", "score"} for x in lines)
   assert all(x["score"] < 0 for x in lines)
+  done = decode("eval", whole[0], EVAL_OUTPUT_DIR=str(tmp_path / "eval"))
+  assert done.returncode == 0, done.stderr
+  (metrics,) = _lines(tmp_path / "eval" / "metrics.json")
+  scored = _lines(tmp_path / "eval" / "predictions.jsonl")
+  for a, b in zip(lines, scored, strict=True):
+    assert (a["inputs"], a["prediction"]) == (b["inputs"], b["prediction"])
+    # The reference is the task's own text for this input, not a decoding.
+    assert b["target"].startswith(b["inputs"].split("+")[0].split("-")[0])
+  # The share of right answers, worked out here from the two texts.
+  right = [
+    x["prediction"].rpartition("#")[2] == x["target"].rpartition("#")[2]
+    for x in scored
+  ]
+  assert metrics["answer_accuracy"] == pytest.approx(100 * np.mean(right))
 
 
 def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):

@@ -17,7 +17,7 @@ LAYERS = (
     "checkpoint_iterators",
     "safetensors_io",
   ),
-  ("trainer", "evaluate", "infer", "train", "logs"),
+  ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
   ("main", "gin_utils", "reports"),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
