@@ -13,7 +13,8 @@ def read_run(folder: str) -> dict[str, Any]:
     folder: MODEL_DIR of a run with `final_eval_split`, or a shipped model.
 
   Returns:
-    `final.json` with `curve`: (step, WER in percent) of each evaluation.
+    `final.json` with `curve`: (step, WER in percent) of each evaluation on
+    validation examples.
 
   Raises:
     ValueError: there is no `final.json`.
@@ -101,9 +102,10 @@ def _plot(runs, path):
     if run["curve"]:
       steps, values = zip(*run["curve"], strict=True)
       axes.plot(steps, values, marker="o", markersize=3, label=name)
-    else:
+    elif "validation" in run:
+      # A shipped model has no curve; its file says what a run's last point would.
       axes.axhline(
-        run["greedy"]["wer"], color="grey", linestyle="--", label=name
+        run["validation"]["wer"], color="grey", linestyle="--", label=name
       )
   axes.set(xlabel="step", ylabel="WER %, greedy (validation)")
   axes.grid(alpha=0.3)

@@ -135,6 +135,9 @@ def test_smoke_run_writes_what_it_says(whole):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   folder = tmp_path / "student"
+  # Another step in every run of the test; pytest shows it if it fails.
+  step = int(np.random.default_rng().integers(4, 18))
+  print(f"{how} at step {step}")
   with subprocess.Popen(
     command(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)),
     stdout=subprocess.PIPE,
@@ -143,7 +146,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
     env=ENV,
   ) as process:
     for line in process.stdout:
-      if line.startswith("step 8/"):
+      if line.startswith(f"step {step}/"):
         process.send_signal(how)
         break
     process.stdout.read()
@@ -264,6 +267,7 @@ WRONG = {
   "macro": ({"STUDENT_DATA_FRACTIONS": 1.0}, "as STUDENT_DATA_FRACTION"),
   "divergence": ({"DIVERGENCE": "jds"}, "set DIVERGENCE"),
   "microbatches": ({"NUM_MICROBATCHES": 3}, "set BATCH_SIZE"),
+  "executor": ({"EXECUTOR": "pmapp"}, "set EXECUTOR"),
 }
 
 
@@ -285,3 +289,69 @@ def test_other_shapes_and_vocabularies(teacher, tmp_path):
     done = gkd(*smoke(teacher, tmp_path / "student"), f"--gin.{binding}")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_batch_size_that_the_data_axis_does_not_divide(teacher, tmp_path):
+  done = gkd(
+    *smoke(teacher, tmp_path / "student", BATCH_SIZE=12),
+    env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+  )
+  assert done.returncode == 2
+  assert "a multiple of 8 (8 data-parallel devices" in done.stderr
+  assert "got 12; set BATCH_SIZE" in done.stderr
+
+
+def test_a_folder_without_a_checkpoint(teacher, tmp_path):
+  (tmp_path / "empty").mkdir()
+  done = gkd(
+    *smoke(
+      teacher,
+      tmp_path / "student",
+      INITIAL_CHECKPOINT_PATH=str(tmp_path / "empty"),
+    )
+  )
+  assert done.returncode == 2
+  assert "set INITIAL_CHECKPOINT_PATH" in done.stderr
+  assert (
+    str(tmp_path / "empty") in done.stderr and "Traceback" not in done.stderr
+  )
+
+
+def test_a_batch_without_a_target_token(tmp_path):
+  done = gkd(
+    "train",
+    "--gin_file=models/toy.gin",
+    "--gin_file=runs/sft.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    "--gin.toy/network.T5Config.vocab_size=72",
+    *gin(
+      MODEL_DIR=str(tmp_path / "run"),
+      MIXTURE_OR_TASK_NAME="g2p_cmudict_unlabelled",
+      TASK_FEATURE_LENGTHS={"inputs": 24, "targets": 24},
+      TRAIN_STEPS=2,
+    ),
+  )
+  assert done.returncode == 2
+  assert "got a batch without any at step 0" in done.stderr
+  assert not list((tmp_path / "run").glob("checkpoint_*"))
+
+
+def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
+  folder = tmp_path / "student"
+  done = gkd(
+    *smoke(
+      teacher,
+      folder,
+      # The first update leaves parameters whose squares overflow.
+      LEARNING_RATE=1e30,
+      LOG_PERIOD=1,
+      CHECKPOINT_PERIOD=1,
+    ),
+    "--gin.train.train.max_skipped_in_row=3",
+  )
+  assert done.returncode == 2
+  assert "got 3 non-finite ones in a row up to step 4" in done.stderr
+  assert "set LEARNING_RATE" in done.stderr
+  rows = [r for r in _lines(folder / "metrics.jsonl") if "loss" in r]
+  assert [r["skipped_updates"] for r in rows] == [0, 1, 2, 3]
+  assert (folder / "checkpoint_1").is_dir()

@@ -7,16 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Two devices in each process.
 ENV = {
   **os.environ,
   "JAX_PLATFORMS": "cpu",
-  "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+  "XLA_FLAGS": "--xla_backend_optimization_level=0",
+  "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="gkd_jax_cache"),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "PYTHONPATH": str(ROOT),
   "TF_CPP_MIN_LOG_LEVEL": "3",
 }
