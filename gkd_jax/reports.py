@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import figure
+
 
 def read_run(folder: str) -> dict[str, Any]:
   """The final results of a run, and its validation curve.
@@ -85,19 +87,15 @@ def report(folders: Sequence[str], output: str) -> str:
   text = table(runs)
   with open(os.path.join(output, "table.txt"), "w") as f:
     f.write(text + "\n")
-  _plot(runs, os.path.join(output, "wer.png"))
+  curves(runs).savefig(os.path.join(output, "wer.png"), dpi=120)
   print(text, flush=True)
   return text
 
 
-def _plot(runs, path):
-  """Validation WER over steps."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def curves(runs: Mapping[str, Mapping[str, Any]]) -> figure.Figure:
+  """Validation WER in percent over steps, one line for each run."""
+  picture = figure.Figure(figsize=(7, 4.5), layout="constrained")
+  axes = picture.subplots()
   for name, run in runs.items():
     if run["curve"]:
       steps, values = zip(*run["curve"], strict=True)
@@ -110,5 +108,4 @@ def _plot(runs, path):
   axes.set(xlabel="step", ylabel="WER %, greedy (validation)")
   axes.grid(alpha=0.3)
   axes.legend()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  return picture
