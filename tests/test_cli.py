@@ -318,20 +318,43 @@ def test_a_folder_without_a_checkpoint(teacher, tmp_path):
 
 
 def test_a_batch_without_a_target_token(tmp_path):
+  (tmp_path / "no_targets.py").write_text(
+    """
+import seqio, tensorflow as tf
+
+def lines(split, shuffle_files, seed=None):
+  words = [f"word {i}" for i in range(64)]
+  return tf.data.Dataset.from_tensor_slices(
+    {"inputs": words, "targets": [""] * 64}
+  )
+
+feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+seqio.TaskRegistry.add(
+  "no_targets",
+  source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
+  preprocessors=[seqio.preprocessors.tokenize],
+  output_features={"inputs": feature(), "targets": feature()},
+  metric_fns=[],
+)
+"""
+  )
   done = gkd(
     "train",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/sft.gin",
     "--gin.STUDENT=%TOY_STUDENT",
-    "--gin.toy/network.T5Config.vocab_size=72",
+    "--gin.toy/network.T5Config.vocab_size=384",
     *gin(
       MODEL_DIR=str(tmp_path / "run"),
-      MIXTURE_OR_TASK_NAME="g2p_cmudict_unlabelled",
-      TASK_FEATURE_LENGTHS={"inputs": 24, "targets": 24},
+      MIXTURE_OR_TASK_NAME="no_targets",
+      MIXTURE_OR_TASK_MODULE="no_targets",
+      TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
       TRAIN_STEPS=2,
     ),
+    cwd=tmp_path,
+    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
   )
-  assert done.returncode == 2
+  assert done.returncode == 2, done.stdout
   assert "got a batch without any at step 0" in done.stderr
   assert not list((tmp_path / "run").glob("checkpoint_*"))
 
