@@ -278,7 +278,9 @@ class Checkpointer:
       (self._folder / _TRASH).rmtree()
 
 
-def load_params(path: Path, *, setting: str = _SETTINGS) -> PyTree:
+def load_params(
+  path: Path, *, setting: str = _SETTINGS, dtype: str | None = "float32"
+) -> PyTree:
   """Reads parameters, whatever of the known formats `path` holds.
 
   Known are a run's MODEL_DIR (its newest checkpoint), one `checkpoint_<step>`
@@ -289,13 +291,20 @@ def load_params(path: Path, *, setting: str = _SETTINGS) -> PyTree:
   Args:
     path: a folder or a file.
     setting: what the user set the path with, for the message.
+    dtype: what floating-point arrays are converted to (the network's parameters
+      are float32, however a file stores them); None keeps the file's.
 
   Returns:
-    Nested dict of numpy arrays, with the dtypes of the file.
+    Nested dict of numpy arrays.
 
   Raises:
     ValueError: if `path` holds none of these, or is damaged.
   """
+  params = _read_params(path, setting)
+  return params if dtype is None else safetensors_io.cast(params, dtype)
+
+
+def _read_params(path: Path, setting: str) -> PyTree:
   found = _find(path, setting)
   if found.name.endswith(".safetensors"):
     return safetensors_io.load_safetensors(found, setting=setting)

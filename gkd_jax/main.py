@@ -18,6 +18,12 @@ flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
 flags.DEFINE_string("checkpoint_path", None, "export: what to read")
 flags.DEFINE_string("output_path", None, "export: folder to write")
+flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["bfloat16", "float16", "float32"],
+  "export: what parameters are stored in; without it, as they are read",
+)
 
 
 def _gin_flags(argv):
@@ -87,7 +93,7 @@ def _export():
     )
   checkpoints.save_safetensors(
     FLAGS.output_path,
-    checkpoints.load_params(FLAGS.checkpoint_path),
+    checkpoints.load_params(FLAGS.checkpoint_path, dtype=FLAGS.dtype),
     checkpoints.load_config(FLAGS.checkpoint_path) or {},
   )
 

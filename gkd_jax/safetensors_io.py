@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -107,6 +109,36 @@ def load_safetensors(
       f" copy it again, or set {setting}"
     ) from error
   return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """Converts the floating-point arrays of a tree, others stay as they are.
+
+  Args:
+    params: nested dict of arrays.
+    dtype: name of a floating-point type, "float32", "bfloat16" or "float16".
+
+  Raises:
+    ValueError: if a finite number is beyond the largest of `dtype`.
+  """
+
+  def convert(path, x):
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    with np.errstate(over="ignore"):
+      y = x.astype(jnp.dtype(dtype))
+    if y.dtype.itemsize < x.dtype.itemsize and not np.array_equal(
+      np.isfinite(x), np.isfinite(y)
+    ):
+      raise ValueError(
+        f"expected numbers that {dtype} can hold, got {np.abs(x).max():.3g} in"
+        f" {jax.tree_util.keystr(path, simple=True, separator='/')}; set --dtype"
+        " to bfloat16 or float32"
+      )
+    return y
+
+  return jax.tree_util.tree_map_with_path(convert, dict(params))
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import checkpoints
+from gkd_jax import checkpoints, safetensors_io
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = {"vocab_size": 32, "mlp_activations": ["gelu", "linear"]}
@@ -385,7 +385,7 @@ def test_an_error_of_the_background_write_is_raised(tmp_path):
 _CHILD = """
 import sys
 import jax.numpy as jnp, numpy as np
-from gkd_jax import checkpoints
+from gkd_jax import checkpoints, safetensors_io
 def state(step):
   x = np.random.default_rng(step).normal(size=2**24).astype(np.float32)
   return {"step": jnp.int32(step), "x": jnp.asarray(x)}
@@ -490,7 +490,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("name, step", [("", 10), ("checkpoint_2", 2)])
 def test_load_params_of_a_run(run, name, step):
-  params = checkpoints.load_params(run / name)
+  params = checkpoints.load_params(run / name, dtype=None)
   expected = jax.tree.map(np.asarray, make_state(seed=step).params)
   assert_identical(params, expected)
   assert checkpoints.load_config(run / name) == CONFIG
@@ -547,7 +547,7 @@ def test_safetensors_round_trip(tmp_path):
     checkpoints.save_safetensors(folder, params, CONFIG)
     expected = jax.tree.map(np.asarray, params)
     for path in (folder, folder / "model.safetensors"):
-      assert_identical(checkpoints.load_params(path), expected)
+      assert_identical(checkpoints.load_params(path, dtype=None), expected)
       assert checkpoints.load_config(path) == CONFIG
     (folder / "README.md").write_text("mine")
   assert folders(tmp_path / "export") == ["model"]
@@ -556,8 +556,34 @@ def test_safetensors_round_trip(tmp_path):
   assert written == {"format": "gkd_jax", **CONFIG}
   alone = tmp_path / "alone.safetensors"
   shutil.copy(folder / "model.safetensors", alone)
-  assert_identical(checkpoints.load_params(alone), expected)
+  assert_identical(checkpoints.load_params(alone, dtype=None), expected)
   assert checkpoints.load_config(alone) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_export_is_read_back_as_float32(tmp_path, dtype):
+  # 1 + 2^-8 lies halfway between two bfloat16 and rounds to the even 1; 1 +
+  # 3 * 2^-8 rounds to 1 + 2^-6. float16 holds both.
+  values = np.asarray([1 + 2**-8, 1 + 3 * 2**-8, -0.5], np.float32)
+  rounded = {
+    "bfloat16": np.asarray([1, 1 + 2**-6, -0.5], np.float32),
+    "float16": values,
+  }[dtype]
+  params = {"w": values, "steps": np.asarray([2**24 + 1], np.int32)}
+  narrow = safetensors_io.cast(params, dtype)
+  checkpoints.save_safetensors(tmp_path / "m", narrow, CONFIG)
+  stored = checkpoints.load_params(tmp_path / "m", dtype=None)
+  assert (stored["w"].dtype, stored["steps"].dtype) == (dtype, np.int32)
+  read = checkpoints.load_params(tmp_path / "m")
+  assert_identical(read, {"w": rounded, "steps": params["steps"]})
+
+
+def test_numbers_that_a_narrow_type_cannot_hold():
+  params = {"a": {"w": np.asarray([1.0, 7e4, np.inf], np.float32)}}
+  safetensors_io.cast(params, "bfloat16")
+  with pytest.raises(ValueError) as error:
+    safetensors_io.cast(params, "float16")
+  assert "a/w" in message(error)
 
 
 def test_safetensors_layout_is_what_the_library_reads(tmp_path):
