@@ -20,6 +20,7 @@ from gkd_jax import (
   output_folders,
   parameter_table,
   safetensors_io,
+  stored_arrays,
 )
 
 FORMATS = ("gkd", "t5x", "hf")
@@ -49,7 +50,7 @@ def import_checkpoint(
   """
   flat, config, _ = _open(checkpoint_path)
   safetensors_io.save_safetensors(
-    output_path, flat, _fields(config), dtype=dtype
+    output_path, stored_arrays.unflatten(flat), _fields(config), dtype=dtype
   )
   return config
 
@@ -88,7 +89,9 @@ def export_checkpoint(
   if format == "gkd":
     safetensors_io.save_safetensors(
       output_path,
-      checkpoint_formats.open_params(checkpoint_path, setting=_SETTING),
+      stored_arrays.unflatten(
+        checkpoint_formats.open_params(checkpoint_path, setting=_SETTING)
+      ),
       checkpoint_formats.load_config(checkpoint_path, setting=_SETTING) or {},
       dtype=dtype,
     )

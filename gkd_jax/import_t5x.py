@@ -220,7 +220,7 @@ def save_orbax(
   mesh = partitioning.make_mesh(devices=jax.local_devices()[:1])
   axes = parameter_table.logical_axes(config)
   shardings = partitioning.param_shardings(
-    traverse_util.unflatten_dict(dict(flat), sep="/"), axes, mesh
+    stored_arrays.unflatten(flat), axes, mesh
   )
   params = stored_arrays.place_tree(flat, shardings)
   replicated = partitioning.replicated(mesh)

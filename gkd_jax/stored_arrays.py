@@ -96,6 +96,11 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, StoredArray]:
   }
 
 
+def unflatten(flat: Mapping[str, StoredArray]) -> dict[str, Any]:
+  """Path, joined by "/", to array -> nested dict of them, unread."""
+  return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
 def names(tree: Mapping[str, Any]) -> list[str]:
   """The paths of a nested dict's leaves, joined by "/"."""
   return list(traverse_util.flatten_dict(dict(tree), sep="/"))

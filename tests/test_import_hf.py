@@ -1,18 +1,17 @@
 """Hugging Face folders, both ways: transformers computes what we compute."""
 
-import contextlib
 import os
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from gkd_jax import checkpoints, models, network
+from gkd_jax import checkpoints, export, models, network
 
 torch = pytest.importorskip(
   "torch", reason="torch is in the extra hf: pip install gkd_jax[hf]"
 )
-with contextlib.suppress(ImportError):
-  os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip(
   "transformers",
   reason="transformers is in the extra hf: pip install gkd_jax[hf]",
@@ -62,7 +61,7 @@ BATCH["decoder_input_tokens"] = np.pad(
 )[:, :-1]
 
 
-def make(family, seed=0, **overrides):
+def make(family, seed=6, **overrides):
   """A random model of the family, in transformers."""
   kind, fields = FAMILIES[family]
   config = getattr(transformers, f"{kind}Config")(
@@ -139,4 +138,99 @@ def test_logits_and_greedy_tokens_are_theirs(tmp_path, family):
   expected = np.zeros((3, length), np.int64)
   expected[:, : generated.shape[1]] = generated
   np.testing.assert_array_equal(tokens, expected)
+  # With this seed they are neither one token for ever nor all of one length.
   assert len(np.unique(tokens)) > 3
+  assert family == "byt5" or len(set((tokens == 1).sum(1))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_computes_the_same_in_transformers(tmp_path, family):
+  theirs = make(family)
+  theirs.save_pretrained(tmp_path / "theirs")
+  export.import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+  export.export_checkpoint(tmp_path / "ours", tmp_path / "back", format="hf")
+  back, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    tmp_path / "back", output_loading_info=True
+  )
+  assert not any(report.values()), report
+  np.testing.assert_allclose(
+    their_logits(back.eval()), their_logits(theirs), atol=1e-6, rtol=0
+  )
+  generation = back.generation_config
+  assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)
+  assert generation.decoder_start_token_id == 0
+  for name in SIZES:
+    assert getattr(back.config, name) == getattr(theirs.config, name)
+
+
+def test_several_files_in_bfloat16(tmp_path):
+  theirs = make("t5_1_1").to(torch.bfloat16)
+  theirs.save_pretrained(tmp_path / "t0", max_shard_size="8KB")
+  assert len(list((tmp_path / "t0").glob("*.safetensors"))) > 2
+  params = traverse_util.flatten_dict(
+    checkpoints.load_params(tmp_path / "t0"), sep="/"
+  )
+  assert {x.dtype for x in params.values()} == {np.dtype(np.float32)}
+  weight = theirs.decoder.block[1].layer[1].EncDecAttention.k.weight
+  np.testing.assert_array_equal(
+    params["decoder/layers_1/encoder_decoder_attention/key/kernel"],
+    weight.detach().float().numpy().T,
+  )
+  assert_close_where_there_are_targets(
+    our_logits(tmp_path / "t0"), their_logits(theirs.float()), 1e-4
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_export(tmp_path, dtype):
+  theirs = make("mt5")
+  theirs.save_pretrained(tmp_path / "theirs")
+  export.export_checkpoint(
+    tmp_path / "theirs", tmp_path / "back", format="hf", dtype=dtype
+  )
+  back = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    tmp_path / "back", torch_dtype="auto"
+  )
+  assert back.dtype == getattr(torch, dtype)
+  expected = theirs.to(getattr(torch, dtype)).state_dict()
+  for name, value in back.state_dict().items():
+    # transformers holds the matrices `wo` in float32 whatever the file has.
+    torch.testing.assert_close(
+      value.float(), expected[name].float(), rtol=0, atol=0
+    )
+
+
+def test_the_tokenizer_of_an_export_gives_seqio_s_ids(tmp_path):
+  sentencepiece = pytest.importorskip(
+    "sentencepiece", reason="sentencepiece comes with seqio"
+  )
+  import seqio
+
+  (tmp_path / "text").write_text("the cat sat on the mat\nthat is it\n" * 20)
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(tmp_path / "text"),
+    model_prefix=str(tmp_path / "pieces"),
+    vocab_size=18,
+    # T5's: padding 0, EOS 1, unknown 2, no BOS.
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  make("t5_1_1").save_pretrained(tmp_path / "theirs")
+  export.export_checkpoint(
+    tmp_path / "theirs",
+    tmp_path / "back",
+    format="hf",
+    vocabulary_path=tmp_path / "pieces.model",
+    extra_ids=5,
+  )
+  tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path / "back")
+  vocabulary = seqio.SentencePieceVocabulary(
+    str(tmp_path / "pieces.model"), extra_ids=5
+  )
+  text = "that cat is on it"
+  assert tokenizer(text).input_ids == [*vocabulary.encode(text), 1]
+  assert tokenizer("<extra_id_0>").input_ids[0] == 22
+  assert vocabulary.vocab_size == len(tokenizer) == 23
