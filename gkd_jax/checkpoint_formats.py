@@ -25,6 +25,7 @@ from gkd_jax import (
   import_t5x,
   network,
   parameter_table,
+  paths,
   safetensors_io,
   stored_arrays,
   tensorstore_io,
@@ -59,7 +60,7 @@ def find(path: Path, *, setting: str = SETTINGS) -> Found:
     ValueError: if it is none of the formats, or a checkpoint that was still
       being written.
   """
-  place = absolute(path)
+  place = paths.absolute(path)
   if place.is_file() and place.name.endswith(".safetensors"):
     return Found("safetensors", place)
   if place.is_file() and place.name == import_t5x.LEGACY_FILE:
@@ -250,8 +251,3 @@ def network_config(
   if "mlp_activations" in fields:
     fields["mlp_activations"] = tuple(fields["mlp_activations"])
   return network.T5Config(**fields)
-
-
-def absolute(path: Path) -> epath.Path:
-  """The absolute path, with the home folder filled in."""
-  return epath.Path(path).expanduser().resolve()

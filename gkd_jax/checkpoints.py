@@ -25,6 +25,7 @@ from gkd_jax import (
   checkpoint_errors,
   checkpoint_formats,
   checkpoint_iterators,
+  paths,
   safetensors_io,
   tensorstore_io,
 )
@@ -87,7 +88,7 @@ class Checkpointer:
       raise ValueError(
         f"expected best_mode 'max' or 'min', got {best_mode!r}; set best_mode"
       )
-    self._folder = checkpoint_formats.absolute(model_dir)
+    self._folder = paths.absolute(model_dir)
     self._best_metric = best_metric
     self._sign = 1.0 if best_mode == "max" else -1.0
     policies = [ocp.checkpoint_managers.LatestN(n=keep)]

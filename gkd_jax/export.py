@@ -19,6 +19,7 @@ from gkd_jax import (
   network,
   output_folders,
   parameter_table,
+  paths,
   safetensors_io,
   stored_arrays,
 )
@@ -161,14 +162,14 @@ def _write_hf(path, flat, config, card, vocabulary_path, extra_ids) -> None:
     },
   }
   if vocabulary_path is not None:
-    model = epath.Path(vocabulary_path)
+    model = paths.absolute(vocabulary_path)
     if not model.is_file():
       raise ValueError(
         f"expected a SentencePiece model, got nothing at {model}; set"
         " --vocabulary_path"
       )
     files["spiece.model"] = lambda file: file.write_bytes(model.read_bytes())
-  if not (epath.Path(path).expanduser() / "README.md").exists():
+  if not (paths.absolute(path) / "README.md").exists():
     files["README.md"] = lambda file: file.write_text(card)
   output_folders.write(path, files, last=safetensors_io.CONFIG_FILE)
 

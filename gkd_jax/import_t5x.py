@@ -30,6 +30,7 @@ from gkd_jax import (
   network,
   parameter_table,
   partitioning,
+  paths,
   stored_arrays,
   tensorstore_io,
 )
@@ -211,7 +212,7 @@ def save_orbax(
     ValueError: if the parameters are not those of `config`, or there is a
       checkpoint of this step.
   """
-  folder = epath.Path(path).expanduser().resolve()
+  folder = paths.absolute(path)
   target = folder / f"{LEGACY_FILE}_{step}"
   if target.exists():
     raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 from etils import epath
 
+from gkd_jax import paths
+
 
 def write(
   path: os.PathLike[str] | str,
@@ -25,7 +27,7 @@ def write(
     files: name to what writes the file at the path that it is given.
     last: one of the names.
   """
-  folder = epath.Path(path).expanduser().resolve()
+  folder = paths.absolute(path)
   folder.parent.mkdir(parents=True, exist_ok=True)
   temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
   temporary.mkdir()

@@ -22,6 +22,7 @@ LAYERS = (
     "model_card",
     "output_folders",
     "parameter_table",
+    "paths",
     "safetensors_io",
     "stored_arrays",
     "tensorstore_io",
