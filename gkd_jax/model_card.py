@@ -94,24 +94,17 @@ def read_settings(folder: epath.Path) -> dict[str, str]:
 def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
   """Title to name and score: the last evaluation up to `step`, the test."""
   found: dict[str, dict[str, Any]] = {}
-  metrics = folder / "metrics.jsonl"
-  if metrics.exists():
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [
-      row
-      for row in rows
-      if any(key.startswith("eval/") for key in row)
-      and (step is None or row["step"] <= step)
-    ]
-    if rows:
-      last = rows[-1]
-      found[f"Validation at step {last['step']:,}"] = {
-        key.removeprefix("eval/"): value
-        for key, value in last.items()
-        if key.startswith("eval/")
-      }
-  final = folder / "final.json"
-  if final.exists():
+  metrics, final = folder / "metrics.jsonl", folder / "final.json"
+  rows = _rows(metrics) if metrics.exists() else []
+  until = [row for row in rows if step is None or row["step"] <= step]
+  scores = [
+    (row["step"], evaluated) for row in until if (evaluated := _evaluated(row))
+  ]
+  if scores:
+    at, found_scores = scores[-1]
+    found[f"Validation at step {at:,}"] = found_scores
+  # Written after the last step, it says nothing of an earlier checkpoint.
+  if final.exists() and len(until) == len(rows):
     result = json.loads(final.read_text())
     split = result.pop("split", "final")
     found[f"Split {split}, after the last step"] = {
@@ -121,6 +114,30 @@ def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
       for key, value in scores.items()
     }
   return found
+
+
+def _rows(metrics: epath.Path) -> list[dict[str, Any]]:
+  """The rows of `metrics.jsonl`, but for one that a kill cut off."""
+  lines = metrics.read_text().splitlines()
+  rows = []
+  for i, line in enumerate(lines):
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      if i < len(lines) - 1:
+        raise ValueError(
+          f"expected JSON in each line, got {error} in line {i + 1} of"
+          f" {os.fspath(metrics)}; set --checkpoint_path to a copy without it"
+        ) from error
+  return rows
+
+
+def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    key.removeprefix("eval/"): value
+    for key, value in row.items()
+    if key.startswith("eval/")
+  }
 
 
 def _table(head, rows) -> list[str]:
