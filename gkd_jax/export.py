@@ -51,7 +51,10 @@ def import_checkpoint(
   """
   flat, config, _ = _open(checkpoint_path)
   safetensors_io.save_safetensors(
-    output_path, stored_arrays.unflatten(flat), _fields(config), dtype=dtype
+    output_path,
+    stored_arrays.unflatten(flat),
+    config_fields(config),
+    dtype=dtype,
   )
   return config
 
@@ -193,7 +196,7 @@ def _tokenizer(extra_ids: int) -> dict[str, dict]:
   }
 
 
-def _fields(config: network.T5Config) -> dict:
+def config_fields(config: network.T5Config) -> dict:
   """JSON-able fields of a configuration."""
   return {
     **vars(config),

@@ -109,14 +109,18 @@ def names(tree: Mapping[str, Any]) -> list[str]:
 def read_tree(
   flat: Mapping[str, StoredArray], dtype: str | None = None
 ) -> dict[str, Any]:
-  """Reads all arrays, in the order of `flat`, into a nested dict of numpy.
+  """Reads all arrays into a nested dict of numpy.
+
+  The largest come first: decoding one takes up to its size again, which then
+  lies below the end's peak. Equal ones keep the order of `flat`.
 
   Args:
     flat: path to array.
     dtype: see `StoredArray.cast`.
   """
+  ordered = sorted(flat.items(), key=lambda item: -item[1].nbytes)
   return traverse_util.unflatten_dict(
-    {name: x.cast(dtype, name).read() for name, x in flat.items()}, sep="/"
+    {name: x.cast(dtype, name).read() for name, x in ordered}, sep="/"
   )
 
 
