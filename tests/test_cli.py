@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints
+from gkd_jax import checkpoints, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = {
@@ -205,6 +206,29 @@ def test_export_infer_and_eval(whole, tmp_path):
     for x in scored
   ]
   assert metrics["answer_accuracy"] == pytest.approx(100 * np.mean(right))
+
+
+def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
+  params = {"w": np.asarray([1 + 2**-8, -0.5], np.float32)}
+  checkpoints.save_safetensors(tmp_path / "run", params, {"vocab_size": 9})
+  done = gkd(
+    "export",
+    f"--checkpoint_path={tmp_path / 'run'}",
+    f"--output_path={tmp_path / 'narrow'}",
+    "--dtype=bfloat16",
+  )
+  assert done.returncode == 0, done.stderr
+  stored = checkpoints.load_params(tmp_path / "narrow", dtype=None)
+  assert stored["w"].dtype == "bfloat16"
+  assert checkpoints.load_config(tmp_path / "narrow") == {"vocab_size": 9}
+  placed = train.load_teacher(
+    str(tmp_path / "narrow"),
+    {"w": jax.ShapeDtypeStruct((2,), np.float32)},
+    {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+  )
+  assert placed["w"].dtype == np.float32
+  # bfloat16 keeps eight bits: 1 + 2^-8 is halfway and rounds to even.
+  np.testing.assert_array_equal(placed["w"], [1.0, -0.5])
 
 
 def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
