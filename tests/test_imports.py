@@ -7,7 +7,15 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  ("types", "divergences", "losses", "sampling", "schedules"),
+  (
+    "types",
+    "divergences",
+    "losses",
+    "sampling",
+    "beam_search",
+    "decoding",
+    "schedules",
+  ),
   ("layers", "network", "partitioning"),
   ("encoder_decoder", "models", "train_state", "optimizers"),
   (
