@@ -231,6 +231,25 @@ def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
   np.testing.assert_array_equal(placed["w"], [1.0, -0.5])
 
 
+def test_import_and_export_between_formats(tmp_path):
+  """T5X's golden checkpoint -> ours -> Hugging Face's -> T5X's."""
+  source = ROOT / "tests" / "golden" / "t5x_legacy"
+  for mode, a, b, options in (
+    ("import", source, tmp_path / "gkd", []),
+    ("export", tmp_path / "gkd", tmp_path / "hf", ["--format=hf"]),
+    ("export", tmp_path / "hf", tmp_path / "t5x", ["--format=t5x"]),
+  ):
+    done = gkd(mode, f"--checkpoint_path={a}", f"--output_path={b}", *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(b, source)
+  assert (tmp_path / "t5x" / "checkpoint_0" / "state").is_dir()
+  assert checkpoints.load_config(tmp_path / "gkd")["mlp_dim"] == 32
+  lost = tmp_path / "nothing"
+  done = gkd("import", f"--checkpoint_path={lost}", "--output_path=x")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "--checkpoint_path" in done.stderr and str(lost) in done.stderr
+
+
 def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
   folder = tmp_path / "student"
   done = gkd(*smoke(teacher, folder), "--dry_run")
