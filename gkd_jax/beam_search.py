@@ -10,8 +10,8 @@ likeliest, so that N of them go on even if N end. Those that end compete by scor
 for the N finished slots; the others by log-prob for the N live ones. The loop
 stops once no live output of any prompt can still beat a finished one, or at the
 decode length. Like `sampling.sample`, it knows nothing of the model, holds only
-traced control flow, and runs under `jit` on a mesh with the batch sharded: rows
-of one prompt stay on one device.
+traced control flow, and runs under `jit` on a mesh with the batch sharded: the
+cache stays where it is (XLA may gather the log-probs that `top_k` reads).
 
 Ties fall as in T5X: of equal candidates the one of the worse-ranked live output
 wins, then the lower token id. Equal finished outputs swap places in each step,
