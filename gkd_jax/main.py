@@ -86,6 +86,8 @@ def _run(argv):
   if mode == "train":
     if FLAGS.dry_run:
       print(gin.config_str())
+    else:
+      gin_utils.save()
     gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
   elif mode == "eval":
     gin.get_configurable(infer.evaluate_checkpoint)()

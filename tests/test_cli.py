@@ -131,6 +131,7 @@ def test_smoke_run_writes_what_it_says(whole):
     "student",
   }
   assert list(folder.glob("events.out.tfevents*"))
+  assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
