@@ -363,8 +363,14 @@ class EncoderDecoderModel:
     self, decode_fn: types.DecodeFn | None = None, **default_decoder_params: Any
   ) -> "EncoderDecoderModel":
     """This model with another `decode_fn` and its options; None is greedy."""
+    chosen = decode_fn or _GREEDY
+    if (chosen, default_decoder_params) == (
+      self.decode_fn,
+      self.default_decoder_params,
+    ):
+      return self  # what was compiled for it is used again
     model = copy.copy(self)
-    model.decode_fn = decode_fn or _GREEDY
+    model.decode_fn = chosen
     model.default_decoder_params = default_decoder_params
     return model
 

@@ -239,16 +239,8 @@ class GKDModel:
         " set PACK = False"
       )
     # Tokens are data: no gradient flows through sampling (paper, section 3).
-    frozen_params, encoded = jax.lax.stop_gradient((params, encoded))
-    tokens, _ = self.student.sample(
-      frozen_params,
-      encoded,
-      batch["encoder_input_tokens"],
-      key,
-      max_decode_length=batch["decoder_target_tokens"].shape[1],
-      row_ids=row_ids,
-      active=chosen,
-      **self.sampling,
+    tokens = self._sample(
+      *jax.lax.stop_gradient((params, encoded)), batch, key, row_ids, chosen
     )
     weights = sampling.sequence_weights(tokens, encoder_decoder.EOS_ID)
     # A row of padding alone (the last batch of a data set) has no input.
@@ -274,6 +266,33 @@ class GKDModel:
       }
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
+
+  def _sample(self, params, encoded, batch, key, row_ids, chosen):
+    """The student's output for each chosen row, `[B, T]`, as training draws it."""
+    return self.student.sample(
+      params,
+      encoded,
+      batch["encoder_input_tokens"],
+      key,
+      max_decode_length=batch["decoder_target_tokens"].shape[1],
+      row_ids=row_ids,
+      active=chosen,
+      **self.sampling,
+    ).tokens
+
+  def sample_batch(
+    self, params: Any, batch: types.Batch, key: jax.Array
+  ) -> jax.Array:
+    """The student's output for each row of a batch, int32 `[B, T]`.
+
+    Args:
+      params: the student's.
+      batch: T5X's features, `[B, ...]`; T is the length of the targets.
+      key: of the samples.
+    """
+    encoded = self.student.encode(params, batch)
+    row_ids = jnp.arange(encoded.shape[0])
+    return self._sample(params, encoded, batch, key, row_ids, None)
 
   # T5X's protocol, on the student.
 

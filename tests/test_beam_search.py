@@ -237,9 +237,10 @@ def test_outputs_end_at_eos_or_at_the_length():
 
 
 def test_live_outputs_and_plain_log_probs_where_none_has_ended():
-  first = [-np.inf, -np.inf, *np.log([0.7, 0.3])]
-  open_ended = [first, [-np.inf, -np.inf, *np.log([0.6, 0.4])]]
-  ended = [first, [-np.inf, *np.log([0.5, 0.4, 0.1])]]
+  # An output that ended counts however unlikely it is: EOS must be impossible.
+  first = [-np.inf, -np.inf, np.log(0.7), np.log(0.3)]
+  open_ended = [first, [-np.inf, -np.inf, np.log(0.6), np.log(0.4)]]
+  ended = [first, np.log([1e-30, 0.5, 0.4, 0.1])]
   result = run_scripted([open_ended, ended], num_decodes=2, alpha=1.0)
   np.testing.assert_array_equal(
     result.tokens, [[[2, 3], [2, 2]], [[3, 1], [2, 1]]]
@@ -310,7 +311,7 @@ TWO_ENDS = [[-60.0, 0.0, 0.0, -60.0], sure(EOS), *[sure(2)] * 4]
     ),
     # Both slots must be taken.
     ([TWO_ENDS], {"num_decodes": 1, "alpha": 0.0}, 2, [1]),
-    ([TWO_ENDS], {"num_decodes": 2, "alpha": 0.0}, 2, [1]),
+    ([TWO_ENDS], {"num_decodes": 2, "alpha": 1.0}, 2, [2, 1]),
     # -1.3133 / (12/6)^2 = -0.33 cannot win any more, / (12/6)^3 = -0.16 can:
     # as -1.3133 / (11/6)^3 = -0.21.
     ([SHORT_OR_LONG], {"num_decodes": 1, "alpha": 0.0}, 1, [1]),
