@@ -16,15 +16,20 @@ class Predictions(NamedTuple):
 
   Attributes:
     inputs: decoded inputs.
-    targets: what the metrics take as targets.
-    predictions: decoded, postprocessed outputs.
+    outputs: decoded outputs, as they are.
     scores: log-prob of each output, nats summed over tokens.
+    targets: what the metrics take as targets.
+    predictions: postprocessed outputs, what the metrics take as predictions.
+    target_scores: log-prob of each target, nats summed over tokens; empty
+      unless a metric of the task asks for it.
   """
 
   inputs: list[str]
+  outputs: list[str]
+  scores: list[float]
   targets: list[Any]
   predictions: list[Any]
-  scores: list[float]
+  target_scores: list[float]
 
 
 class Evaluator:
@@ -60,6 +65,7 @@ class Evaluator:
           f"expected a split of {sorted(sub.splits)} of {sub.name}, got"
           f" {split!r}; set EVAL_SPLIT"
         )
+      _check_metrics(sub)
       dataset = sub.get_dataset(
         sequence_length=dict(lengths),
         split=split,
@@ -71,10 +77,8 @@ class Evaluator:
       converted = data.FEATURE_CONVERTER(pack=False)(dataset, dict(lengths))
       examples = list(dataset.as_numpy_iterator())
       features = list(converted.as_numpy_iterator())
-      stacked = {
-        k: np.stack([f[k] for f in features])
-        for k in ("encoder_input_tokens", "decoder_input_tokens")
-      }
+      names = features[0] if features else ()
+      stacked = {k: np.stack([f[k] for f in features]) for k in names}
       self._tasks[sub.name] = sub, examples, stacked
 
   def predict(
@@ -88,71 +92,116 @@ class Evaluator:
   ) -> dict[str, Predictions]:
     """Task name to its predictions; greedy unless `decoder_params` differ."""
     options = tuple(sorted((decoder_params or {}).items()))
-    decode = _compiled(model, options)
+    decode = _compiled_predict(model, options, self._mesh)
     results = {}
     for name, (task, examples, features) in self._tasks.items():
       count = len(examples) if limit is None else min(limit, len(examples))
-      tokens, scores = self._decode(decode, params, features, count, seed)
-      vocabularies = task.output_features
-      post = functools.partial(_postprocess, task)
+      examples = examples[:count]
+      tokens, scores = self._run(decode, params, features, count, seed)
+      target_scores = []
+      if task.score_metric_fns:
+        (target_scores,) = self._run(
+          _compiled_score(model, self._mesh), params, features, count, None
+        )
+      inputs, targets = (
+        task.output_features[k].vocabulary for k in ("inputs", "targets")
+      )
+      outputs = [targets.decode(t.tolist()) for t in tokens]
       results[name] = Predictions(
-        [
-          vocabularies["inputs"].vocabulary.decode(e["inputs"].tolist())
-          for e in examples[:count]
-        ],
-        [
-          post(
-            vocabularies["targets"].vocabulary.decode(e["targets"].tolist()),
-            e,
-            True,
-          )
-          for e in examples[:count]
-        ],
-        [
-          post(vocabularies["targets"].vocabulary.decode(t.tolist()), e, False)
-          for t, e in zip(tokens, examples, strict=False)
-        ],
+        [inputs.decode(e["inputs"].tolist()) for e in examples],
+        outputs,
         [float(s) for s in scores],
+        [_target(task, e) for e in examples],
+        [
+          _postprocess(task, text, e, False)
+          for text, e in zip(outputs, examples, strict=True)
+        ],
+        [float(s) for s in target_scores],
       )
     return results
 
-  def _decode(self, decode, params, features, count, seed):
-    """Tokens `[count, T]` and scores `[count]`, batch by batch."""
+  def _run(self, compiled, params, features, count, seed):
+    """What `compiled` gives for the first `count` rows, batch by batch."""
     sharding = partitioning.batch_sharding(self._mesh)
     data_axis = self._mesh.shape[partitioning.DATA_AXIS]
     size = -(-min(self._batch_size, count) // data_axis) * data_axis
-    tokens, scores = [], []
+    parts = []
     for start in range(0, count, size):
       batch = {}
       for k, v in features.items():
         rows = v[start : start + size]
         padded = np.pad(rows, ((0, size - len(rows)), (0, 0)))
         batch[k] = jax.device_put(padded, sharding)
-      key = jax.random.fold_in(jax.random.key(seed), start)
-      out, aux = decode(params, batch, key)
-      tokens.append(np.asarray(out))
-      scores.append(np.asarray(aux["scores"]))
-    return np.concatenate(tokens)[:count], np.concatenate(scores)[:count]
+      key = None
+      if seed is not None:
+        key = jax.random.fold_in(jax.random.key(seed), start)
+      parts.append(jax.tree.map(np.asarray, compiled(params, batch, key)))
+    return [np.concatenate(x)[:count] for x in zip(*parts, strict=True)]
 
   def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
     """The tasks' metrics; with several tasks, names start with the task's."""
     metrics = {}
     for name, result in results.items():
       task = self._tasks[name][0]
-      for metric_fn in task.metric_fns:
-        for key, value in metric_fn(result.targets, result.predictions).items():
-          prefix = f"{name}/" if len(results) > 1 else ""
+      scored = [
+        *(
+          f(result.targets, result.predictions) for f in task.predict_metric_fns
+        ),
+        *(
+          f(result.targets, result.target_scores) for f in task.score_metric_fns
+        ),
+        *(
+          f(result.targets, result.predictions, {"scores": result.scores})
+          for f in task.predict_with_aux_metric_fns
+        ),
+      ]
+      prefix = f"{name}/" if len(results) > 1 else ""
+      for values in scored:
+        for key, value in values.items():
           metrics[prefix + key] = float(getattr(value, "value", value))
     return metrics
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model, options: Sequence[tuple[str, Any]]):
-  return jax.jit(
-    functools.partial(
-      model.predict_batch_with_aux, decoder_params=dict(options)
+def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
+  def predict(params, batch, key):
+    tokens, aux = model.predict_batch_with_aux(
+      params, batch, key, decoder_params=dict(options)
     )
+    return tokens, aux["scores"]
+
+  # Replicated, so that every process can read all rows.
+  return jax.jit(predict, out_shardings=partitioning.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_score(model, mesh):
+  return jax.jit(
+    lambda params, batch, key: (model.score_batch(params, batch),),
+    out_shardings=partitioning.replicated(mesh),
   )
+
+
+def _check_metrics(task):
+  # seqio wraps each function as an object behind the objects that were given.
+  given = len(task.metric_objs) - len(task.metric_fns)
+  if given:
+    raise ValueError(
+      f"expected metric functions, got {given} metric objects of {task.name};"
+      " set metric_fns where the task is registered"
+    )
+
+
+def _target(task, example):
+  """The target for the metrics: as seqio, the text before tokenization."""
+  text = example.get("targets_pretokenized")
+  if isinstance(text, bytes):
+    text = text.decode()
+  if text is None:
+    text = task.output_features["targets"].vocabulary.decode(
+      example["targets"].tolist()
+    )
+  return _postprocess(task, text, example, True)
 
 
 def _postprocess(task, decoded, example, is_target):

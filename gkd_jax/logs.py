@@ -1,17 +1,21 @@
-"""Scalars of a run: metrics.jsonl, TensorBoard, and lines on the terminal."""
+"""Scalars of a run: metrics.jsonl, TensorBoard, a progress bar or lines."""
 
 import json
 import os
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import rich.console
+import rich.progress
 from clu import metric_writers
 
 from gkd_jax import types
+
+# Metrics of distillation and of SFT whose weight is the number of tokens.
+_PER_TOKEN = ("top1_agreement", "accuracy")
 
 
 def count(params: Any) -> int:
@@ -29,20 +33,56 @@ def bytes_per_device(params: Any) -> int:
 class TrainLog:
   """Collects (sum, weight) metrics and writes their quotients.
 
+  A context manager. On a terminal it shows a progress bar, elsewhere a line at
+  each call of `write`. Of several processes the first one writes.
+
   Args:
     model_dir: of the run.
     start: first step.
     total: last step.
+    console: where to show progress; the standard output by default.
   """
 
-  def __init__(self, model_dir: str, start: int, total: int):
-    os.makedirs(model_dir, exist_ok=True)
+  def __init__(
+    self,
+    model_dir: str,
+    start: int,
+    total: int,
+    console: rich.console.Console | None = None,
+  ):
     self._dir, self._total, self._last = model_dir, total, start
-    self._writer = metric_writers.SummaryWriter(model_dir)
     self._sums: dict[str, list] = {}
     self._on_policy = self._rows = self._tokens = 0
     self._time = self._started = time.monotonic()
-    self._terminal = sys.stdout.isatty()
+    self._writes = jax.process_index() == 0
+    self._writer = self._bar = None
+    if not self._writes:
+      return
+    os.makedirs(model_dir, exist_ok=True)
+    self._writer = metric_writers.SummaryWriter(model_dir)
+    self._console = console or rich.console.Console()
+    if self._console.is_terminal:
+      self._bar = _progress_bar(self._console)
+      self._task = self._bar.add_task(
+        "", total=total, completed=start, status="compiling"
+      )
+      self._bar.start()
+
+  def __enter__(self) -> "TrainLog":
+    return self
+
+  def __exit__(self, *_):
+    if self._bar:
+      self._bar.stop()
+    if self._writer:
+      self._writer.close()
+
+  def say(self, text: str):
+    """Prints one line, above the progress bar if there is one."""
+    if self._bar:
+      self._bar.console.print(text, markup=False, highlight=False)
+    elif self._writes:
+      print(text, flush=True)
 
   def add(self, metrics: types.Metrics, source: str, batch: Any):
     """Takes one step's metrics; does not wait for the device."""
@@ -50,40 +90,63 @@ class TrainLog:
       self._sums.setdefault(name, []).append(pair)
     self._on_policy += source != "data"
     tokens = batch["encoder_input_tokens"]
-    self._rows += len(tokens)
-    self._tokens += int(np.count_nonzero(tokens))
-    self._tokens += int(np.count_nonzero(batch["decoder_target_tokens"]))
+    processes = jax.process_count()
+    self._rows += processes * len(tokens)
+    self._tokens += processes * int(np.count_nonzero(tokens))
+    if self._bar:
+      self._bar.advance(self._task)
 
-  def write(self, step: int):
-    """Writes the means since the last call."""
+  def write(self, step: int, time_sampling: Callable[[], float] | None = None):
+    """Writes the means since the last call.
+
+    `tokens_per_second` counts inputs and the outputs trained on, whosesoever
+    they are. Inputs of other processes are taken to be as many as this one's.
+
+    Args:
+      step: steps done.
+      time_sampling: measures the seconds that one step samples for; called if a
+        step since the last call sampled, and not counted in the rates.
+    """
     scalars = {}
+    outputs = 0.0
     for name, pairs in self._sums.items():
       values = np.sum(np.array(jax.device_get(pairs), np.float64), axis=0)
       scalars[name] = (
         float(values[0] / values[1]) if values[1] else float("nan")
       )
-    now = time.monotonic()
-    seconds, steps = now - self._time, max(step - self._last, 1)
+      if name in _PER_TOKEN:
+        outputs = values[1]
+    seconds = time.monotonic() - self._time
+    if self._on_policy and time_sampling:
+      scalars["seconds_sampling"] = time_sampling()
+    steps = max(step - self._last, 1)
     scalars |= {
       "seconds_per_step": seconds / steps,
       "examples_per_second": self._rows / seconds,
-      "tokens_per_second": self._tokens / seconds,
+      "tokens_per_second": (self._tokens + outputs) / seconds,
       "on_policy_steps": self._on_policy / steps,
     }
     self._record(step, scalars)
-    left = (self._total - step) * scalars["seconds_per_step"]
-    line = (
-      f"step {step}/{self._total} loss {scalars['loss']:.4f}"
+    status = (
+      f"loss {scalars['loss']:.4f}"
       f" {scalars['examples_per_second']:.0f} examples/s"
       f" {scalars['tokens_per_second']:.0f} tokens/s"
       f" on-policy {100 * scalars['on_policy_steps']:.0f}%"
-      f" ETA {int(left // 60)}:{int(left % 60):02d}"
     )
-    ending = "\r" if self._terminal and step < self._total else "\n"
-    print(line, end=ending, flush=True)
+    if self._bar:
+      self._bar.update(self._task, completed=step, status=status, refresh=True)
+    else:
+      left = int((self._total - step) * scalars["seconds_per_step"])
+      eta = f"ETA {left // 60}:{left % 60:02d}"
+      self.say(f"step {step}/{self._total} {status} {eta}")
     self._sums = {}
     self._on_policy = self._rows = self._tokens = 0
-    self._time, self._last = time.monotonic(), step
+    self._last = step
+    self.restart_clock()
+
+  def restart_clock(self):
+    """Leaves out of the rates what was done since the last `write`."""
+    self._time = time.monotonic()
 
   def evaluation(
     self,
@@ -93,31 +156,50 @@ class TrainLog:
   ):
     """Writes the scores of an evaluation and decoded examples."""
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
-    self._writer.write_texts(
-      step, {"examples": "\n\n".join(map(str, examples))}
-    )
-    with open(os.path.join(self._dir, "examples.jsonl"), "a") as f:
-      for example in examples:
-        f.write(json.dumps({"step": step, **example}) + "\n")
+    if self._writer:
+      self._writer.write_texts(step, {"examples": _markdown(examples)})
+      with open(os.path.join(self._dir, "examples.jsonl"), "a") as f:
+        for example in examples:
+          f.write(json.dumps({"step": step, **example}, default=str) + "\n")
     shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
-    print(f"step {step} evaluation: {shown}", flush=True)
-    self._time = time.monotonic()
+    self.say(f"step {step} evaluation: {shown}")
+    self.restart_clock()
 
   def final(self, result: Mapping[str, Any]):
     """Writes `final.json`, with the seconds since the run was started."""
     result = dict(result) | {"seconds": time.monotonic() - self._started}
-    path = os.path.join(self._dir, "final.json")
-    with open(path + ".tmp", "w") as f:
-      json.dump(result, f)
-    os.replace(path + ".tmp", path)
-    print(f"final: {json.dumps(result)}", flush=True)
+    if self._writes:
+      path = os.path.join(self._dir, "final.json")
+      with open(path + ".tmp", "w") as f:
+        json.dump(result, f)
+      os.replace(path + ".tmp", path)
+    self.say(f"final: {json.dumps(result)}")
 
   def _record(self, step, scalars):
+    if not self._writer:
+      return
     finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
     with open(os.path.join(self._dir, "metrics.jsonl"), "a") as f:
       f.write(json.dumps({"step": step, **finite}) + "\n")
     self._writer.write_scalars(step, scalars)
 
-  def close(self):
-    """Flushes TensorBoard's file."""
-    self._writer.close()
+
+def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+  return rich.progress.Progress(
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.BarColumn(bar_width=20),
+    rich.progress.TimeRemainingColumn(),
+    rich.progress.TextColumn("{task.fields[status]}"),
+    console=console,
+    refresh_per_second=2,
+  )
+
+
+def _markdown(examples: Sequence[Mapping[str, Any]]) -> str:
+  """Decoded examples as a table, which TensorBoard shows as one."""
+  if not examples:
+    return ""
+  cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+  rows = [list(examples[0]), ["---"] * len(examples[0])]
+  rows += [[cell(v) for v in example.values()] for example in examples]
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -99,6 +99,12 @@ class GKDModel:
         "expected teacher and student with one vocabulary, got vocab_size"
         f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
       )
+    real = self.teacher.num_real_tokens, self.student.num_real_tokens
+    if real[0] != real[1]:
+      raise ValueError(
+        "expected teacher and student with the same num_real_tokens, got"
+        f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
+      )
     for name, value, setting in (
       ("λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"),
       ("β", self.beta, "BETA"),
@@ -213,6 +219,7 @@ class GKDModel:
       student_temperature=self.student_temperature,
       length_normalization=self.length_normalization,
       segment_ids=batch.get("decoder_segment_ids"),
+      num_real_tokens=self.student.num_real_tokens,
     )
     return loss, weight, aux | metrics
 
@@ -232,16 +239,8 @@ class GKDModel:
         " set PACK = False"
       )
     # Tokens are data: no gradient flows through sampling (paper, section 3).
-    frozen_params, encoded = jax.lax.stop_gradient((params, encoded))
-    tokens, _ = self.student.sample(
-      frozen_params,
-      encoded,
-      batch["encoder_input_tokens"],
-      key,
-      max_decode_length=batch["decoder_target_tokens"].shape[1],
-      row_ids=row_ids,
-      active=chosen,
-      **self.sampling,
+    tokens = self._sample(
+      *jax.lax.stop_gradient((params, encoded)), batch, key, row_ids, chosen
     )
     weights = sampling.sequence_weights(tokens, encoder_decoder.EOS_ID)
     # A row of padding alone (the last batch of a data set) has no input.
@@ -268,6 +267,33 @@ class GKDModel:
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
 
+  def _sample(self, params, encoded, batch, key, row_ids, chosen):
+    """The student's output for each chosen row, `[B, T]`, as training draws it."""
+    return self.student.sample(
+      params,
+      encoded,
+      batch["encoder_input_tokens"],
+      key,
+      max_decode_length=batch["decoder_target_tokens"].shape[1],
+      row_ids=row_ids,
+      active=chosen,
+      **self.sampling,
+    ).tokens
+
+  def sample_batch(
+    self, params: Any, batch: types.Batch, key: jax.Array
+  ) -> jax.Array:
+    """The student's output for each row of a batch, int32 `[B, T]`.
+
+    Args:
+      params: the student's.
+      batch: T5X's features, `[B, ...]`; T is the length of the targets.
+      key: of the samples.
+    """
+    encoded = self.student.encode(params, batch)
+    row_ids = jnp.arange(encoded.shape[0])
+    return self._sample(params, encoded, batch, key, row_ids, None)
+
   # T5X's protocol, on the student.
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
@@ -287,11 +313,17 @@ class GKDModel:
     return self.student.predict_batch(params, batch, rng)
 
   def predict_batch_with_aux(
-    self, params, batch, rng=None, decoder_params=None
+    self,
+    params,
+    batch,
+    rng=None,
+    decoder_params=None,
+    return_all_decodes=None,
+    num_decodes=None,
   ):
     """See `EncoderDecoderModel.predict_batch_with_aux`."""
     return self.student.predict_batch_with_aux(
-      params, batch, rng, decoder_params
+      params, batch, rng, decoder_params, return_all_decodes, num_decodes
     )
 
   def score_batch(self, params, batch):

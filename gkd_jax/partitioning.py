@@ -1,7 +1,7 @@
 """The device mesh, T5X's logical-axis rules, and shardings of trees."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from gkd_jax import types
 
 DATA_AXIS, MODEL_AXIS = "data", "model"
 
@@ -60,6 +62,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over the data axis, copies over the model axis."""
   return NamedSharding(mesh, P(DATA_AXIS))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
+  """Global arrays, rows over the data axis, from each process's rows."""
+  sharding = batch_sharding(mesh)
+  return {
+    k: jax.make_array_from_process_local_data(sharding, v)
+    for k, v in batch.items()
+  }
 
 
 def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import figure
+
 
 def read_run(folder: str) -> dict[str, Any]:
   """The final results of a run, and its validation curve.
@@ -13,7 +15,8 @@ def read_run(folder: str) -> dict[str, Any]:
     folder: MODEL_DIR of a run with `final_eval_split`, or a shipped model.
 
   Returns:
-    `final.json` with `curve`: (step, WER in percent) of each evaluation.
+    `final.json` with `curve`: (step, WER in percent) of each evaluation on
+    validation examples.
 
   Raises:
     ValueError: there is no `final.json`.
@@ -84,29 +87,25 @@ def report(folders: Sequence[str], output: str) -> str:
   text = table(runs)
   with open(os.path.join(output, "table.txt"), "w") as f:
     f.write(text + "\n")
-  _plot(runs, os.path.join(output, "wer.png"))
+  curves(runs).savefig(os.path.join(output, "wer.png"), dpi=120)
   print(text, flush=True)
   return text
 
 
-def _plot(runs, path):
-  """Validation WER over steps."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def curves(runs: Mapping[str, Mapping[str, Any]]) -> figure.Figure:
+  """Validation WER in percent over steps, one line for each run."""
+  picture = figure.Figure(figsize=(7, 4.5), layout="constrained")
+  axes = picture.subplots()
   for name, run in runs.items():
     if run["curve"]:
       steps, values = zip(*run["curve"], strict=True)
       axes.plot(steps, values, marker="o", markersize=3, label=name)
-    else:
+    elif "validation" in run:
+      # A shipped model has no curve; its file says what a run's last point would.
       axes.axhline(
-        run["greedy"]["wer"], color="grey", linestyle="--", label=name
+        run["validation"]["wer"], color="grey", linestyle="--", label=name
       )
   axes.set(xlabel="step", ylabel="WER %, greedy (validation)")
   axes.grid(alpha=0.3)
   axes.legend()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
+  return picture

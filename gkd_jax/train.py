@@ -5,12 +5,10 @@ Reads top to bottom. Everything that it needs is an argument; gin binds them.
 
 import dataclasses
 import functools
-import signal
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax import (
@@ -20,6 +18,7 @@ from gkd_jax import (
   logs,
   optimizers,
   partitioning,
+  preemption,
   train_state,
   trainer,
 )
@@ -92,19 +91,9 @@ def train(
   Returns:
     The last evaluation's metrics.
   """
-  # ---- mesh and data -------------------------------------------------------
+  # ---- mesh, data, models: what can be wrong is found here, before compiling -
   mesh = partitioning.make_mesh(num_partitions)
-  data_axis = mesh.shape[partitioning.DATA_AXIS]
-  if batch_size % (data_axis * num_microbatches):
-    raise ValueError(
-      f"expected BATCH_SIZE to be a multiple of {data_axis * num_microbatches}"
-      f" ({data_axis} data-parallel devices x {num_microbatches} microbatches),"
-      f" got {batch_size}; set BATCH_SIZE"
-    )
-  if executor not in ("jit", "pmap"):
-    raise ValueError(
-      f"expected an executor 'jit' or 'pmap', got {executor!r}; set EXECUTOR"
-    )
+  _check_batch(batch_size, num_microbatches, mesh, executor)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   iterator = data.TrainIterator(
     task,
@@ -116,83 +105,52 @@ def train(
     process_count=jax.process_count(),
     use_cached=use_cached_tasks,
   )
-
-  # ---- student, teacher, optimizer ----------------------------------------
   shapes = {
     "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
     "decoder_input_tokens": (1, task_feature_lengths["targets"]),
   }
-  place = functools.partial(
-    _place, shapes=shapes, mesh=mesh, shard_over_data=shard_params_over_data
+  rules = (
+    partitioning.FULLY_SHARDED_RULES
+    if shard_params_over_data
+    else partitioning.STANDARD_RULES
   )
-  abstract_params, param_shardings = place(model.student)
+  abstract_state, state_shardings = _abstract_state(
+    model.student, optimizer, shapes, mesh, rules
+  )
   teacher_params = {}
   if model.teacher is not None:
     teacher_params = load_teacher(
-      teacher_checkpoint_path, *place(model.teacher)
+      teacher_checkpoint_path, *_place(model.teacher, shapes, mesh, rules)
     )
-  abstract_state = jax.eval_shape(
-    lambda p: train_state.create(p, optimizer.transform), abstract_params
-  )
-  state_shardings = partitioning.state_shardings(
-    abstract_state, param_shardings, mesh
-  )
-  sizes = {
-    "student": logs.count(abstract_params),
-    "teacher": logs.count(teacher_params),
-  }
-  print(
-    f"student {sizes['student']:,} parameters"
-    f" ({partitioning.bytes_per_device(abstract_state, state_shardings):,} bytes"
-    f" per device with optimizer), teacher {sizes['teacher']:,} parameters"
-    f" ({logs.bytes_per_device(teacher_params):,} bytes per device),"
-    f" {len(mesh.devices.flat)} devices as {dict(mesh.shape)}",
-    flush=True,
-  )
+  _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
   if dry_run:
     return {}
 
-  # ---- where the parameters come from: resume > initial > drawn -----------
+  # ---- where the parameters come from: resume > initial > drawn ------------
   checkpointer = checkpoints.Checkpointer(
     model_dir,
     keep=checkpoints_to_keep,
     best_metric=best_metric,
     best_mode=best_mode,
   )
-  start = checkpointer.latest_step()
-  if start is not None:
-    abstract = jax.tree.map(
-      lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
-      abstract_state,
-      state_shardings,
+  start = checkpointer.latest_step() or 0
+  if start:
+    state = _resume(
+      checkpointer, start, abstract_state, state_shardings, iterator
     )
-    state = checkpointer.restore(start, abstract, iterator)
     print(f"resumed {model_dir} at step {start}", flush=True)
   else:
-    if initial_checkpoint_path:
-      params = checkpoints.load_params(initial_checkpoint_path)
-      checkpoints.check_matches(
-        params,
-        abstract_params,
-        setting="INITIAL_CHECKPOINT_PATH",
-        path=initial_checkpoint_path,
-      )
-    else:
-      params = model.get_initial_variables(jax.random.key(seed), shapes)[
-        "params"
-      ]
-    params = jax.tree.map(
-      lambda x, s: jax.device_put(jnp.array(x, jnp.float32), s),
-      dict(params),
-      param_shardings,
+    params = _first_params(
+      model, initial_checkpoint_path, abstract_state.params, seed, shapes
     )
     create = functools.partial(
       train_state.create, transform=optimizer.transform
     )
-    state = jax.jit(create, out_shardings=state_shardings)(params)
-    start = 0
+    state = jax.jit(create, out_shardings=state_shardings)(
+      jax.tree.map(jax.device_put, params, state_shardings.params)
+    )
 
-  # ---- the step ------------------------------------------------------------
+  # ---- the step and the evaluation -----------------------------------------
   step_fn = functools.partial(
     trainer.train_step,
     model=model,
@@ -204,100 +162,154 @@ def train(
     run_step = trainer.PmapExecutor(step_fn)
   else:
     run_step = trainer.JitExecutor(step_fn, mesh, state_shardings)
-  evaluator = evaluate.Evaluator(
+  sampling_clock = trainer.SamplingClock(model, seed, mesh)
+  make_evaluator = functools.partial(
+    evaluate.Evaluator,
     task,
     task_feature_lengths,
     eval_batch_size,
     mesh,
-    num_examples=eval_num_examples,
     use_cached=use_cached_tasks,
   )
-  config = dataclasses.asdict(model.config)
-  log = logs.TrainLog(model_dir, start, train_steps)
-  stop = _StopSignal()
+  evaluator = make_evaluator(num_examples=eval_num_examples)
 
   # ---- the loop ------------------------------------------------------------
   scores: dict[str, float] = {}
-  for step in range(start, train_steps):
-    source = trainer.source_of_step(model, seed, step)
-    batch = next(iterator)
-    if source == "data" and not np.any(batch["decoder_loss_weights"]):
-      raise ValueError(
-        "expected target tokens in every batch, got a batch without any at"
-        f" step {step}; set STUDENT_DATA_FRACTION = 1.0 for data without"
-        " references, or MIXTURE_OR_TASK_NAME"
+  with (
+    logs.TrainLog(model_dir, start, train_steps) as log,
+    preemption.StopSignal() as stop,
+  ):
+    for step in range(start, train_steps):
+      source = trainer.source_of_step(model, seed, step)
+      batch = next(iterator)
+      _check_targets(batch, source, step)
+      state, metrics = run_step(
+        state, teacher_params, run_step.put(batch), source
       )
-    state, metrics = run_step(
-      state, teacher_params, run_step.put(batch), source
-    )
-    done = step + 1
-    log.add(metrics, source, batch)
-    last = done == train_steps or stop.asked
-    if done % log_period == 0 or last:
-      log.write(done)
-      if int(state.skipped_in_row) >= max_skipped_in_row:
-        checkpointer.close()
-        raise FloatingPointError(
-          f"expected finite losses and gradients, got {max_skipped_in_row}"
-          f" non-finite ones in a row up to step {done}; the last good"
-          f" checkpoint is in {model_dir}; set LEARNING_RATE"
+      done = step + 1
+      log.add(metrics, source, batch)
+      stopping = stop.asked(done)
+      last = done == train_steps or stopping
+      if done % log_period == 0 or last:
+        skipped = int(state.skipped_in_row)  # waits for the step
+        log.write(
+          done, functools.partial(sampling_clock.seconds, state.params, batch)
         )
-    evaluated = None
-    if done % eval_period == 0 or done == train_steps:
-      scores = evaluated = _evaluate(
-        evaluator, model, state.params, teacher_params, log, done
-      )
-    if done % checkpoint_period == 0 or last:
-      checkpointer.save(
-        done,
-        state,
-        dataset_iterator=iterator,
-        metrics=evaluated,
-        config=config,
-      )
-    if stop.asked:
-      print(f"SIGTERM: saved step {done}, stopping", flush=True)
-      break
-  checkpointer.close()
-  if final_eval_split and not stop.asked:
-    final = evaluate.Evaluator(
-      task, task_feature_lengths, eval_batch_size, mesh, split=final_eval_split
-    )
-    log.final(
-      {
-        "greedy": final.score(final.predict(model.student, state.params)),
-        "sampled": final.score(
-          final.predict(
-            model.student,
-            state.params,
-            seed=seed,
-            decoder_params={"temperature": 1.0},
+        if skipped >= max_skipped_in_row:
+          checkpointer.close()
+          raise FloatingPointError(
+            f"expected finite losses and gradients, got {skipped} non-finite"
+            f" ones in a row up to step {done}; the last good checkpoint is in"
+            f" {model_dir}; set LEARNING_RATE"
           )
-        ),
-        "params": sizes["student"],
-        "split": final_eval_split,
-      }
-    )
-  log.close()
-  stop.restore()
+      evaluated = None
+      if done % eval_period == 0 or done == train_steps:
+        scores = evaluated = _evaluate(
+          evaluator, model, state.params, teacher_params, log, done
+        )
+      if done % checkpoint_period == 0 or last:
+        checkpointer.save(
+          done,
+          state,
+          dataset_iterator=iterator,
+          metrics=evaluated,
+          config=dataclasses.asdict(model.config),
+        )
+      if stopping:
+        checkpointer.close()
+        log.say(f"SIGTERM: saved step {done}, stopping")
+        return scores
+    checkpointer.close()
+    if final_eval_split:
+      final = make_evaluator(split=final_eval_split)
+      log.final(
+        _final_scores(final, model, state.params, seed, final_eval_split)
+      )
   return scores
 
 
-def _place(model, *, shapes, mesh, shard_over_data):
+def _check_batch(batch_size, num_microbatches, mesh, executor):
+  data_axis = mesh.shape[partitioning.DATA_AXIS]
+  if batch_size % (data_axis * num_microbatches):
+    raise ValueError(
+      f"expected BATCH_SIZE to be a multiple of {data_axis * num_microbatches}"
+      f" ({data_axis} data-parallel devices x {num_microbatches} microbatches),"
+      f" got {batch_size}; set BATCH_SIZE"
+    )
+  if executor not in ("jit", "pmap"):
+    raise ValueError(
+      f"expected an executor 'jit' or 'pmap', got {executor!r}; set EXECUTOR"
+    )
+  if executor == "pmap" and jax.process_count() > 1:
+    raise ValueError(
+      f"expected one process under pmap, got {jax.process_count()};"
+      " set EXECUTOR = 'jit'"
+    )
+
+
+def _check_targets(batch, source, step):
+  if source == "data" and not np.any(batch["decoder_loss_weights"]):
+    raise ValueError(
+      "expected target tokens in every batch, got a batch without any at"
+      f" step {step}; set STUDENT_DATA_FRACTION = 1.0 for data without"
+      " references, or MIXTURE_OR_TASK_NAME"
+    )
+
+
+def _place(model, shapes, mesh, rules):
   """Shapes of a model's parameters and their shardings."""
   variables = jax.eval_shape(
     lambda: model.get_initial_variables(jax.random.key(0), shapes)
-  )
-  rules = (
-    partitioning.FULLY_SHARDED_RULES
-    if shard_over_data
-    else partitioning.STANDARD_RULES
   )
   axes = partitioning.logical_axes(variables["params_axes"])
   shardings = partitioning.param_shardings(
     variables["params"], axes, mesh, rules
   )
   return variables["params"], shardings
+
+
+def _abstract_state(student, optimizer, shapes, mesh, rules):
+  """Shapes of the train state and its shardings."""
+  params, shardings = _place(student, shapes, mesh, rules)
+  state = jax.eval_shape(
+    lambda p: train_state.create(p, optimizer.transform), params
+  )
+  return state, partitioning.state_shardings(state, shardings, mesh)
+
+
+def _print_sizes(state, shardings, teacher_params, mesh):
+  print(
+    f"student {logs.count(state.params):,} parameters"
+    f" ({partitioning.bytes_per_device(state, shardings):,} bytes"
+    f" per device with optimizer), teacher {logs.count(teacher_params):,}"
+    f" parameters ({logs.bytes_per_device(teacher_params):,} bytes per device),"
+    f" {len(mesh.devices.flat)} devices as {dict(mesh.shape)}",
+    flush=True,
+  )
+
+
+def _resume(checkpointer, step, abstract_state, shardings, iterator):
+  """The state that was saved, and the iterator at its place."""
+  abstract = jax.tree.map(
+    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
+    abstract_state,
+    shardings,
+  )
+  return checkpointer.restore(step, abstract, iterator)
+
+
+def _first_params(model, path, abstract_params, seed, shapes):
+  """The student's first parameters, float32: read from `path`, or drawn."""
+  if path:
+    params = checkpoints.load_params(path, setting="INITIAL_CHECKPOINT_PATH")
+    checkpoints.check_matches(
+      params, abstract_params, setting="INITIAL_CHECKPOINT_PATH", path=path
+    )
+  else:
+    variables = model.get_initial_variables(jax.random.key(seed), shapes)
+    params = variables["params"]
+  # On the host: every process holds the same, and places its part.
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
 
 
 def load_teacher(path, abstract_params, shardings):
@@ -340,15 +352,15 @@ def _evaluate(evaluator, model, params, teacher_params, log, step):
   return scores
 
 
-class _StopSignal:
-  """Turns SIGTERM into a flag that the loop reads between steps."""
-
-  def __init__(self):
-    self.asked = False
-    self._old = signal.signal(signal.SIGTERM, self._set)
-
-  def _set(self, *_):
-    self.asked = True
-
-  def restore(self):
-    signal.signal(signal.SIGTERM, self._old)
+def _final_scores(evaluator, model, params, seed, split):
+  """Scores of a whole split, greedy and sampled at temperature 1."""
+  result: dict[str, Any] = {"params": logs.count(params), "split": split}
+  for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+    outputs = evaluator.predict(
+      model.student.with_decode_fn(),
+      params,
+      seed=seed,
+      decoder_params={"temperature": temperature},
+    )
+    result[name] = evaluator.score(outputs)
+  return result

@@ -5,6 +5,7 @@ under `pmap`, it is the same function and gives the same numbers.
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -170,7 +171,7 @@ class JitExecutor:
 
   def __init__(self, step: Callable, mesh: Any, state_shardings: Any):
     self._step, self._shardings = step, state_shardings
-    self._batch_sharding = partitioning.batch_sharding(mesh)
+    self._mesh = mesh
     self._compiled = functools.cache(self._compile)
 
   def _compile(self, source):
@@ -183,10 +184,7 @@ class JitExecutor:
 
   def put(self, batch: Mapping[str, np.ndarray]) -> types.Batch:
     """Global arrays from this process's rows."""
-    return {
-      k: jax.make_array_from_process_local_data(self._batch_sharding, v)
-      for k, v in batch.items()
-    }
+    return partitioning.put_batch(batch, self._mesh)
 
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
@@ -218,3 +216,32 @@ class PmapExecutor:
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
     return self._compiled(source)(state, teacher_params, batch)
+
+
+class SamplingClock:
+  """Times the student's sampling alone.
+
+  Inside the compiled step sampling cannot be told from the rest. This runs the
+  sampler of the step once more, as a program of its own, encoder included.
+
+  Args:
+    model: `GKDModel`; of a model without a teacher no time is asked.
+    seed: of the run.
+    mesh: see `partitioning.make_mesh`.
+  """
+
+  def __init__(self, model: Any, seed: int, mesh: Any):
+    self._seed, self._mesh = seed, mesh
+    self._sample = jax.jit(lambda *args: model.sample_batch(*args))
+    self._compiled = False
+
+  def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
+    """Seconds of sampling an output for each row of this process's batch."""
+    placed = partitioning.put_batch(batch, self._mesh)
+    args = params, placed, jax.random.key(self._seed)
+    if not self._compiled:
+      jax.block_until_ready(self._sample(*args))
+      self._compiled = True
+    begin = time.monotonic()
+    jax.block_until_ready(self._sample(*args))
+    return time.monotonic() - begin

@@ -6,7 +6,7 @@ use these letters, everywhere in the package:
   | letter | meaning                                             |
   |--------|-----------------------------------------------------|
   | `B`    | batch: rows of one (micro)batch, over all devices   |
-  | `N`    | samples drawn per prompt                            |
+  | `N`    | samples or beams per prompt                         |
   | `S`    | encoder length, in tokens                           |
   | `T`    | decoder length, in tokens                           |
   | `V`    | vocabulary, padding to a round size included        |
@@ -50,6 +50,45 @@ class TokensToLogits(Protocol):
     Returns:
       `(logits, cache)`: `[B, V]` logits of the next token in any float type,
       and the cache after this step, with the same shapes and types.
+    """
+    ...
+
+
+class DecodeFn(Protocol):
+  """What `sampling.sample` and `beam_search.beam_search` have in common."""
+
+  def __call__(
+    self,
+    tokens_to_logits: TokensToLogits,
+    cache: PyTree,
+    key: jax.Array | None,
+    /,
+    *,
+    batch_size: int,
+    max_decode_length: int,
+    num_decodes: int,
+    eos_id: int,
+    row_axes: PyTree | None,
+    **options: Any,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes N outputs for each of B prompts.
+
+    Args:
+      tokens_to_logits: of B N rows; row b N + n is prompt b's n-th.
+      cache: the model's state before the first token, of B N rows; those of one
+        prompt are equal.
+      key: random key, None where nothing is drawn.
+      batch_size: B.
+      max_decode_length: T, EOS included.
+      num_decodes: N.
+      eos_id: the token that ends an output.
+      row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
+        for a leaf without rows; None where nothing moves rows.
+      **options: the decode function's own.
+
+    Returns:
+      Tokens `[B, N, T]` and scores `[B, N]` in ascending order; or, as `sample`
+      does, tokens and their log-probs in nats, `[B N, T]` each.
     """
     ...
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints
+from gkd_jax import checkpoints, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = {
@@ -116,7 +117,10 @@ def test_smoke_run_writes_what_it_says(whole):
     "learning_rate",
   ):
     assert np.isfinite(last[name]), name
-  assert any("sampled_length" in r for r in rows)
+  sampled = [r for r in rows if "sampled_length" in r]
+  assert sampled
+  for row in sampled:
+    assert row["seconds_sampling"] > 0 and row["seconds_per_step"] > 0
   examples = _lines(folder / "examples.jsonl")
   assert len(examples) == 10
   assert set(examples[0]) == {
@@ -127,11 +131,15 @@ def test_smoke_run_writes_what_it_says(whole):
     "student",
   }
   assert list(folder.glob("events.out.tfevents*"))
+  assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   folder = tmp_path / "student"
+  # Another step in every run of the test; pytest shows it if it fails.
+  step = int(np.random.default_rng().integers(4, 18))
+  print(f"{how} at step {step}")
   with subprocess.Popen(
     command(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)),
     stdout=subprocess.PIPE,
@@ -140,7 +148,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
     env=ENV,
   ) as process:
     for line in process.stdout:
-      if line.startswith("step 8/"):
+      if line.startswith(f"step {step}/"):
         process.send_signal(how)
         break
     process.stdout.read()
@@ -154,7 +162,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   assert_same_run(folder, whole[0])
 
 
-def test_infer_and_export(whole, tmp_path):
+def decode(mode, checkpoint, **macros):
+  return gkd(
+    mode,
+    "--gin_file=models/toy.gin",
+    f"--gin_file=runs/{mode}.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    *gin(
+      CHECKPOINT_PATH=str(checkpoint),
+      MIXTURE_OR_TASK_NAME="arithmetic_cot",
+      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
+      EVAL_NUM_EXAMPLES=5,
+      EVAL_SPLIT="test",
+      **macros,
+    ),
+  )
+
+
+def test_export_infer_and_eval(whole, tmp_path):
   exported = tmp_path / "safetensors"
   done = gkd(
     "export", f"--checkpoint_path={whole[0]}", f"--output_path={exported}"
@@ -162,24 +187,68 @@ def test_infer_and_export(whole, tmp_path):
   assert done.returncode == 0, done.stderr
   assert_same_run(exported, whole[0])
   output = tmp_path / "out.jsonl"
-  done = gkd(
-    "infer",
-    "--gin_file=models/toy.gin",
-    "--gin_file=runs/infer.gin",
-    "--gin.STUDENT=%TOY_STUDENT",
-    *gin(
-      CHECKPOINT_PATH=str(exported),
-      MIXTURE_OR_TASK_NAME="arithmetic_cot",
-      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
-      EVAL_NUM_EXAMPLES=5,
-      OUTPUT_PATH=str(output),
-    ),
-  )
+  done = decode("infer", exported, OUTPUT_PATH=str(output))
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
   assert all(set(x) == {"inputs", "prediction", "score"} for x in lines)
   assert all(x["score"] < 0 for x in lines)
+  done = decode("eval", whole[0], EVAL_OUTPUT_DIR=str(tmp_path / "eval"))
+  assert done.returncode == 0, done.stderr
+  (metrics,) = _lines(tmp_path / "eval" / "metrics.json")
+  scored = _lines(tmp_path / "eval" / "predictions.jsonl")
+  for a, b in zip(lines, scored, strict=True):
+    assert (a["inputs"], a["prediction"]) == (b["inputs"], b["prediction"])
+    # The reference is the task's own text for this input, not a decoding.
+    assert b["target"].startswith(b["inputs"].split("+")[0].split("-")[0])
+  # The share of right answers, worked out here from the two texts.
+  right = [
+    x["prediction"].rpartition("#")[2] == x["target"].rpartition("#")[2]
+    for x in scored
+  ]
+  assert metrics["answer_accuracy"] == pytest.approx(100 * np.mean(right))
+
+
+def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
+  params = {"w": np.asarray([1 + 2**-8, -0.5], np.float32)}
+  checkpoints.save_safetensors(tmp_path / "run", params, {"vocab_size": 9})
+  done = gkd(
+    "export",
+    f"--checkpoint_path={tmp_path / 'run'}",
+    f"--output_path={tmp_path / 'narrow'}",
+    "--dtype=bfloat16",
+  )
+  assert done.returncode == 0, done.stderr
+  stored = checkpoints.load_params(tmp_path / "narrow", dtype=None)
+  assert stored["w"].dtype == "bfloat16"
+  assert checkpoints.load_config(tmp_path / "narrow") == {"vocab_size": 9}
+  placed = train.load_teacher(
+    str(tmp_path / "narrow"),
+    {"w": jax.ShapeDtypeStruct((2,), np.float32)},
+    {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+  )
+  assert placed["w"].dtype == np.float32
+  # bfloat16 keeps eight bits: 1 + 2^-8 is halfway and rounds to even.
+  np.testing.assert_array_equal(placed["w"], [1.0, -0.5])
+
+
+def test_import_and_export_between_formats(tmp_path):
+  """T5X's golden checkpoint -> ours -> Hugging Face's -> T5X's."""
+  source = ROOT / "tests" / "golden" / "t5x_legacy"
+  for mode, a, b, options in (
+    ("import", source, tmp_path / "gkd", []),
+    ("export", tmp_path / "gkd", tmp_path / "hf", ["--format=hf"]),
+    ("export", tmp_path / "hf", tmp_path / "t5x", ["--format=t5x"]),
+  ):
+    done = gkd(mode, f"--checkpoint_path={a}", f"--output_path={b}", *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(b, source)
+  assert (tmp_path / "t5x" / "checkpoint_0" / "state").is_dir()
+  assert checkpoints.load_config(tmp_path / "gkd")["mlp_dim"] == 32
+  lost = tmp_path / "nothing"
+  done = gkd("import", f"--checkpoint_path={lost}", "--output_path=x")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "--checkpoint_path" in done.stderr and str(lost) in done.stderr
 
 
 def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
@@ -242,6 +311,7 @@ WRONG = {
   "macro": ({"STUDENT_DATA_FRACTIONS": 1.0}, "as STUDENT_DATA_FRACTION"),
   "divergence": ({"DIVERGENCE": "jds"}, "set DIVERGENCE"),
   "microbatches": ({"NUM_MICROBATCHES": 3}, "set BATCH_SIZE"),
+  "executor": ({"EXECUTOR": "pmapp"}, "set EXECUTOR"),
 }
 
 
@@ -263,3 +333,92 @@ def test_other_shapes_and_vocabularies(teacher, tmp_path):
     done = gkd(*smoke(teacher, tmp_path / "student"), f"--gin.{binding}")
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_batch_size_that_the_data_axis_does_not_divide(teacher, tmp_path):
+  done = gkd(
+    *smoke(teacher, tmp_path / "student", BATCH_SIZE=12),
+    env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+  )
+  assert done.returncode == 2
+  assert "a multiple of 8 (8 data-parallel devices" in done.stderr
+  assert "got 12; set BATCH_SIZE" in done.stderr
+
+
+def test_a_folder_without_a_checkpoint(teacher, tmp_path):
+  (tmp_path / "empty").mkdir()
+  done = gkd(
+    *smoke(
+      teacher,
+      tmp_path / "student",
+      INITIAL_CHECKPOINT_PATH=str(tmp_path / "empty"),
+    )
+  )
+  assert done.returncode == 2
+  assert "set INITIAL_CHECKPOINT_PATH" in done.stderr
+  assert (
+    str(tmp_path / "empty") in done.stderr and "Traceback" not in done.stderr
+  )
+
+
+def test_a_batch_without_a_target_token(tmp_path):
+  (tmp_path / "no_targets.py").write_text(
+    """
+import seqio, tensorflow as tf
+
+def lines(split, shuffle_files, seed=None):
+  words = [f"word {i}" for i in range(64)]
+  return tf.data.Dataset.from_tensor_slices(
+    {"inputs": words, "targets": [""] * 64}
+  )
+
+feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+seqio.TaskRegistry.add(
+  "no_targets",
+  source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
+  preprocessors=[seqio.preprocessors.tokenize],
+  output_features={"inputs": feature(), "targets": feature()},
+  metric_fns=[],
+)
+"""
+  )
+  done = gkd(
+    "train",
+    "--gin_file=models/toy.gin",
+    "--gin_file=runs/sft.gin",
+    "--gin.STUDENT=%TOY_STUDENT",
+    "--gin.toy/network.T5Config.vocab_size=384",
+    *gin(
+      MODEL_DIR=str(tmp_path / "run"),
+      MIXTURE_OR_TASK_NAME="no_targets",
+      MIXTURE_OR_TASK_MODULE="no_targets",
+      TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
+      TRAIN_STEPS=2,
+    ),
+    cwd=tmp_path,
+    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+  )
+  assert done.returncode == 2, done.stdout
+  assert "got a batch without any at step 0" in done.stderr
+  assert not list((tmp_path / "run").glob("checkpoint_*"))
+
+
+def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
+  folder = tmp_path / "student"
+  done = gkd(
+    *smoke(
+      teacher,
+      folder,
+      # The first update leaves parameters whose squares overflow.
+      LEARNING_RATE=1e30,
+      LOG_PERIOD=1,
+      CHECKPOINT_PERIOD=1,
+    ),
+    "--gin.train.train.max_skipped_in_row=3",
+  )
+  assert done.returncode == 2
+  assert "got 3 non-finite ones in a row up to step 4" in done.stderr
+  assert "set LEARNING_RATE" in done.stderr
+  rows = [r for r in _lines(folder / "metrics.jsonl") if "loss" in r]
+  assert [r["skipped_updates"] for r in rows] == [0, 1, 2, 3]
+  assert (folder / "checkpoint_1").is_dir()

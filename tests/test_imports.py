@@ -7,17 +7,35 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  ("types", "divergences", "losses", "sampling", "schedules"),
+  (
+    "types",
+    "divergences",
+    "losses",
+    "sampling",
+    "beam_search",
+    "decoding",
+    "schedules",
+  ),
   ("layers", "network", "partitioning"),
   ("encoder_decoder", "models", "train_state", "optimizers"),
   (
     "data",
     "checkpoints",
     "checkpoint_errors",
+    "checkpoint_formats",
     "checkpoint_iterators",
+    "export",
+    "import_hf",
+    "import_t5x",
+    "model_card",
+    "output_folders",
+    "parameter_table",
+    "paths",
     "safetensors_io",
+    "stored_arrays",
+    "tensorstore_io",
   ),
-  ("trainer", "evaluate", "infer", "train", "logs"),
+  ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
   ("main", "gin_utils", "reports"),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
