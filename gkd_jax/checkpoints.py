@@ -46,6 +46,17 @@ save_safetensors = safetensors_io.save_safetensors
 check_matches = checkpoint_errors.check_matches
 
 
+def has_checkpoint(model_dir: Path) -> bool:
+  """Whether a run's folder holds a whole checkpoint, without opening any."""
+  folder = _absolute(model_dir)
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return any(
+    name.removeprefix(f"{_PREFIX}_").isdigit()
+    for name in names
+    if name.startswith(_PREFIX)
+  )
+
+
 class Checkpointer:
   """The checkpoints of one training run, for the process that writes them.
 

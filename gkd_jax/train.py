@@ -127,6 +127,12 @@ def train(
     return {}
 
   # ---- where the parameters come from: resume > initial > drawn ------------
+  # Before the checkpointer opens: a wrong path leaves no threads of it behind.
+  params = None
+  if not checkpoints.has_checkpoint(model_dir):
+    params = _first_params(
+      model, initial_checkpoint_path, abstract_state.params, seed, shapes
+    )
   checkpointer = checkpoints.Checkpointer(
     model_dir,
     keep=checkpoints_to_keep,
@@ -134,19 +140,12 @@ def train(
     best_mode=best_mode,
   )
   start = checkpointer.latest_step() or 0
-  if start:
+  if params is None:
     state = _resume(
       checkpointer, start, abstract_state, state_shardings, iterator
     )
     print(f"resumed {model_dir} at step {start}", flush=True)
   else:
-    try:
-      params = _first_params(
-        model, initial_checkpoint_path, abstract_state.params, seed, shapes
-      )
-    except ValueError:
-      checkpointer.close()  # or its threads complain when the process ends
-      raise
     create = functools.partial(
       train_state.create, transform=optimizer.transform
     )
