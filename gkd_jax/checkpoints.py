@@ -48,8 +48,8 @@ check_matches = checkpoint_errors.check_matches
 
 def has_checkpoint(model_dir: Path) -> bool:
   """Whether a run's folder holds a whole checkpoint, without opening any."""
-  folder = _absolute(model_dir)
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  folder = paths.absolute(model_dir)
+  names = [place.name for place in folder.iterdir()] if folder.is_dir() else []
   return any(
     name.removeprefix(f"{_PREFIX}_").isdigit()
     for name in names
