@@ -53,6 +53,14 @@ class Found:
   path: epath.Path
 
 
+def find_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
+  """Step to folder of a run's whole checkpoints; empty if there is no folder."""
+  if not model_dir.is_dir():
+    return {}
+  step_format = ocp.path.step.standard_name_format(step_prefix=PREFIX)
+  return {found.step: found.path for found in step_format.find_all(model_dir)}
+
+
 def find(path: Path, *, setting: str = SETTINGS) -> Found:
   """Finds out what `path` holds.
 
@@ -68,8 +76,7 @@ def find(path: Path, *, setting: str = SETTINGS) -> Found:
   if not place.is_dir():
     got = f"the file {place}" if place.exists() else f"nothing at {place}"
     raise ValueError(f"expected {_READABLE}, got {got}; set {setting}")
-  step_format = ocp.path.step.standard_name_format(step_prefix=PREFIX)
-  steps = {found.step: found.path for found in step_format.find_all(place)}
+  steps = find_steps(place)
   folder = steps[max(steps)] if steps else place
   if (folder / "state" / "_METADATA").exists():
     if _UNFINISHED in folder.name:

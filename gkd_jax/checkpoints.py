@@ -48,13 +48,7 @@ check_matches = checkpoint_errors.check_matches
 
 def has_checkpoint(model_dir: Path) -> bool:
   """Whether a run's folder holds a whole checkpoint, without opening any."""
-  folder = paths.absolute(model_dir)
-  names = [place.name for place in folder.iterdir()] if folder.is_dir() else []
-  return any(
-    name.removeprefix(f"{_PREFIX}_").isdigit()
-    for name in names
-    if name.startswith(_PREFIX)
-  )
+  return bool(checkpoint_formats.find_steps(paths.absolute(model_dir)))
 
 
 class Checkpointer:

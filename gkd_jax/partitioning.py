@@ -65,7 +65,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
-  """Global arrays, rows over the data axis, from each process's rows."""
+  """Global arrays, rows over the data axis, from each process's rows.
+
+  Args:
+    batch: features `[B / processes, ...]`.
+    mesh: see `make_mesh`.
+
+  Returns:
+    Features `[B, ...]`.
+  """
   sharding = batch_sharding(mesh)
   return {
     k: jax.make_array_from_process_local_data(sharding, v)

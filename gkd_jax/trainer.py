@@ -232,11 +232,17 @@ class SamplingClock:
 
   def __init__(self, model: Any, seed: int, mesh: Any):
     self._seed, self._mesh = seed, mesh
+    # Looked up when it is called: a model without a teacher has no such method.
     self._sample = jax.jit(lambda *args: model.sample_batch(*args))
     self._compiled = False
 
   def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
-    """Seconds of sampling an output for each row of this process's batch."""
+    """Seconds of sampling an output for each row of the whole batch.
+
+    Args:
+      params: the student's.
+      batch: this process's rows; with several, all have to call.
+    """
     placed = partitioning.put_batch(batch, self._mesh)
     args = params, placed, jax.random.key(self._seed)
     if not self._compiled:

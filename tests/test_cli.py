@@ -137,8 +137,9 @@ def test_smoke_run_writes_what_it_says(whole):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   folder = tmp_path / "student"
-  # Another step in every run of the test; pytest shows it if it fails.
-  step = int(np.random.default_rng().integers(4, 18))
+  # Another step in every run of the test; pytest shows it if it fails. From 7
+  # on, since saving step 6 has waited until step 3 was whole on disk.
+  step = int(np.random.default_rng().integers(7, 18))
   print(f"{how} at step {step}")
   with subprocess.Popen(
     command(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)),
@@ -155,12 +156,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
     code = process.wait(timeout=120)
   assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL)
   steps = {int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")}
-  # A kill may come before the first checkpoint is whole; SIGTERM saves one.
-  assert max(steps, default=0) < 20
-  assert steps or how == signal.SIGKILL
+  assert steps and max(steps) < 20
   done = gkd(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3))
   assert done.returncode == 0, done.stderr
-  assert ("resumed" in done.stdout) == bool(steps)
+  assert "resumed" in done.stdout
   assert_same_run(folder, whole[0])
 
 
@@ -261,41 +260,59 @@ def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
   assert "parameters" in done.stdout and not folder.exists()
 
 
-def test_a_task_outside_of_the_repository(tmp_path):
-  (tmp_path / "my_file.py").write_text(
-    """
+OWN_TASK = """
 import seqio, tensorflow as tf
 
-def lines(split, shuffle_files, seed=None):
-  words = [f"word {i}" for i in range(64)]
-  return tf.data.Dataset.from_tensor_slices({"inputs": words, "targets": words})
+WORDS = [f"word {i}" for i in range(64)]
 
-feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+def lines(split, shuffle_files, seed=None):
+  return tf.data.Dataset.from_tensor_slices(
+    {"inputs": WORDS, "targets": TARGETS}
+  )
+
+feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=EOS)
 seqio.TaskRegistry.add(
   "my_task",
   source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
-  preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+  preprocessors=[
+    seqio.preprocessors.tokenize, seqio.preprocessors.append_eos
+  ],
   output_features={"inputs": feature(), "targets": feature()},
   metric_fns=[],
 )
 """
-  )
-  done = gkd(
+
+
+def train_own_task(folder, targets, *, eos):
+  """Two steps of SFT on a task in a file outside of the repository.
+
+  Args:
+    folder: for the file, and the run below it.
+    targets: Python expression for the 64 targets.
+    eos: whether texts end in EOS.
+  """
+  text = OWN_TASK.replace("TARGETS", targets).replace("EOS)", f"{eos})")
+  (folder / "my_file.py").write_text(text)
+  return gkd(
     "train",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/sft.gin",
     "--gin.STUDENT=%TOY_STUDENT",
     "--gin.toy/network.T5Config.vocab_size=384",
     *gin(
-      MODEL_DIR=str(tmp_path / "run"),
+      MODEL_DIR=str(folder / "run"),
       MIXTURE_OR_TASK_NAME="my_task",
       MIXTURE_OR_TASK_MODULE="my_file",
       TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
       TRAIN_STEPS=2,
     ),
-    cwd=tmp_path,
-    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    cwd=folder,
+    env={"PYTHONPATH": f"{ROOT}:{folder}"},
   )
+
+
+def test_a_task_outside_of_the_repository(tmp_path):
+  done = train_own_task(tmp_path, "WORDS", eos=True)
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "run" / "checkpoint_2").is_dir()
 
@@ -364,42 +381,7 @@ def test_a_folder_without_a_checkpoint(teacher, tmp_path):
 
 
 def test_a_batch_without_a_target_token(tmp_path):
-  (tmp_path / "no_targets.py").write_text(
-    """
-import seqio, tensorflow as tf
-
-def lines(split, shuffle_files, seed=None):
-  words = [f"word {i}" for i in range(64)]
-  return tf.data.Dataset.from_tensor_slices(
-    {"inputs": words, "targets": [""] * 64}
-  )
-
-feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
-seqio.TaskRegistry.add(
-  "no_targets",
-  source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
-  preprocessors=[seqio.preprocessors.tokenize],
-  output_features={"inputs": feature(), "targets": feature()},
-  metric_fns=[],
-)
-"""
-  )
-  done = gkd(
-    "train",
-    "--gin_file=models/toy.gin",
-    "--gin_file=runs/sft.gin",
-    "--gin.STUDENT=%TOY_STUDENT",
-    "--gin.toy/network.T5Config.vocab_size=384",
-    *gin(
-      MODEL_DIR=str(tmp_path / "run"),
-      MIXTURE_OR_TASK_NAME="no_targets",
-      MIXTURE_OR_TASK_MODULE="no_targets",
-      TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
-      TRAIN_STEPS=2,
-    ),
-    cwd=tmp_path,
-    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-  )
+  done = train_own_task(tmp_path, '[""] * 64', eos=False)
   assert done.returncode == 2, done.stdout
   assert "got a batch without any at step 0" in done.stderr
   assert not list((tmp_path / "run").glob("checkpoint_*"))

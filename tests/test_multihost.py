@@ -121,5 +121,5 @@ def test_two_processes_train_stop_and_go_on(teacher, tmp_path):
   # hung; that it is the right coin, after the resume too, is checked here.
   assert [r["on_policy_steps"] for r in trained] == coins(saved + 4)
   assert all(np.isfinite(r["loss"]) for r in trained)
-  # One process writes: nothing twice.
-  assert printed[1].count("step ") == printed[1].count("at step")
+  # One process writes: the other prints no line of progress.
+  assert "loss" in printed[0] and "loss" not in printed[1]
