@@ -6,15 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import losses, network, sampling, types
-
-EOS_ID = 1
-
-# Where the sequences of a step come from.
-DATA, STUDENT, MIXED = "data", "student", "mixed"
+from gkd_jax import base_model, network, sampling, types
 
 
-class EncoderDecoderModel:
+class EncoderDecoderModel(base_model.BaseTransformerModel):
   """A T5 with T5X's model protocol.
 
   Args:
@@ -28,6 +23,8 @@ class EncoderDecoderModel:
       "sequence" (mean over sequences of the mean over tokens).
     loss_normalizing_factor: divides `loss_fn`'s sum; None leaves it a sum.
   """
+
+  FEATURE_CONVERTER_CLS = "EncDecFeatureConverter"
 
   def __init__(
     self,
@@ -49,18 +46,6 @@ class EncoderDecoderModel:
     self.z_loss = z_loss
     self.length_normalization = length_normalization
     self.loss_normalizing_factor = loss_normalizing_factor
-
-  @property
-  def config(self) -> network.T5Config:
-    """The network's sizes."""
-    return self.module.config
-
-  @property
-  def student(self) -> "EncoderDecoderModel":
-    """The model that is trained: this one."""
-    return self
-
-  teacher = None
 
   def get_initial_variables(
     self,
@@ -94,7 +79,7 @@ class EncoderDecoderModel:
       batch["encoder_input_tokens"],
       batch.get("encoder_segment_ids"),
       dropout_rng is not None,
-      rngs=_rngs(dropout_rng),
+      rngs=base_model.rngs(dropout_rng),
       method="encode",
     )
 
@@ -116,7 +101,7 @@ class EncoderDecoderModel:
       batch.get("decoder_segment_ids"),
       batch.get("decoder_positions"),
       dropout_rng is not None,
-      rngs=_rngs(dropout_rng),
+      rngs=base_model.rngs(dropout_rng),
       method="decode",
     )
 
@@ -124,7 +109,7 @@ class EncoderDecoderModel:
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
     """Teacher-forced logits `[B, T, V]`, encoder included."""
-    encoder_key, decoder_key = split_key(dropout_rng)
+    encoder_key, decoder_key = base_model.split_key(dropout_rng)
     encoded = self.encode(params, batch, encoder_key)
     return self.decoder_logits(params, encoded, batch, decoder_key)
 
@@ -165,72 +150,43 @@ class EncoderDecoderModel:
       key,
       batch_size=batch_size,
       max_decode_length=max_decode_length,
-      eos_id=EOS_ID,
+      eos_id=base_model.EOS_ID,
       **sampling_options,
     )
 
-  def train_loss(
+  def sample_outputs(
     self,
     params: Any,
-    teacher_params: Any,
+    encoded: jax.Array,
     batch: types.Batch,
-    *,
-    source: str,
-    step: jax.Array,
     key: jax.Array,
-    row_ids: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-    """Cross-entropy on the data (SFT): (loss_sum, weight_sum, metrics).
+    **sampling_options,
+  ) -> tuple[jax.Array, jax.Array]:
+    """See `types.TransformerModel.sample_outputs`."""
+    tokens = self.sample(
+      params,
+      encoded,
+      batch["encoder_input_tokens"],
+      key,
+      max_decode_length=batch["decoder_target_tokens"].shape[1],
+      **sampling_options,
+    ).tokens
+    return tokens, sampling.sequence_weights(tokens, base_model.EOS_ID)
 
-    Args:
-      params: of the network.
-      teacher_params: not read.
-      batch: T5X's features, `[B, ...]`.
-      source: "data"; nothing else is possible without a teacher.
-      step: not read.
-      key: of this step and microbatch.
-      row_ids: not read.
-    """
-    del teacher_params, step, row_ids
-    if source != DATA:
-      raise ValueError(f"expected source {DATA!r} for SFT, got {source!r}")
-    dropout_key = key if self.config.dropout_rate > 0 else None
-    return self._cross_entropy(
-      params, batch, dropout_key, self.length_normalization
-    )
+  def has_inputs(self, batch: types.Batch) -> jax.Array:
+    """See `types.TransformerModel.has_inputs`."""
+    return jnp.any(batch["encoder_input_tokens"] > 0, axis=1)
 
-  def _cross_entropy(self, params, batch, dropout_rng, normalization):
-    targets = batch["decoder_target_tokens"]
-    return losses.cross_entropy_loss(
-      self.logits(params, batch, dropout_rng),
-      targets,
-      loss_weights(batch),
-      label_smoothing=self.label_smoothing,
-      z_loss=self.z_loss,
-      length_normalization=normalization,
-      segment_ids=batch.get("decoder_segment_ids"),
-    )
-
-  def loss_fn(
-    self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None
-  ) -> tuple[jax.Array, types.Metrics]:
-    """T5X's loss: cross-entropy summed over target tokens, and metrics."""
-    loss, _, metrics = self._cross_entropy(params, batch, dropout_rng, "token")
-    if self.loss_normalizing_factor is not None:
-      loss = loss / self.loss_normalizing_factor
-    return loss, metrics
-
-  def eval_fn(
-    self, params: Any, batch: types.Batch
-  ) -> tuple[jax.Array, types.Metrics]:
-    """`loss_fn` without dropout."""
-    return self.loss_fn(params, batch, None)
-
-  def predict_batch(
-    self, params: Any, batch: types.Batch, rng: jax.Array | None = None
-  ) -> jax.Array:
-    """Greedy outputs `[B, T]`, zeros after EOS."""
-    return self.predict_batch_with_aux(params, batch, rng)[0]
+  def output_features(
+    self, batch: types.Batch, tokens: jax.Array, weights: jax.Array
+  ) -> dict[str, jax.Array]:
+    """See `types.TransformerModel.output_features`."""
+    del batch
+    return {
+      "decoder_target_tokens": tokens,
+      "decoder_input_tokens": sampling.shift_right(tokens),
+      "decoder_loss_weights": weights,
+    }
 
   def predict_batch_with_aux(
     self,
@@ -260,27 +216,3 @@ class EncoderDecoderModel:
       **options,
     )
     return tokens, {"scores": jnp.sum(log_probs, axis=-1)}
-
-  def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
-    """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
-    log_probs = jax.nn.log_softmax(self.logits(params, batch))
-    targets = batch["decoder_target_tokens"]
-    picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)
-    return jnp.sum(picked[:, :, 0] * loss_weights(batch), axis=-1)
-
-
-def loss_weights(batch: types.Batch) -> jax.Array:
-  """Returns the loss weights `[B, T]`, float32; without the feature, 1 where a target stands."""
-  weights = batch.get("decoder_loss_weights")
-  if weights is None:
-    weights = batch["decoder_target_tokens"] > 0
-  return weights.astype(jnp.float32)
-
-
-def _rngs(key: jax.Array | None) -> dict[str, jax.Array]:
-  return {} if key is None else {"dropout": key}
-
-
-def split_key(key: jax.Array | None) -> tuple:
-  """Two keys from one, or twice None: dropout on both sides or on neither."""
-  return (None, None) if key is None else tuple(jax.random.split(key))

@@ -8,8 +8,15 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   ("types", "divergences", "losses", "sampling", "schedules"),
-  ("layers", "network", "partitioning"),
-  ("encoder_decoder", "models", "train_state", "optimizers"),
+  ("layers", "network", "decoder_only_network", "partitioning"),
+  (
+    "base_model",
+    "encoder_decoder",
+    "decoder_only",
+    "models",
+    "train_state",
+    "optimizers",
+  ),
   (
     "data",
     "checkpoints",
