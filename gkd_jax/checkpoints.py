@@ -1,4 +1,4 @@
-"""Checkpoints of a run (Orbax), and parameters from whatever a path holds.
+"""Checkpoints of a run, by Orbax.
 
 A run writes `MODEL_DIR/checkpoint_<step>` with four items:
 
@@ -12,7 +12,6 @@ disk, and an old one is renamed away before it is deleted: what carries the
 final name is whole, wherever a kill came.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -20,27 +19,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from gkd_jax import checkpoint_errors, checkpoint_iterators, safetensors_io
-
-_PREFIX = "checkpoint"
-_TRASH = ".deleted"
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_SETTINGS = "TEACHER_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH"
-_READABLE = (
-  "a MODEL_DIR, a checkpoint_<step> folder, a folder with"
-  f" {safetensors_io.WEIGHTS_FILE} and {safetensors_io.CONFIG_FILE} of this"
-  " program, or a .safetensors file"
+from gkd_jax import (
+  checkpoint_errors,
+  checkpoint_formats,
+  checkpoint_iterators,
+  paths,
+  safetensors_io,
+  tensorstore_io,
 )
+
+_PREFIX = checkpoint_formats.PREFIX
+_TRASH = ".deleted"
 _REMEDY = "delete this folder to go on from the one before, or set MODEL_DIR"
 
 PyTree = Any
 Path = os.PathLike[str] | str
 
 SavableIterator = checkpoint_iterators.SavableIterator
+# Everything about checkpoints that the rest of the program uses is found here.
+load_params = checkpoint_formats.load_params
+load_config = checkpoint_formats.load_config
+load_model = checkpoint_formats.load_model
 save_safetensors = safetensors_io.save_safetensors
 check_matches = checkpoint_errors.check_matches
 
@@ -87,7 +88,7 @@ class Checkpointer:
       raise ValueError(
         f"expected best_mode 'max' or 'min', got {best_mode!r}; set best_mode"
       )
-    self._folder = _absolute(model_dir)
+    self._folder = paths.absolute(model_dir)
     self._best_metric = best_metric
     self._sign = 1.0 if best_mode == "max" else -1.0
     policies = [ocp.checkpoint_managers.LatestN(n=keep)]
@@ -211,7 +212,7 @@ class Checkpointer:
       )
     abstract_state = jax.tree.map(_abstract, abstract_state)
     check_matches(
-      _saved_tree(folder, _REMEDY),
+      tensorstore_io.saved_tree(folder, _REMEDY),
       abstract_state,
       setting="MODEL_DIR",
       path=folder,
@@ -278,80 +279,6 @@ class Checkpointer:
       (self._folder / _TRASH).rmtree()
 
 
-def load_params(path: Path, *, setting: str = _SETTINGS) -> PyTree:
-  """Reads parameters, whatever of the known formats `path` holds.
-
-  Known are a run's MODEL_DIR (its newest checkpoint), one `checkpoint_<step>`
-  folder of ours or of T5X in Orbax's layout, and our safetensors export. Of a
-  checkpoint only the parameters are read, not the optimizer. Nothing is ever
-  unpickled.
-
-  Args:
-    path: a folder or a file.
-    setting: what the user set the path with, for the message.
-
-  Returns:
-    Nested dict of numpy arrays, with the dtypes of the file.
-
-  Raises:
-    ValueError: if `path` holds none of these, or is damaged.
-  """
-  found = _find(path, setting)
-  if found.name.endswith(".safetensors"):
-    return safetensors_io.load_safetensors(found, setting=setting)
-  remedy = f"copy it again, or set {setting}"
-  saved = _saved_tree(found, remedy)
-  key = "params" if "params" in saved else "target"
-  if key not in saved:
-    raise ValueError(
-      f"expected 'params' (or T5X's 'target') in {found}, got {sorted(saved)};"
-      f" set {setting}"
-    )
-  item = {key: saved[key]}
-  as_numpy = jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-  )
-  with (
-    checkpoint_errors.whole(found, remedy),
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
-  ):
-    return reader.restore(
-      found / "state",
-      args=ocp.args.PyTreeRestore(
-        item, restore_args=as_numpy, partial_restore=True
-      ),
-    )[key]
-
-
-def load_config(
-  path: Path, *, setting: str = _SETTINGS
-) -> dict[str, Any] | None:
-  """Reads the network configuration stored beside the parameters.
-
-  Args:
-    path: as for `load_params`.
-    setting: what the user set the path with, for the message.
-
-  Returns:
-    The configuration that was saved, or None if none was.
-
-  Raises:
-    ValueError: as `load_params`.
-  """
-  found = _find(path, setting)
-  if found.name.endswith(".safetensors"):
-    file = found.parent / safetensors_io.CONFIG_FILE
-  else:
-    file = found / "config" / safetensors_io.CONFIG_FILE
-  if not file.exists():
-    return None
-  return safetensors_io.decode_config(file, setting=setting)
-
-
-def _absolute(path: Path) -> epath.Path:
-  return epath.Path(path).expanduser().resolve()
-
-
 def _abstract(leaf: Any) -> Any:
   """Describes a leaf of the state for Orbax, its sharding included."""
   if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -361,55 +288,3 @@ def _abstract(leaf: Any) -> Any:
     # Orbax would take the saved sharding, whose devices may not be here.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _saved_tree(folder: epath.Path, remedy: str) -> dict[str, Any]:
-  """The tree of descriptions of what `folder/state` holds."""
-  # Not by `ocp.Checkpointer`, which warns that an item lacks the metadata of a
-  # whole checkpoint.
-  with (
-    checkpoint_errors.whole(folder, remedy),
-    contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler,
-  ):
-    return handler.metadata(folder / "state").tree
-
-
-def _find(path: Path, setting: str) -> epath.Path:
-  """Returns the .safetensors file or the Orbax step folder that is meant."""
-  place = _absolute(path)
-  if place.is_file() and place.name.endswith(".safetensors"):
-    return place
-  if not place.is_dir():
-    got = f"the file {place}" if place.exists() else f"nothing at {place}"
-    raise ValueError(f"expected {_READABLE}, got {got}; set {setting}")
-  step_format = ocp.path.step.standard_name_format(step_prefix=_PREFIX)
-  steps = {found.step: found.path for found in step_format.find_all(place)}
-  folder = steps[max(steps)] if steps else place
-  if (folder / "state" / "_METADATA").exists():
-    if _UNFINISHED in folder.name:
-      raise ValueError(
-        f"expected a whole checkpoint, got {folder}, which was still being"
-        f" written; set {setting}"
-      )
-    return folder
-  weights = folder / safetensors_io.WEIGHTS_FILE
-  config = folder / safetensors_io.CONFIG_FILE
-  ours = (
-    config.exists()
-    and safetensors_io.decode_config(config, setting=setting) is not None
-  )
-  if ours and weights.exists():
-    return weights
-  foreign = None
-  if (folder / "checkpoint").is_file():
-    foreign = "T5X's legacy checkpoints"
-  elif config.exists() and not ours:
-    foreign = "Hugging Face folders"
-  if foreign:
-    raise ValueError(
-      f"expected {_READABLE}, got {foreign[:-1]} at {folder}, and {foreign} are"
-      f" read from a later version on; set {setting}"
-    )
-  raise ValueError(
-    f"expected {_READABLE}, got {checkpoint_errors.listing(folder)} in {folder}; set {setting}"
-  )

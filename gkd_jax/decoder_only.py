@@ -14,13 +14,21 @@ is read; n = 3 is the prompt's length. A sampled output of a row takes the place
 the one that it holds, from its own n on, and may fill the row.
 """
 
+import functools
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import base_model, decoder_only_network, sampling, types
+from gkd_jax import (
+  base_model,
+  decoder_only_network,
+  decoding,
+  sampling,
+  types,
+)
 
 
 class DecoderOnlyModel(base_model.BaseTransformerModel):
@@ -33,19 +41,19 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     module: the network.
     vocabulary: kept for callers that decode; not read here.
     optimizer_def: kept for T5X's gin files; the trainer takes its own.
+    decode_fn: how `predict_batch` decodes: `sampling.sample`, or another
+      `types.DecodeFn` that takes `start_tokens` and `row_lengths`, since each
+      row goes on from its own prompt and has its own room. None is greedy.
     inputs_bidirectional_attention: True for a prefix LM, whose prompt is read in
       both directions. False for causal attention everywhere.
     feature_converter_cls: a name in seqio, or a class. By default a prompt and
       an output make a row, or an output alone where the lengths name no inputs.
     max_output_length: longest sampled or predicted output; None: a row's end.
-    label_smoothing: share of the target mass on the other tokens.
-    z_loss: factor of log(Z)^2, per token.
-    length_normalization: of `train_loss`: "token" (mean over target tokens) or
-      "sequence" (mean over sequences of the mean over tokens).
-    loss_normalizing_factor: divides `loss_fn`'s sum; None leaves it a sum.
+    **settings: see `BaseTransformerModel`.
 
   Raises:
-    ValueError: `max_output_length` is below 1.
+    ValueError: `max_output_length` is below 1, or a `decode_fn` that cannot go on
+      from prompts.
   """
 
   FEATURE_CONVERTER_CLS: Any = "DecoderFeatureConverter"
@@ -55,31 +63,26 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     module: decoder_only_network.DecoderWrapper,
     vocabulary: Any = None,
     optimizer_def: Any = None,
+    decode_fn: types.DecodeFn | None = None,
     *,
     inputs_bidirectional_attention: bool = False,
     feature_converter_cls: Any = None,
     max_output_length: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    length_normalization: str = "token",
-    loss_normalizing_factor: float | None = None,
+    **settings: Any,
   ):
-    self.module = module
-    self.input_vocabulary = self.output_vocabulary = vocabulary
-    self.optimizer_def = optimizer_def
+    super().__init__(
+      module, vocabulary, vocabulary, optimizer_def, decode_fn, **settings
+    )
     self.inputs_bidirectional_attention = inputs_bidirectional_attention
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
     self.max_output_length = max_output_length
-    self.label_smoothing = label_smoothing
-    self.z_loss = z_loss
-    self.length_normalization = length_normalization
-    self.loss_normalizing_factor = loss_normalizing_factor
     if max_output_length is not None and max_output_length < 1:
       raise ValueError(
         f"expected a longest output of at least 1, got {max_output_length};"
         " set models.DecoderOnlyModel.max_output_length"
       )
+    _check_decode_fn(self.decode_fn)
 
   def get_initial_variables(
     self,
@@ -171,57 +174,84 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     Raises:
       ValueError: packed rows, or rows without a prompt's mask.
     """
+    prefilled = self._prefill(params, batch)
+    return sampling.sample(
+      functools.partial(self._step, params),
+      prefilled.cache,
+      key,
+      batch_size=prefilled.start_tokens.shape[0],
+      max_decode_length=batch["decoder_input_tokens"].shape[1],
+      eos_id=base_model.EOS_ID,
+      start_tokens=prefilled.start_tokens,
+      row_lengths=prefilled.row_lengths,
+      **sampling_options,
+    )
+
+  def _step(self, params, tokens, cache):
+    """`types.TokensToLogits`."""
+    logits, updated = self.module.apply(
+      {"params": params, "cache": cache},
+      tokens[:, None],
+      tokens[:, None],
+      enable_dropout=False,
+      decode=True,
+      mutable=["cache"],
+    )
+    return self._of_real_tokens(logits[:, 0]), updated["cache"]
+
+  def _decode(self, params, batch, key, *, num_decodes, options):
+    _check_decode_fn(self.decode_fn)  # `with_decode_fn` sets others
+    make = lambda factor: self._prefill(
+      params, decoding.widen(dict(batch), factor)
+    )
+    prefilled, axes = make(1), None
+    batch_size, width = batch["decoder_input_tokens"].shape
+    if num_decodes > 1:
+      axes = decoding.row_axes(make)
+      prefilled = decoding.widen(prefilled, num_decodes, axes)
+    return decoding.decode(
+      functools.partial(
+        self.decode_fn,
+        start_tokens=prefilled.start_tokens,
+        row_lengths=prefilled.row_lengths,
+      ),
+      functools.partial(self._step, params),
+      prefilled.cache,
+      key,
+      batch_size=batch_size,
+      num_decodes=num_decodes,
+      options=options,
+      max_decode_length=width,
+      eos_id=base_model.EOS_ID,
+      row_axes=axes and axes.cache,
+    )
+
+  def _prefill(self, params, batch):
+    """Reads the prompts; what is needed to go on from each."""
     if "decoder_segment_ids" in batch:
       raise ValueError(
         "expected unpacked rows for decoding, got decoder_segment_ids;"
         " set PACK = False"
       )
-    prompts = batch["decoder_input_tokens"] * _prompt_mask(batch)
-    lengths = _prompt_lengths(batch)
-    batch_size, width = prompts.shape
-    room = width - lengths
-    if self.max_output_length is not None:
-      room = jnp.minimum(room, self.max_output_length)
-
-    def step(tokens, cache):
-      logits, updated = self.module.apply(
-        {"params": params, "cache": cache},
-        tokens[:, None],
-        tokens[:, None],
-        enable_dropout=False,
-        decode=True,
-        mutable=["cache"],
-      )
-      return logits[:, 0], updated["cache"]
-
-    last = jnp.take_along_axis(prompts, lengths[:, None], axis=1)[:, 0]
-    return sampling.sample(
-      step,
-      self._prefill(params, batch, prompts, lengths),
-      key,
-      batch_size=batch_size,
-      max_decode_length=width,
-      eos_id=base_model.EOS_ID,
-      start_tokens=last,
-      row_lengths=room,
-      **sampling_options,
-    )
-
-  def _prefill(self, params, batch, prompts, lengths):
-    """The cache of the prompts, each row to go on from its own length."""
+    mask, lengths = _prompt_mask(batch), _prompt_lengths(batch)
+    prompts = batch["decoder_input_tokens"] * mask
     _, made = self.module.apply(
       {"params": params},
       prompts,
       # As targets they mark the positions that count: the prompt's, and the one
       # at which its last token is read.
-      _prompt_mask(batch),
+      mask,
       decoder_causal_attention=self._causal_attention(batch),
       enable_dropout=False,
       prefill=True,
       prefill_lengths=lengths,
       mutable=["cache"],
     )
-    return made["cache"]
+    room = prompts.shape[1] - lengths
+    if self.max_output_length is not None:
+      room = jnp.minimum(room, self.max_output_length)
+    last = jnp.take_along_axis(prompts, lengths[:, None], axis=1)[:, 0]
+    return _Prefilled(made["cache"], last, room)
 
   def sample_outputs(
     self,
@@ -259,28 +289,30 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       "decoder_loss_weights": after_prompt(weights),
     }
 
-  def predict_batch_with_aux(
-    self,
-    params: Any,
-    batch: types.Batch,
-    rng: jax.Array | None = None,
-    decoder_params: Mapping[str, Any] | None = None,
-  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Outputs and their scores.
 
-    Args:
-      params: of the network.
-      batch: see `sample`.
-      rng: key; may be None for greedy decoding.
-      decoder_params: options of `sampling.sample`; greedy by default.
+class _Prefilled(NamedTuple):
+  """Prompts that have been read.
 
-    Returns:
-      Tokens `[B, T]`, the outputs without their prompts, and
-      `{"scores": [B]}`: the summed log-probs in nats.
-    """
-    options = {"temperature": 0.0} | dict(decoder_params or {})
-    tokens, log_probs = self.sample(params, batch, rng, **options)
-    return tokens, {"scores": jnp.sum(log_probs, axis=-1)}
+  Attributes:
+    cache: of the network; the next position of each row is its prompt's length.
+    start_tokens: `[B]` int32, to feed first: each prompt's last token.
+    row_lengths: `[B]` int32, longest output of each row.
+  """
+
+  cache: types.PyTree
+  start_tokens: jax.Array
+  row_lengths: jax.Array
+
+
+def _check_decode_fn(decode_fn):
+  parameters = inspect.signature(decode_fn).parameters
+  missing = {"start_tokens", "row_lengths"} - set(parameters)
+  if missing:
+    raise ValueError(
+      "expected a decode function that takes start_tokens and row_lengths, got"
+      f" one without {', '.join(sorted(missing))}; set DECODE_FN = None or"
+      " @sampling.sample"
+    )
 
 
 def _prompt_mask(batch):

@@ -1,51 +1,19 @@
 """T5X's encoder-decoder model protocol on our network."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import base_model, network, sampling, types
+from gkd_jax import base_model, decoding, sampling, types
 
 
 class EncoderDecoderModel(base_model.BaseTransformerModel):
-  """A T5 with T5X's model protocol.
-
-  Args:
-    module: the network.
-    input_vocabulary: kept for callers that decode; not read here.
-    output_vocabulary: as `input_vocabulary`.
-    optimizer_def: kept for T5X's gin files; the trainer takes its own.
-    label_smoothing: share of the target mass on the other tokens.
-    z_loss: factor of log(Z)^2, per token.
-    length_normalization: of `train_loss`: "token" (mean over target tokens) or
-      "sequence" (mean over sequences of the mean over tokens).
-    loss_normalizing_factor: divides `loss_fn`'s sum; None leaves it a sum.
-  """
+  """A T5 with T5X's model protocol; see `BaseTransformerModel` for settings."""
 
   FEATURE_CONVERTER_CLS = "EncDecFeatureConverter"
-
-  def __init__(
-    self,
-    module: network.Transformer,
-    input_vocabulary: Any = None,
-    output_vocabulary: Any = None,
-    optimizer_def: Any = None,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    length_normalization: str = "token",
-    loss_normalizing_factor: float | None = None,
-  ):
-    self.module = module
-    self.input_vocabulary = input_vocabulary
-    self.output_vocabulary = output_vocabulary
-    self.optimizer_def = optimizer_def
-    self.label_smoothing = label_smoothing
-    self.z_loss = z_loss
-    self.length_normalization = length_normalization
-    self.loss_normalizing_factor = loss_normalizing_factor
 
   def get_initial_variables(
     self,
@@ -124,34 +92,66 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     **sampling_options,
   ) -> sampling.SampleResult:
     """Samples one output per row; see `sampling.sample` for the options."""
+    step = functools.partial(
+      self._step, params, encoded, encoder_input_tokens, max_decode_length
+    )
     batch_size = encoder_input_tokens.shape[0]
-
-    def step(tokens, cache):
-      variables = {"params": params} | ({"cache": cache} if cache else {})
-      logits, updated = self.module.apply(
-        variables,
-        encoded,
-        encoder_input_tokens,
-        tokens[:, None],
-        tokens[:, None],
-        enable_dropout=False,
-        decode=True,
-        max_decode_length=max_decode_length,
-        mutable=["cache"],
-        method="decode",
-      )
-      return logits[:, 0], updated["cache"]
-
-    # The first call makes the cache, cross-attention included.
-    _, cache = step(jnp.zeros((batch_size,), jnp.int32), None)
     return sampling.sample(
       step,
-      cache,
+      _new_cache(step, batch_size),
       key,
       batch_size=batch_size,
       max_decode_length=max_decode_length,
       eos_id=base_model.EOS_ID,
       **sampling_options,
+    )
+
+  def _step(self, params, encoded, encoder_input_tokens, length, tokens, cache):
+    """`types.TokensToLogits` of these inputs; without a cache, makes it."""
+    variables = {"params": params} | ({"cache": cache} if cache else {})
+    logits, updated = self.module.apply(
+      variables,
+      encoded,
+      encoder_input_tokens,
+      tokens[:, None],
+      tokens[:, None],
+      enable_dropout=False,
+      decode=True,
+      max_decode_length=length,
+      mutable=["cache"],
+      method="decode",
+    )
+    return self._of_real_tokens(logits[:, 0]), updated["cache"]
+
+  def _decode(self, params, batch, key, *, num_decodes, options):
+    encoded, inputs = self.encode(params, batch), batch["encoder_input_tokens"]
+    length = batch["decoder_input_tokens"].shape[1]
+    step = functools.partial(self._step, params)
+
+    def of_rows(factor):
+      # This many rows for each prompt; keys and values of the encoded inputs
+      # are computed for one, as they are equal.
+      wide = decoding.widen((encoded, inputs), factor)
+      return functools.partial(step, *wide, length)
+
+    batch_size = inputs.shape[0]
+    cache, axes = _new_cache(of_rows(1), batch_size), None
+    if num_decodes > 1:
+      axes = decoding.row_axes(
+        lambda factor: _new_cache(of_rows(factor), factor * batch_size)
+      )
+      cache = decoding.widen(cache, num_decodes, axes)
+    return decoding.decode(
+      self.decode_fn,
+      of_rows(num_decodes),
+      cache,
+      key,
+      batch_size=batch_size,
+      num_decodes=num_decodes,
+      options=options,
+      max_decode_length=length,
+      eos_id=base_model.EOS_ID,
+      row_axes=axes,
     )
 
   def sample_outputs(
@@ -188,31 +188,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       "decoder_loss_weights": weights,
     }
 
-  def predict_batch_with_aux(
-    self,
-    params: Any,
-    batch: types.Batch,
-    rng: jax.Array | None = None,
-    decoder_params: Mapping[str, Any] | None = None,
-  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Outputs and their scores.
 
-    Args:
-      params: of the network.
-      batch: the output length is that of `decoder_input_tokens`.
-      rng: key; may be None for greedy decoding.
-      decoder_params: options of `sampling.sample`; greedy by default.
-
-    Returns:
-      Tokens `[B, T]`, and `{"scores": [B]}`: the summed log-probs in nats.
-    """
-    options = {"temperature": 0.0} | dict(decoder_params or {})
-    tokens, log_probs = self.sample(
-      params,
-      self.encode(params, batch),
-      batch["encoder_input_tokens"],
-      rng,
-      max_decode_length=batch["decoder_input_tokens"].shape[1],
-      **options,
-    )
-    return tokens, {"scores": jnp.sum(log_probs, axis=-1)}
+def _new_cache(step, rows):
+  """The cache of a `_step` before the first token, cross-attention included."""
+  return step(jnp.zeros((rows,), jnp.int32), None)[1]

@@ -71,6 +71,21 @@ def parse(
   _check_macros(given)
 
 
+def save():
+  """Writes the configuration as `MODEL_DIR/config.gin`, as T5X does."""
+  try:
+    folder = gin.query_parameter("%MODEL_DIR")
+  except ValueError:
+    return  # `train` was bound without the macro
+  # `gin.REQUIRED` is no folder; `train` will say that it is missing.
+  if isinstance(folder, str) and folder:
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "config.gin")
+    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:
+      f.write(gin.config_str())
+    os.replace(f.name, path)
+
+
 def _check_macros(given):
   config = gin.config_str()
   defined = set(re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", config, re.M))

@@ -39,7 +39,7 @@ def infer(
     split: name of the split.
     batch_size: rows decoded at a time.
     num_examples: at most so many of each task, None for all.
-    temperature: 0 is greedy.
+    temperature: 0 is greedy, or as the model's `decode_fn` has it.
     use_cached_tasks: read seqio's cache.
     seed: of sampling.
   """
@@ -97,7 +97,7 @@ def evaluate_checkpoint(
     split: name of the split.
     batch_size: rows decoded at a time.
     num_examples: at most so many of each task, None for all.
-    temperature: 0 is greedy.
+    temperature: 0 is greedy, or as the model's `decode_fn` has it.
     use_cached_tasks: read seqio's cache.
     seed: of sampling.
 
@@ -159,7 +159,7 @@ def _predict(
     model.student,
     params,
     seed=seed,
-    decoder_params={"temperature": temperature},
+    decoder_params={"temperature": temperature} if temperature else None,
   )
   return evaluator, results
 

@@ -74,6 +74,7 @@ def distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
+  num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Divergence of the student from the teacher, position by position.
 
@@ -99,6 +100,9 @@ def distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
+    num_real_tokens: R; token ids from R on are padding of the vocabulary, and
+      neither law has mass there: value, gradient and metrics are those of the
+      first R logits. None for R = V.
 
   Returns:
     `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
@@ -108,8 +112,9 @@ def distillation_loss(
     `top1_agreement`, the share of tokens that both rank first.
 
   Raises:
-    ValueError: shapes that differ, a temperature not above 0, or a name or
-      length normalisation that does not exist.
+    ValueError: shapes that differ, a temperature not above 0, a
+      `num_real_tokens` outside of 1..V, or a name or length normalisation that
+      does not exist.
   """
   if teacher_logits.shape != student_logits.shape:
     raise ValueError(
@@ -125,6 +130,7 @@ def distillation_loss(
 
   p = _masked(teacher_logits, weights) / teacher_temperature
   q = _masked(student_logits, weights) / student_temperature
+  p, q = _without_padding(num_real_tokens, p, q)
   p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
   shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
   loss_sum = jnp.sum(shares * divergence(p, q))
@@ -223,6 +229,25 @@ def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   through, in the gradient.
   """
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
+
+
+def _without_padding(num_real_tokens, *logits):
+  """Logits `[B, T, V]` without mass from the id `num_real_tokens` on.
+
+  A mask and not a slice, which would move a vocabulary that is sharded. It
+  follows the temperature, so that none can undo it.
+  """
+  vocab_size = logits[0].shape[-1]
+  if num_real_tokens is None:
+    return logits
+  if not 1 <= num_real_tokens <= vocab_size:
+    raise ValueError(
+      f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
+      f" {num_real_tokens}; set NUM_REAL_TOKENS"
+    )
+  is_real = (np.arange(vocab_size) < num_real_tokens)[None, None]
+  # Finite, as is every log-prob that the divergences see below.
+  return tuple(jnp.where(is_real, x, -1e9) for x in logits)
 
 
 def _token_metrics(

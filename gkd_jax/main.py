@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-MODES = ("train", "eval", "infer", "export", "report", "path")
+MODES = ("train", "eval", "infer", "import", "export", "report", "path")
 
 flags.DEFINE_multi_string("gin_file", [], "gin files, in order")
 flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
@@ -19,8 +19,21 @@ flags.DEFINE_bool(
 flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
 flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
-flags.DEFINE_string("checkpoint_path", None, "export: what to read")
-flags.DEFINE_string("output_path", None, "export: folder to write")
+flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
+flags.DEFINE_string("output_path", None, "import, export: folder to write")
+flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
+flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["bfloat16", "float16", "float32"],
+  "import, export: what parameters are stored in; without it, as they are read",
+)
+flags.DEFINE_string(
+  "vocabulary_path", None, "export to hf: SentencePiece model of the tokenizer"
+)
+flags.DEFINE_integer(
+  "extra_ids", 100, "export to hf: sentinels after its pieces"
+)
 
 
 def _gin_flags(argv):
@@ -53,8 +66,8 @@ def _run(argv):
     import seqio
 
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
-  if mode == "export":
-    _export()
+  if mode in ("import", "export"):
+    _convert(mode)
     return
   if mode == "path":
     from gkd_jax.tasks import shipped
@@ -73,6 +86,8 @@ def _run(argv):
   if mode == "train":
     if FLAGS.dry_run:
       print(gin.config_str())
+    else:
+      gin_utils.save()
     gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
   elif mode == "eval":
     gin.get_configurable(infer.evaluate_checkpoint)()
@@ -80,9 +95,9 @@ def _run(argv):
     gin.get_configurable(infer.infer)()
 
 
-def _export():
-  """Newest checkpoint of a run -> safetensors and config.json."""
-  from gkd_jax import checkpoints
+def _convert(mode):
+  """Checkpoint -> our safetensors folder, or another program's format."""
+  from gkd_jax import export
 
   if not FLAGS.checkpoint_path or not FLAGS.output_path:
     raise ValueError(
@@ -90,10 +105,19 @@ def _export():
       f" {FLAGS.checkpoint_path!r} and {FLAGS.output_path!r};"
       " set --checkpoint_path and --output_path"
     )
-  checkpoints.save_safetensors(
+  if mode == "import":
+    config = export.import_checkpoint(
+      FLAGS.checkpoint_path, FLAGS.output_path, dtype=FLAGS.dtype
+    )
+    print(f"imported into {FLAGS.output_path}: {config}", flush=True)
+    return
+  export.export_checkpoint(
+    FLAGS.checkpoint_path,
     FLAGS.output_path,
-    checkpoints.load_params(FLAGS.checkpoint_path),
-    checkpoints.load_config(FLAGS.checkpoint_path) or {},
+    format=FLAGS.format,
+    dtype=FLAGS.dtype,
+    vocabulary_path=FLAGS.vocabulary_path,
+    extra_ids=FLAGS.extra_ids,
   )
 
 

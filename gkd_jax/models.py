@@ -107,6 +107,12 @@ class GKDModel:
         "expected teacher and student with one vocabulary, got vocab_size"
         f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
       )
+    real = self.teacher.num_real_tokens, self.student.num_real_tokens
+    if real[0] != real[1]:
+      raise ValueError(
+        "expected teacher and student with the same num_real_tokens, got"
+        f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
+      )
     for name, value, setting in (
       ("λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"),
       ("β", self.beta, "BETA"),
@@ -221,6 +227,7 @@ class GKDModel:
       student_temperature=self.student_temperature,
       length_normalization=self.length_normalization,
       segment_ids=batch.get("decoder_segment_ids"),
+      num_real_tokens=self.student.num_real_tokens,
     )
     return loss, weight, aux | metrics
 
@@ -310,11 +317,17 @@ class GKDModel:
     return self.student.predict_batch(params, batch, rng)
 
   def predict_batch_with_aux(
-    self, params, batch, rng=None, decoder_params=None
+    self,
+    params,
+    batch,
+    rng=None,
+    decoder_params=None,
+    return_all_decodes=None,
+    num_decodes=None,
   ):
     """See `types.TransformerModel.predict_batch_with_aux`."""
     return self.student.predict_batch_with_aux(
-      params, batch, rng, decoder_params
+      params, batch, rng, decoder_params, return_all_decodes, num_decodes
     )
 
   def score_batch(self, params, batch):

@@ -35,7 +35,7 @@ class SampleResult(NamedTuple):
   Attributes:
     tokens: `[B, T]` int32; the EOS that ends a row is kept, zeros follow it.
     log_probs: `[B, T]` float32, nats per token, under the law that the token
-      was drawn from; 0 after EOS.
+      was drawn from; 0 after EOS. Both are `[B N, T]` for N samples per prompt.
   """
 
   tokens: jax.Array
@@ -91,6 +91,8 @@ def sample(
   row_ids: jax.Array | None = None,
   active: jax.Array | None = None,
   suppress_ids: Sequence[int] = (),
+  num_decodes: int = 1,
+  row_axes: types.PyTree | None = None,
 ) -> SampleResult:
   """Samples one continuation per row.
 
@@ -122,6 +124,9 @@ def sample(
       stay zero, and no step is run for their sake.
     suppress_ids: tokens that are never produced. On-policy training suppresses
       PAD, which could not be told from the zeros after EOS.
+    num_decodes: N, samples per prompt. The model then has B N rows, of which
+      b N to b N + N - 1 are prompt b's, and every `[B]` here means `[B N]`.
+    row_axes: not read, since rows stay in their places; see `types.DecodeFn`.
 
   Returns:
     Tokens and log-probs, `[B, T]` each. Under temperature 0 log-probs are the
@@ -131,15 +136,15 @@ def sample(
     ValueError: if a setting is outside its range, a shape is not `[B]`, or the
       key that a temperature above 0 needs is None.
   """
+  del row_axes
   _check_settings(max_decode_length, temperature, top_k, top_p)
   greedy = _is_static(temperature) and temperature == 0
   if key is None and not greedy:
     raise ValueError(
       f"expected a random key at temperature {temperature}, got None; set key"
     )
-  start_tokens, row_ids, active = _per_row(
-    batch_size, start_tokens, row_ids, active
-  )
+  rows = batch_size * num_decodes
+  start_tokens, row_ids, active = _per_row(rows, start_tokens, row_ids, active)
   row_keys = None if greedy else _fold_in_rows(key, row_ids)
   law = functools.partial(sampling_logits, suppress_ids=suppress_ids)
   if not greedy:
@@ -148,8 +153,8 @@ def sample(
     )
 
   if row_lengths is None:
-    row_lengths = jnp.full(batch_size, max_decode_length)
-  _check_rows("row_lengths", row_lengths, batch_size)
+    row_lengths = jnp.full(rows, max_decode_length)
+  _check_rows("row_lengths", row_lengths, rows)
 
   def not_finished(state: SamplingState):
     return (state.position < max_decode_length) & ~jnp.all(state.ended)
@@ -172,7 +177,7 @@ def sample(
       cache=cache,
     )
 
-  shape = (batch_size, max_decode_length)
+  shape = (rows, max_decode_length)
   initial = SamplingState(
     position=jnp.int32(0),
     current=start_tokens,

@@ -359,7 +359,7 @@ def _final_scores(evaluator, model, params, seed, split):
   result: dict[str, Any] = {"params": logs.count(params), "split": split}
   for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     outputs = evaluator.predict(
-      model.student,
+      model.student.with_decode_fn(),
       params,
       seed=seed,
       decoder_params={"temperature": temperature},

@@ -6,7 +6,7 @@ use these letters, everywhere in the package:
   | letter | meaning                                             |
   |--------|-----------------------------------------------------|
   | `B`    | batch: rows of one (micro)batch, over all devices   |
-  | `N`    | samples drawn per prompt                            |
+  | `N`    | samples or beams per prompt                         |
   | `S`    | encoder length, in tokens                           |
   | `T`    | decoder length, in tokens                           |
   | `V`    | vocabulary, padding to a round size included        |
@@ -61,6 +61,9 @@ class TransformerModel(Protocol):
   replaced with the student's own. T is the decoder's length; where a row of the
   decoder holds a prompt too, it counts.
   """
+
+  num_real_tokens: int | None
+  """Token ids from here on are padding of the vocabulary; None: there are none."""
 
   FEATURE_CONVERTER_CLS: Any
   """seqio's converter of the features that the model reads: a name in seqio, or
@@ -177,19 +180,62 @@ class TransformerModel(Protocol):
     batch: Batch,
     rng: jax.Array | None = None,
     decoder_params: Mapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Outputs `[B, T]`, and `{"scores": [B]}` in nats.
+    """Outputs `[B, T]`, and `{"scores": [B]}`; or all N outputs of each row.
 
     Args:
       params: of the network.
       batch: features; outputs in them are not read.
       rng: key; may be None where nothing is drawn.
       decoder_params: options of the decoding; greedy by default.
+      return_all_decodes: `[B, N, T]` and `[B, N]`, the best last.
+      num_decodes: N.
     """
     ...
 
   def score_batch(self, params: Any, batch: Batch) -> jax.Array:
     """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
+    ...
+
+
+class DecodeFn(Protocol):
+  """What `sampling.sample` and `beam_search.beam_search` have in common."""
+
+  def __call__(
+    self,
+    tokens_to_logits: TokensToLogits,
+    cache: PyTree,
+    key: jax.Array | None,
+    /,
+    *,
+    batch_size: int,
+    max_decode_length: int,
+    num_decodes: int,
+    eos_id: int,
+    row_axes: PyTree | None,
+    **options: Any,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes N outputs for each of B prompts.
+
+    Args:
+      tokens_to_logits: of B N rows; row b N + n is prompt b's n-th.
+      cache: the model's state before the first token, of B N rows; those of one
+        prompt are equal.
+      key: random key, None where nothing is drawn.
+      batch_size: B.
+      max_decode_length: T, EOS included.
+      num_decodes: N.
+      eos_id: the token that ends an output.
+      row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
+        for a leaf without rows; None where nothing moves rows.
+      **options: the decode function's own.
+
+    Returns:
+      Tokens `[B, N, T]` and scores `[B, N]` in ascending order; or, as `sample`
+      does, tokens and their log-probs in nats, `[B N, T]` each.
+    """
     ...
 
 

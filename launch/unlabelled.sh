@@ -10,6 +10,8 @@ start=$PWD/runs/quickstart-$seed/sft
 out=$PWD/runs/unlabelled-$seed
 GKD=${GKD:-$PWD/.venv-quickstart/bin/gkd}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TF_CPP_MIN_LOG_LEVEL=3
+# Huge pages for XLA's buffers: a third less time on a CPU, where glibc knows it.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 rm -rf "$out" && mkdir -p "$out" && cd "$out"
 teacher=$($GKD path g2p_teacher 2>/dev/null)
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints
+from gkd_jax import checkpoints, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = {
@@ -130,6 +131,7 @@ def test_smoke_run_writes_what_it_says(whole):
     "student",
   }
   assert list(folder.glob("events.out.tfevents*"))
+  assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -205,6 +207,48 @@ def test_export_infer_and_eval(whole, tmp_path):
     for x in scored
   ]
   assert metrics["answer_accuracy"] == pytest.approx(100 * np.mean(right))
+
+
+def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
+  params = {"w": np.asarray([1 + 2**-8, -0.5], np.float32)}
+  checkpoints.save_safetensors(tmp_path / "run", params, {"vocab_size": 9})
+  done = gkd(
+    "export",
+    f"--checkpoint_path={tmp_path / 'run'}",
+    f"--output_path={tmp_path / 'narrow'}",
+    "--dtype=bfloat16",
+  )
+  assert done.returncode == 0, done.stderr
+  stored = checkpoints.load_params(tmp_path / "narrow", dtype=None)
+  assert stored["w"].dtype == "bfloat16"
+  assert checkpoints.load_config(tmp_path / "narrow") == {"vocab_size": 9}
+  placed = train.load_teacher(
+    str(tmp_path / "narrow"),
+    {"w": jax.ShapeDtypeStruct((2,), np.float32)},
+    {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+  )
+  assert placed["w"].dtype == np.float32
+  # bfloat16 keeps eight bits: 1 + 2^-8 is halfway and rounds to even.
+  np.testing.assert_array_equal(placed["w"], [1.0, -0.5])
+
+
+def test_import_and_export_between_formats(tmp_path):
+  """T5X's golden checkpoint -> ours -> Hugging Face's -> T5X's."""
+  source = ROOT / "tests" / "golden" / "t5x_legacy"
+  for mode, a, b, options in (
+    ("import", source, tmp_path / "gkd", []),
+    ("export", tmp_path / "gkd", tmp_path / "hf", ["--format=hf"]),
+    ("export", tmp_path / "hf", tmp_path / "t5x", ["--format=t5x"]),
+  ):
+    done = gkd(mode, f"--checkpoint_path={a}", f"--output_path={b}", *options)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(b, source)
+  assert (tmp_path / "t5x" / "checkpoint_0" / "state").is_dir()
+  assert checkpoints.load_config(tmp_path / "gkd")["mlp_dim"] == 32
+  lost = tmp_path / "nothing"
+  done = gkd("import", f"--checkpoint_path={lost}", "--output_path=x")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "--checkpoint_path" in done.stderr and str(lost) in done.stderr
 
 
 def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
@@ -318,20 +362,43 @@ def test_a_folder_without_a_checkpoint(teacher, tmp_path):
 
 
 def test_a_batch_without_a_target_token(tmp_path):
+  (tmp_path / "no_targets.py").write_text(
+    """
+import seqio, tensorflow as tf
+
+def lines(split, shuffle_files, seed=None):
+  words = [f"word {i}" for i in range(64)]
+  return tf.data.Dataset.from_tensor_slices(
+    {"inputs": words, "targets": [""] * 64}
+  )
+
+feature = lambda: seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+seqio.TaskRegistry.add(
+  "no_targets",
+  source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
+  preprocessors=[seqio.preprocessors.tokenize],
+  output_features={"inputs": feature(), "targets": feature()},
+  metric_fns=[],
+)
+"""
+  )
   done = gkd(
     "train",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/sft.gin",
     "--gin.STUDENT=%TOY_STUDENT",
-    "--gin.toy/network.T5Config.vocab_size=72",
+    "--gin.toy/network.T5Config.vocab_size=384",
     *gin(
       MODEL_DIR=str(tmp_path / "run"),
-      MIXTURE_OR_TASK_NAME="g2p_cmudict_unlabelled",
-      TASK_FEATURE_LENGTHS={"inputs": 24, "targets": 24},
+      MIXTURE_OR_TASK_NAME="no_targets",
+      MIXTURE_OR_TASK_MODULE="no_targets",
+      TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
       TRAIN_STEPS=2,
     ),
+    cwd=tmp_path,
+    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
   )
-  assert done.returncode == 2
+  assert done.returncode == 2, done.stdout
   assert "got a batch without any at step 0" in done.stderr
   assert not list((tmp_path / "run").glob("checkpoint_*"))
 

@@ -12,7 +12,7 @@ import toy_decoder_only as toy
 import toy_models
 from flax import traverse_util
 
-from gkd_jax import decoder_only_network, models, sampling
+from gkd_jax import beam_search, decoder_only_network, models, sampling
 
 both_ways = pytest.mark.parametrize("prefix_lm", [False, True])
 
@@ -273,6 +273,32 @@ def test_a_longest_output_cuts_and_changes_nothing_before():
   assert not cut[:, 2:].any() and whole[:, 2:].any()
 
 
+def test_the_best_of_several_decodes_of_each_prompt():
+  model = toy.model(vocab_size=16, num_real_tokens=12)
+  params, batch = toy.params(model, 3), toy.batch(4)
+  options = {"temperature": 1.0, "suppress_ids": (0,)}
+  decode = jax.jit(
+    lambda *args: model.predict_batch_with_aux(
+      *args, options, return_all_decodes=True, num_decodes=3
+    )
+  )
+  tokens, aux = decode(params, batch, jax.random.key(1))
+  tokens, scores = np.asarray(tokens), np.asarray(aux["scores"])
+  assert tokens.shape == (4, 3, toy.WIDTH) and tokens.max() == 11
+  assert (np.diff(scores, axis=1) >= 0).all() and np.diff(scores).max() > 0.1
+  prompts = [prompt for prompt, _ in toy.pairs(4)]
+  for n in range(3):
+    outputs = [row[row > 0].tolist() for row in tokens[:, n]]
+    rows = toy.rows(list(zip(prompts, outputs, strict=True)))
+    logits = np.array(model.logits(params, rows))
+    logits[:, :, [0, 12, 13, 14, 15]] = -np.inf
+    law = np.asarray(jax.nn.log_softmax(logits))
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+      at = len(prompt) + np.arange(len(output))
+      expected = law[i, at, output].sum()
+      np.testing.assert_allclose(scores[i, n], expected, rtol=1e-4)
+
+
 # --- What has weight in the loss ------------------------------------------------------
 
 
@@ -429,6 +455,10 @@ def test_wrong_settings_name_what_to_change():
     ValueError, match=r"got 0; set models.DecoderOnlyModel.max"
   ):
     toy.model(max_output_length=0)
+  with pytest.raises(
+    ValueError, match=r"without row_lengths; set DECODE_F"
+  ):
+    toy.model(decode_fn=beam_search.beam_search)
   model = toy.model()
   tokens = jnp.ones((1, 4), jnp.int32)
   lengths = jnp.ones(1, jnp.int32)

@@ -7,7 +7,15 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-  ("types", "divergences", "losses", "sampling", "schedules"),
+  (
+    "types",
+    "divergences",
+    "losses",
+    "sampling",
+    "beam_search",
+    "decoding",
+    "schedules",
+  ),
   ("layers", "network", "decoder_only_network", "partitioning"),
   (
     "base_model",
@@ -21,8 +29,18 @@ LAYERS = (
     "data",
     "checkpoints",
     "checkpoint_errors",
+    "checkpoint_formats",
     "checkpoint_iterators",
+    "export",
+    "import_hf",
+    "import_t5x",
+    "model_card",
+    "output_folders",
+    "parameter_table",
+    "paths",
     "safetensors_io",
+    "stored_arrays",
+    "tensorstore_io",
   ),
   ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
   ("main", "gin_utils", "reports"),
@@ -54,6 +72,20 @@ def test_imports_point_downward():
   for name, level in LEVEL.items():
     for other in _imports(ROOT / "gkd_jax" / f"{name}.py") & set(LEVEL):
       assert LEVEL[other] <= level, f"{name} imports {other}, which is above it"
+
+
+def test_adapters_are_on_top_and_alone_import_what_they_adapt():
+  importers = {
+    path.relative_to(ROOT / "gkd_jax").as_posix()
+    for path in (ROOT / "gkd_jax").rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ImportFrom | ast.Import)
+    for name in [getattr(node, "module", None) or node.names[0].name]
+    if name.split(".")[0] == "t5x"
+  }
+  assert importers == {"adapters/t5x.py"}
+  for name in LEVEL:
+    assert "adapters" not in _imports(ROOT / "gkd_jax" / f"{name}.py"), name
 
 
 def test_tasks_import_nothing_of_the_package_but_tasks():

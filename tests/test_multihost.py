@@ -29,7 +29,8 @@ def start(folder, teacher, index, port, **macros):
     "MODEL_DIR": str(folder),
     "TEACHER_CHECKPOINT_PATH": str(teacher),
     "LOG_PERIOD": 1,
-    "EVAL_NUM_EXAMPLES": 6,
+    "EVAL_NUM_EXAMPLES": 2,
+    "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 12},
   } | macros
   return subprocess.Popen(
     [

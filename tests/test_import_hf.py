@@ -1,0 +1,236 @@
+"""Hugging Face folders, both ways: transformers computes what we compute."""
+
+import os
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from gkd_jax import checkpoints, export, models, network
+
+torch = pytest.importorskip(
+  "torch", reason="torch is in the extra hf: pip install gkd_jax[hf]"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip(
+  "transformers",
+  reason="transformers is in the extra hf: pip install gkd_jax[hf]",
+)
+
+SIZES = dict(
+  vocab_size=96, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=2
+)
+# Of the family: model class, and what its published configurations say.
+FAMILIES = {
+  "t5_1_0": ("T5", dict(feed_forward_proj="relu", tie_word_embeddings=True)),
+  "t5_1_1": (
+    "T5",
+    dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+  ),
+  "flan_t5": (
+    "T5",
+    dict(
+      feed_forward_proj="gated-gelu",
+      tie_word_embeddings=False,
+      n_positions=512,
+      output_past=True,
+    ),
+  ),
+  "mt5": ("MT5", dict(tie_word_embeddings=False)),
+  "byt5": (
+    "T5",
+    dict(
+      feed_forward_proj="gated-gelu",
+      tie_word_embeddings=False,
+      num_layers=3,
+      num_decoder_layers=1,
+    ),
+  ),
+}
+BATCH = {
+  "encoder_input_tokens": np.asarray(
+    [[5, 9, 33, 95, 1, 0, 0], [7, 1, 0, 0, 0, 0, 0], [3, 4, 5, 6, 7, 8, 1]],
+    np.int32,
+  ),
+  "decoder_target_tokens": np.asarray(
+    [[8, 9, 1, 0], [40, 41, 42, 1], [2, 1, 0, 0]], np.int32
+  ),
+}
+BATCH["decoder_input_tokens"] = np.pad(
+  BATCH["decoder_target_tokens"], ((0, 0), (1, 0))
+)[:, :-1]
+
+
+def make(family, seed=6, **overrides):
+  """A random model of the family, in transformers."""
+  kind, fields = FAMILIES[family]
+  config = getattr(transformers, f"{kind}Config")(
+    **(SIZES | fields | overrides), decoder_start_token_id=0
+  )
+  torch.manual_seed(seed)
+  model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      # Norms of 1 and tiny heads would hide a parameter in the wrong place.
+      noise = torch.randn(parameter.shape, generator=generator)
+      parameter.add_(0.3 * noise)
+  return model.eval()
+
+
+def their_logits(model):
+  inputs = torch.tensor(BATCH["encoder_input_tokens"], dtype=torch.long)
+  decoder = torch.tensor(BATCH["decoder_input_tokens"], dtype=torch.long)
+  with torch.no_grad():
+    return model(
+      input_ids=inputs,
+      attention_mask=(inputs > 0).long(),
+      decoder_input_ids=decoder,
+    ).logits.numpy()
+
+
+def ours(path):
+  config, params = checkpoints.load_model(path)
+  return models.EncoderDecoderModel(network.Transformer(config)), params
+
+
+def our_logits(path):
+  model, params = ours(path)
+  return np.asarray(
+    model.module.apply(
+      {"params": params},
+      BATCH["encoder_input_tokens"],
+      BATCH["decoder_input_tokens"],
+      BATCH["decoder_target_tokens"],
+      enable_dropout=False,
+    )
+  )
+
+
+def assert_close_where_there_are_targets(got, expected, tolerance):
+  valid = BATCH["decoder_target_tokens"] > 0
+  scale = np.abs(expected[valid]).max()
+  assert np.abs(expected[valid]).std() > 0.1
+  np.testing.assert_allclose(
+    got[valid], expected[valid], atol=tolerance * max(scale, 1.0), rtol=0
+  )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_theirs(tmp_path, family):
+  theirs = make(family)
+  theirs.save_pretrained(tmp_path / "theirs")
+  assert_close_where_there_are_targets(
+    our_logits(tmp_path / "theirs"), their_logits(theirs), 1e-4
+  )
+  model, params = ours(tmp_path / "theirs")
+  length = 9
+  batch = BATCH | {"decoder_input_tokens": np.zeros((3, length), np.int32)}
+  tokens = np.asarray(model.predict_batch(params, batch))
+  inputs = torch.tensor(BATCH["encoder_input_tokens"], dtype=torch.long)
+  generated = theirs.generate(
+    input_ids=inputs,
+    attention_mask=(inputs > 0).long(),
+    max_new_tokens=length,
+    do_sample=False,
+    num_beams=1,
+  ).numpy()[:, 1:]
+  expected = np.zeros((3, length), np.int64)
+  expected[:, : generated.shape[1]] = generated
+  np.testing.assert_array_equal(tokens, expected)
+  # With this seed they are neither one token for ever nor all of one length.
+  assert len(np.unique(tokens)) > 3
+  assert family == "byt5" or len(set((tokens == 1).sum(1))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_computes_the_same_in_transformers(tmp_path, family):
+  theirs = make(family)
+  theirs.save_pretrained(tmp_path / "theirs")
+  export.import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+  export.export_checkpoint(tmp_path / "ours", tmp_path / "back", format="hf")
+  back, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    tmp_path / "back", output_loading_info=True
+  )
+  assert not any(report.values()), report
+  np.testing.assert_allclose(
+    their_logits(back.eval()), their_logits(theirs), atol=1e-6, rtol=0
+  )
+  generation = back.generation_config
+  assert (generation.eos_token_id, generation.pad_token_id) == (1, 0)
+  assert generation.decoder_start_token_id == 0
+  for name in SIZES:
+    assert getattr(back.config, name) == getattr(theirs.config, name)
+
+
+def test_several_files_in_bfloat16(tmp_path):
+  theirs = make("t5_1_1").to(torch.bfloat16)
+  theirs.save_pretrained(tmp_path / "t0", max_shard_size="8KB")
+  assert len(list((tmp_path / "t0").glob("*.safetensors"))) > 2
+  params = traverse_util.flatten_dict(
+    checkpoints.load_params(tmp_path / "t0"), sep="/"
+  )
+  assert {x.dtype for x in params.values()} == {np.dtype(np.float32)}
+  weight = theirs.decoder.block[1].layer[1].EncDecAttention.k.weight
+  np.testing.assert_array_equal(
+    params["decoder/layers_1/encoder_decoder_attention/key/kernel"],
+    weight.detach().float().numpy().T,
+  )
+  assert_close_where_there_are_targets(
+    our_logits(tmp_path / "t0"), their_logits(theirs.float()), 1e-4
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_export(tmp_path, dtype):
+  theirs = make("mt5")
+  theirs.save_pretrained(tmp_path / "theirs")
+  export.export_checkpoint(
+    tmp_path / "theirs", tmp_path / "back", format="hf", dtype=dtype
+  )
+  back = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    tmp_path / "back", torch_dtype="auto"
+  )
+  assert back.dtype == getattr(torch, dtype)
+  expected = theirs.to(getattr(torch, dtype)).state_dict()
+  for name, value in back.state_dict().items():
+    # transformers holds the matrices `wo` in float32 whatever the file has.
+    torch.testing.assert_close(
+      value.float(), expected[name].float(), rtol=0, atol=0
+    )
+
+
+def test_the_tokenizer_of_an_export_gives_seqio_s_ids(tmp_path):
+  sentencepiece = pytest.importorskip(
+    "sentencepiece", reason="sentencepiece comes with seqio"
+  )
+  import seqio
+
+  (tmp_path / "text").write_text("the cat sat on the mat\nthat is it\n" * 20)
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(tmp_path / "text"),
+    model_prefix=str(tmp_path / "pieces"),
+    vocab_size=18,
+    # T5's: padding 0, EOS 1, unknown 2, no BOS.
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  make("t5_1_1").save_pretrained(tmp_path / "theirs")
+  export.export_checkpoint(
+    tmp_path / "theirs",
+    tmp_path / "back",
+    format="hf",
+    vocabulary_path=tmp_path / "pieces.model",
+    extra_ids=5,
+  )
+  tokenizer = transformers.T5Tokenizer.from_pretrained(tmp_path / "back")
+  vocabulary = seqio.SentencePieceVocabulary(
+    str(tmp_path / "pieces.model"), extra_ids=5
+  )
+  text = "that cat is on it"
+  assert tokenizer(text).input_ids == [*vocabulary.encode(text), 1]
+  assert tokenizer("<extra_id_0>").input_ids[0] == 22
+  assert vocabulary.vocab_size == len(tokenizer) == 23
