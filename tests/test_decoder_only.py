@@ -455,9 +455,7 @@ def test_wrong_settings_name_what_to_change():
     ValueError, match=r"got 0; set models.DecoderOnlyModel.max"
   ):
     toy.model(max_output_length=0)
-  with pytest.raises(
-    ValueError, match=r"without row_lengths; set DECODE_F"
-  ):
+  with pytest.raises(ValueError, match=r"without row_lengths; set DECODE_F"):
     toy.model(decode_fn=beam_search.beam_search)
   model = toy.model()
   tokens = jnp.ones((1, 4), jnp.int32)
