@@ -141,9 +141,13 @@ def train(
     )
     print(f"resumed {model_dir} at step {start}", flush=True)
   else:
-    params = _first_params(
-      model, initial_checkpoint_path, abstract_state.params, seed, shapes
-    )
+    try:
+      params = _first_params(
+        model, initial_checkpoint_path, abstract_state.params, seed, shapes
+      )
+    except ValueError:
+      checkpointer.close()  # or its threads complain when the process ends
+      raise
     create = functools.partial(
       train_state.create, transform=optimizer.transform
     )

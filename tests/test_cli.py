@@ -155,10 +155,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
     code = process.wait(timeout=120)
   assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL)
   steps = {int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")}
-  assert steps and max(steps) < 20
+  # A kill may come before the first checkpoint is whole; SIGTERM saves one.
+  assert max(steps, default=0) < 20
+  assert steps or how == signal.SIGKILL
   done = gkd(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3))
   assert done.returncode == 0, done.stderr
-  assert "resumed" in done.stdout
+  assert ("resumed" in done.stdout) == bool(steps)
   assert_same_run(folder, whole[0])
 
 

@@ -56,7 +56,7 @@ def pair(folder, teacher, **macros):
 
 
 def finish(processes):
-  results = [process.communicate(timeout=240) for process in processes]
+  results = [process.communicate(timeout=600) for process in processes]
   for process, (_, errors) in zip(processes, results, strict=True):
     assert process.returncode == 0, errors[-3000:]
   return [out for out, _ in results]
@@ -80,7 +80,7 @@ def teacher(tmp_path_factory):
     check=True,
     env=ENV,
     capture_output=True,
-    timeout=240,
+    timeout=600,
   )
   return folder
 
