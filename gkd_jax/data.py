@@ -10,7 +10,6 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-FEATURE_CONVERTER = seqio.EncDecFeatureConverter
 SHIPPED_TASKS = tuple(
   f"gkd_jax.tasks.{name}"
   for name in ("arithmetic", "g2p", "gsm8k", "wmt", "xsum")
@@ -46,6 +45,16 @@ def load_task(name: str, module: str | None = None) -> Any:
   return seqio.get_mixture_or_task(name)
 
 
+def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
+  """What makes a model's features of a task's.
+
+  Args:
+    cls: a model's `FEATURE_CONVERTER_CLS`: a name in seqio, or a class.
+    pack: several examples in a row.
+  """
+  return (getattr(seqio, cls) if isinstance(cls, str) else cls)(pack=pack)
+
+
 class TrainIterator:
   """Endless batches of a process's share of a training split.
 
@@ -56,6 +65,7 @@ class TrainIterator:
     lengths: seqio feature to length.
     batch_size: of all processes together.
     seed: of the shuffle.
+    converter: a model's `FEATURE_CONVERTER_CLS`.
     pack: several examples in a row.
     process_index: this process.
     process_count: of all.
@@ -70,6 +80,7 @@ class TrainIterator:
     batch_size: int,
     *,
     seed: int,
+    converter: Any = "EncDecFeatureConverter",
     pack: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -89,7 +100,7 @@ class TrainIterator:
     dataset = seqio.get_dataset(
       mixture_or_task_name=task.name,
       task_feature_lengths=dict(lengths),
-      feature_converter=FEATURE_CONVERTER(pack=pack),
+      feature_converter=feature_converter(converter, pack),
       dataset_split=split,
       use_cached=use_cached,
       shuffle=True,

@@ -40,6 +40,7 @@ class Evaluator:
     lengths: seqio feature to length.
     batch_size: rows decoded at a time.
     mesh: rows are split over its data axis.
+    converter: the `FEATURE_CONVERTER_CLS` of the models that will be decoded.
     split: name of the split.
     num_examples: at most so many of each task; None for all.
     use_cached: read seqio's cache.
@@ -52,6 +53,7 @@ class Evaluator:
     batch_size: int,
     mesh: Any,
     *,
+    converter: Any = "EncDecFeatureConverter",
     split: str = "validation",
     num_examples: int | None = None,
     use_cached: bool = False,
@@ -74,7 +76,8 @@ class Evaluator:
       )
       if num_examples is not None:
         dataset = dataset.take(num_examples)
-      converted = data.FEATURE_CONVERTER(pack=False)(dataset, dict(lengths))
+      convert = data.feature_converter(converter, pack=False)
+      converted = convert(dataset, dict(lengths))
       examples = list(dataset.as_numpy_iterator())
       features = list(converted.as_numpy_iterator())
       names = features[0] if features else ()

@@ -147,7 +147,11 @@ def _predict(
     )
   mesh = partitioning.make_mesh()
   evaluator = evaluate.Evaluator(
-    data.load_task(name, module), lengths, mesh=mesh, **options
+    data.load_task(name, module),
+    lengths,
+    mesh=mesh,
+    converter=model.student.FEATURE_CONVERTER_CLS,
+    **options,
   )
   params = checkpoints.load_params(checkpoint_path, setting="CHECKPOINT_PATH")
   params = jax.device_put(params, partitioning.replicated(mesh))

@@ -242,10 +242,11 @@ class MlpBlock(nn.Module):
 class Attention(nn.Module):
   """Multi-head dot-product attention with a key-value cache.
 
-  Without `decode` it is plain attention. With `decode` it keeps keys and values
-  in the "cache" collection: self-attention writes those of the current
+  Without a `decode_index` it is plain attention. With one it keeps keys and
+  values in the "cache" collection: self-attention writes those of the current
   position; cross-attention projects the encoded inputs once, when the cache is
-  created, and reads them afterwards.
+  created, and reads them afterwards. `prefill` is plain self-attention that
+  leaves its keys and values in the cache.
 
   Attributes:
     num_heads: H.
@@ -286,6 +287,7 @@ class Attention(nn.Module):
     deterministic: bool,
     decode_index: jax.Array | None = None,
     decode_length: int | None = None,
+    prefill: bool = False,
   ) -> jax.Array:
     """Attends from `queries` to `memory`.
 
@@ -294,10 +296,11 @@ class Attention(nn.Module):
       memory: `[B, S, D]` for cross-attention, None for self-attention.
       bias: float32, broadcastable to `[B, H, T, S]`, masks included.
       deterministic: no dropout.
-      decode_index: scalar int32, the position being decoded (T is 1), or None
-        for attention over whole sequences.
+      decode_index: int32, the position being decoded (T is 1): a scalar, or
+        `[B]` with one for each row. None for attention over whole sequences.
       decode_length: length of the self-attention cache; set with `decode_index`
         when the cache is created.
+      prefill: make the cache of these T positions.
 
     Returns:
       `[B, T, D]`.
@@ -306,6 +309,9 @@ class Attention(nn.Module):
     source = queries if memory is None else memory
     if decode_index is None:
       key, value = self._project("key", source), self._project("value", source)
+      if prefill:
+        self._cached("key", lambda: key).value = key
+        self._cached("value", lambda: value).value = value
     elif memory is not None:
       key, value = (
         self._cached(n, lambda n=n: self._project(n, source)).value
@@ -330,7 +336,13 @@ class Attention(nn.Module):
     is_new = not self.has_variable("cache", f"cached_{name}")
     shape = (x.shape[0], length, self.num_heads, self.head_dim)
     cached = self._cached(name, lambda: jnp.zeros(shape, self.dtype))
-    if not is_new:
+    if not is_new and index.ndim:
+      # Not a scatter: a choice is local to each row, however rows are sharded.
+      here = jnp.arange(cached.value.shape[1])[None] == index[:, None]
+      cached.value = jnp.where(
+        here[:, :, None, None], self._project(name, x), cached.value
+      )
+    elif not is_new:
       cached.value = jax.lax.dynamic_update_slice(
         cached.value, self._project(name, x), (0, index, 0, 0)
       )

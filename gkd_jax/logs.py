@@ -89,10 +89,9 @@ class TrainLog:
     for name, pair in metrics.items():
       self._sums.setdefault(name, []).append(pair)
     self._on_policy += source != "data"
-    tokens = batch["encoder_input_tokens"]
     processes = jax.process_count()
-    self._rows += processes * len(tokens)
-    self._tokens += processes * int(np.count_nonzero(tokens))
+    self._rows += processes * len(batch["decoder_target_tokens"])
+    self._tokens += processes * _input_tokens(batch)
     if self._bar:
       self._bar.advance(self._task)
 
@@ -182,6 +181,14 @@ class TrainLog:
     with open(os.path.join(self._dir, "metrics.jsonl"), "a") as f:
       f.write(json.dumps({"step": step, **finite}) + "\n")
     self._writer.write_scalars(step, scalars)
+
+
+def _input_tokens(batch) -> int:
+  """Tokens of the inputs: the encoder's, or the prompts of decoder-only rows."""
+  if "encoder_input_tokens" in batch:
+    return int(np.count_nonzero(batch["encoder_input_tokens"]))
+  tokens = np.count_nonzero(batch["decoder_target_tokens"])
+  return int(tokens - np.count_nonzero(batch["decoder_loss_weights"]))
 
 
 def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:

@@ -1,9 +1,9 @@
 """The GKD wrapper around a student and a teacher.
 
-`EncoderDecoderModel` is a network with T5X's methods. `GKDModel` holds a
-student and a teacher and adds what GKD needs: the student's own samples, the
-teacher's distributions, and the divergence between the two (Agarwal et al.,
-arXiv 2306.13649, algorithm 1).
+`EncoderDecoderModel` and `DecoderOnlyModel` are networks with T5X's methods.
+`GKDModel` holds a student and a teacher, both of one kind, and adds what GKD
+needs: the student's own samples, the teacher's distributions, and the divergence
+between the two (Agarwal et al., arXiv 2306.13649, algorithm 1).
 """
 
 from typing import Any
@@ -12,22 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import (
+  base_model,
+  decoder_only,
   divergences,
   encoder_decoder,
   losses,
-  network,
   sampling,
   schedules,
   types,
 )
 
-# T5X's users look for both classes in `models`.
+# T5X's users look for all classes in `models`.
 EncoderDecoderModel = encoder_decoder.EncoderDecoderModel
-DATA, STUDENT, MIXED = (
-  encoder_decoder.DATA,
-  encoder_decoder.STUDENT,
-  encoder_decoder.MIXED,
-)
+DecoderOnlyModel = decoder_only.DecoderOnlyModel
+DATA, STUDENT, MIXED = base_model.DATA, base_model.STUDENT, base_model.MIXED
 
 
 class GKDModel:
@@ -38,7 +36,7 @@ class GKDModel:
 
   Args:
     student: the model that is trained.
-    teacher: the frozen model.
+    teacher: the frozen model, of the student's kind.
     divergence: a name in `divergences`, "jsd" with `beta` 0 and 1 meaning
       forward and reverse KL.
     beta: of "jsd" and "normalized_jsd": a number in [0, 1] or a schedule.
@@ -54,13 +52,13 @@ class GKDModel:
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
 
   Raises:
-    ValueError: a setting is out of range, or the vocabularies differ.
+    ValueError: a setting is out of range, or student and teacher do not fit.
   """
 
   def __init__(
     self,
-    student: EncoderDecoderModel,
-    teacher: EncoderDecoderModel,
+    student: types.TransformerModel,
+    teacher: types.TransformerModel,
     divergence: str = "forward_kl",
     student_data_fraction: float | types.Schedule = 1.0,
     *,
@@ -93,6 +91,16 @@ class GKDModel:
     self._check()
 
   def _check(self):
+    kinds = (
+      self.teacher.FEATURE_CONVERTER_CLS,
+      self.student.FEATURE_CONVERTER_CLS,
+    )
+    if kinds[0] != kinds[1]:
+      raise ValueError(
+        "expected teacher and student that read the same features, got those of"
+        f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
+        " TEACHER_MODEL"
+      )
     sizes = self.teacher.config.vocab_size, self.student.config.vocab_size
     if sizes[0] != sizes[1]:
       raise ValueError(
@@ -138,7 +146,7 @@ class GKDModel:
     self._divergence_at(0)
 
   @property
-  def config(self) -> network.T5Config:
+  def config(self) -> Any:
     """The student's sizes."""
     return self.student.config
 
@@ -195,7 +203,7 @@ class GKDModel:
       dropout_key = jax.random.fold_in(dropout_key, row_ids[0])
     else:
       dropout_key = None
-    encoder_key, decoder_key = encoder_decoder.split_key(dropout_key)
+    encoder_key, decoder_key = base_model.split_key(dropout_key)
     encoded = self.student.encode(params, batch, encoder_key)
     metrics = {}
     if source != DATA:
@@ -213,7 +221,7 @@ class GKDModel:
     loss, weight, aux = losses.distillation_loss(
       jax.lax.stop_gradient(teacher_logits),
       student_logits,
-      encoder_decoder.loss_weights(batch),
+      self.student.loss_weights(batch),
       divergence=self._divergence_at(step),
       teacher_temperature=self.teacher_temperature,
       student_temperature=self.student_temperature,
@@ -233,52 +241,48 @@ class GKDModel:
 
   def _with_samples(self, params, encoded, batch, chosen, key, row_ids):
     """The batch with the chosen rows' outputs sampled by the student."""
-    if "encoder_segment_ids" in batch:
+    if "decoder_segment_ids" in batch:
       raise ValueError(
         "expected unpacked batches for on-policy training, got packed ones;"
         " set PACK = False"
       )
     # Tokens are data: no gradient flows through sampling (paper, section 3).
-    tokens = self._sample(
+    tokens, weights = self._sample(
       *jax.lax.stop_gradient((params, encoded)), batch, key, row_ids, chosen
     )
-    weights = sampling.sequence_weights(tokens, encoder_decoder.EOS_ID)
     # A row of padding alone (the last batch of a data set) has no input.
-    present = jnp.any(batch["encoder_input_tokens"] > 0, axis=1)
+    present = self.student.has_inputs(batch)
     weights = weights * present[:, None]
     used = present if chosen is None else present & chosen
     rows = used.astype(jnp.float32)
-    ended = jnp.any(tokens == encoder_decoder.EOS_ID, axis=1)
+    ended = jnp.any(tokens == base_model.EOS_ID, axis=1)
     number = jnp.sum(rows)
     metrics = {
       "sampled_length": (jnp.sum(jnp.sum(weights, axis=1) * rows), number),
       "sampled_eos": (jnp.sum(ended * rows), number),
       "on_policy_share": (number, jnp.sum(present.astype(jnp.float32))),
     }
-    new = {
-      "decoder_target_tokens": tokens * used[:, None],
-      "decoder_input_tokens": sampling.shift_right(tokens) * used[:, None],
-      "decoder_loss_weights": weights,
-    }
+    new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:
-      old = batch | {
-        "decoder_loss_weights": encoder_decoder.loss_weights(batch)
-      }
+      old = batch | {"decoder_loss_weights": self.student.loss_weights(batch)}
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
 
   def _sample(self, params, encoded, batch, key, row_ids, chosen):
-    """The student's output for each chosen row, `[B, T]`, as training draws it."""
-    return self.student.sample(
+    """The student's output for each chosen row, as training draws it.
+
+    Returns:
+      Tokens and weights, `[B, T]` each; see `TransformerModel.sample_outputs`.
+    """
+    return self.student.sample_outputs(
       params,
       encoded,
-      batch["encoder_input_tokens"],
+      batch,
       key,
-      max_decode_length=batch["decoder_target_tokens"].shape[1],
       row_ids=row_ids,
       active=chosen,
       **self.sampling,
-    ).tokens
+    )
 
   def sample_batch(
     self, params: Any, batch: types.Batch, key: jax.Array
@@ -291,25 +295,25 @@ class GKDModel:
       key: of the samples.
     """
     encoded = self.student.encode(params, batch)
-    row_ids = jnp.arange(encoded.shape[0])
-    return self._sample(params, encoded, batch, key, row_ids, None)
+    row_ids = jnp.arange(batch["decoder_target_tokens"].shape[0])
+    return self._sample(params, encoded, batch, key, row_ids, None)[0]
 
   # T5X's protocol, on the student.
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """See `EncoderDecoderModel.get_initial_variables`."""
+    """See `types.TransformerModel.get_initial_variables`."""
     return self.student.get_initial_variables(rng, input_shapes, input_types)
 
   def loss_fn(self, params, batch, dropout_rng):
-    """See `EncoderDecoderModel.loss_fn`: cross-entropy on the data."""
+    """See `types.TransformerModel.loss_fn`: cross-entropy on the data."""
     return self.student.loss_fn(params, batch, dropout_rng)
 
   def eval_fn(self, params, batch):
-    """See `EncoderDecoderModel.eval_fn`."""
+    """See `types.TransformerModel.eval_fn`."""
     return self.student.eval_fn(params, batch)
 
   def predict_batch(self, params, batch, rng=None):
-    """See `EncoderDecoderModel.predict_batch`."""
+    """See `types.TransformerModel.predict_batch`."""
     return self.student.predict_batch(params, batch, rng)
 
   def predict_batch_with_aux(
@@ -321,11 +325,11 @@ class GKDModel:
     return_all_decodes=None,
     num_decodes=None,
   ):
-    """See `EncoderDecoderModel.predict_batch_with_aux`."""
+    """See `types.TransformerModel.predict_batch_with_aux`."""
     return self.student.predict_batch_with_aux(
       params, batch, rng, decoder_params, return_all_decodes, num_decodes
     )
 
   def score_batch(self, params, batch):
-    """See `EncoderDecoderModel.score_batch`."""
+    """See `types.TransformerModel.score_batch`."""
     return self.student.score_batch(params, batch)

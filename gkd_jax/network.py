@@ -54,38 +54,57 @@ class T5Config:
   remat_policy: str = "none"
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "emb_dim",
-      "num_heads",
-      "num_encoder_layers",
-      "num_decoder_layers",
-      "head_dim",
-      "mlp_dim",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"expected T5Config.{name} of at least 1, got {getattr(self, name)};"
-          f" set network.T5Config.{name}"
-        )
-    if self.remat_policy not in ("none", "full"):
-      raise ValueError(
-        "expected T5Config.remat_policy 'none' or 'full', got"
-        f" {self.remat_policy!r}; set network.T5Config.remat_policy"
-      )
-    if not 0 <= self.dropout_rate < 1:
-      raise ValueError(
-        f"expected a dropout rate in [0, 1), got {self.dropout_rate};"
-        " set DROPOUT_RATE"
-      )
+    check_config(self, "network", _SIZES)
 
 
-def _dropout(config: T5Config) -> nn.Dropout:
-  # One mask for all positions of a sequence, as in T5X.
+_SIZES = (
+  "vocab_size",
+  "emb_dim",
+  "num_heads",
+  "num_encoder_layers",
+  "num_decoder_layers",
+  "head_dim",
+  "mlp_dim",
+)
+
+
+def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
+  """Checks what every network's configuration has.
+
+  Args:
+    config: a dataclass with the sizes, `remat_policy` and `dropout_rate`.
+    module: that defines its class, for the message.
+    sizes: names of the fields that are at least 1.
+
+  Raises:
+    ValueError: a field is out of its range.
+  """
+  name = type(config).__name__
+  for size in sizes:
+    if getattr(config, size) < 1:
+      raise ValueError(
+        f"expected {name}.{size} of at least 1, got {getattr(config, size)};"
+        f" set {module}.{name}.{size}"
+      )
+  if config.remat_policy not in ("none", "full"):
+    raise ValueError(
+      f"expected {name}.remat_policy 'none' or 'full', got"
+      f" {config.remat_policy!r}; set {module}.{name}.remat_policy"
+    )
+  if not 0 <= config.dropout_rate < 1:
+    raise ValueError(
+      f"expected a dropout rate in [0, 1), got {config.dropout_rate};"
+      " set DROPOUT_RATE"
+    )
+
+
+def dropout(config: Any) -> nn.Dropout:
+  """Dropout with one mask for all positions of a sequence, as in T5X."""
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
-def _attention(config: T5Config, **kwargs) -> layers.Attention:
+def attention(config: Any, **kwargs) -> layers.Attention:
+  """Attention of the configuration's sizes."""
   return layers.Attention(
     config.num_heads,
     config.head_dim,
@@ -95,7 +114,8 @@ def _attention(config: T5Config, **kwargs) -> layers.Attention:
   )
 
 
-def _mlp(config: T5Config, **kwargs) -> layers.MlpBlock:
+def mlp(config: Any, **kwargs) -> layers.MlpBlock:
+  """Feed-forward block of the configuration's sizes."""
   return layers.MlpBlock(
     config.mlp_dim,
     config.mlp_activations,
@@ -105,7 +125,8 @@ def _mlp(config: T5Config, **kwargs) -> layers.MlpBlock:
   )
 
 
-def _layer_class(cls, config: T5Config):
+def layer_class(cls: Any, config: Any) -> Any:
+  """A layer's class, or the one that recomputes it in the backward pass."""
   return nn.remat(cls) if config.remat_policy == "full" else cls
 
 
@@ -120,13 +141,13 @@ class EncoderLayer(nn.Module):
     """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_attention_layer_norm")(x)
-    y = _attention(config, name="attention")(
+    y = attention(config, name="attention")(
       y, None, bias, deterministic=deterministic
     )
-    x = x + _dropout(config)(y, deterministic=deterministic)
+    x = x + dropout(config)(y, deterministic=deterministic)
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = _mlp(config, name="mlp")(y, deterministic=deterministic)
-    return x + _dropout(config)(y, deterministic=deterministic)
+    y = mlp(config, name="mlp")(y, deterministic=deterministic)
+    return x + dropout(config)(y, deterministic=deterministic)
 
 
 class DecoderLayer(nn.Module):
@@ -148,7 +169,7 @@ class DecoderLayer(nn.Module):
     """`[B, T, D]` and the encoded `[B, S, D]` -> `[B, T, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = _attention(config, name="self_attention")(
+    y = attention(config, name="self_attention")(
       y,
       None,
       bias,
@@ -156,19 +177,19 @@ class DecoderLayer(nn.Module):
       decode_index=decode_index,
       decode_length=self.decode_length,
     )
-    x = x + _dropout(config)(y, deterministic=deterministic)
+    x = x + dropout(config)(y, deterministic=deterministic)
     y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
-    y = _attention(config, name="encoder_decoder_attention")(
+    y = attention(config, name="encoder_decoder_attention")(
       y,
       encoded,
       cross_bias,
       deterministic=deterministic,
       decode_index=decode_index,
     )
-    x = x + _dropout(config)(y, deterministic=deterministic)
+    x = x + dropout(config)(y, deterministic=deterministic)
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = _mlp(config, name="mlp")(y, deterministic=deterministic)
-    return x + _dropout(config)(y, deterministic=deterministic)
+    y = mlp(config, name="mlp")(y, deterministic=deterministic)
+    return x + dropout(config)(y, deterministic=deterministic)
 
 
 class Encoder(nn.Module):
@@ -190,8 +211,8 @@ class Encoder(nn.Module):
     bias = layers.mask_to_bias(mask) + relative(
       positions, positions, bidirectional=True
     )
-    x = _dropout(config)(self.embed(tokens), deterministic=deterministic)
-    layer = _layer_class(EncoderLayer, config)
+    x = dropout(config)(self.embed(tokens), deterministic=deterministic)
+    layer = layer_class(EncoderLayer, config)
     for i in range(config.num_encoder_layers):
       x = layer(config, deterministic, name=f"layers_{i}")(x, bias)
     x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
@@ -239,14 +260,14 @@ class Decoder(nn.Module):
       bias = layers.mask_to_bias(mask) + relative(
         positions, positions, bidirectional=False
       )
-    x = _dropout(config)(self.embed(tokens), deterministic=deterministic)
-    layer = _layer_class(DecoderLayer, config)
+    x = dropout(config)(self.embed(tokens), deterministic=deterministic)
+    layer = layer_class(DecoderLayer, config)
     for i in range(config.num_decoder_layers):
       x = layer(config, deterministic, max_decode_length, name=f"layers_{i}")(
         x, encoded, bias, layers.mask_to_bias(cross_mask), index
       )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-    x = _dropout(config)(x, deterministic=deterministic)
+    x = dropout(config)(x, deterministic=deterministic)
     if config.logits_via_embedding:
       return self.embed.attend(x) / jnp.sqrt(config.emb_dim)
     return layers.Dense(
@@ -303,7 +324,7 @@ class Transformer(nn.Module):
     valid = encoder_input_tokens > 0
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     if encoder_segment_ids is not None:
-      mask &= _same_segment(encoder_segment_ids, encoder_segment_ids)
+      mask &= same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
       encoder_input_tokens, mask, deterministic=not enable_dropout
     )
@@ -363,8 +384,8 @@ class Transformer(nn.Module):
       mask &= causal[None, None]
       cross_mask = targets_valid[:, None, :, None] & inputs_valid
     if decoder_segment_ids is not None and mask is not None:
-      mask &= _same_segment(decoder_segment_ids, decoder_segment_ids)
-      cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
+      mask &= same_segment(decoder_segment_ids, decoder_segment_ids)
+      cross_mask &= same_segment(decoder_segment_ids, encoder_segment_ids)
     return self.decoder(
       encoded,
       decoder_input_tokens,
@@ -412,5 +433,6 @@ class Transformer(nn.Module):
     )
 
 
-def _same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
+def same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """Mask `[B, 1, T, S]` from segment ids `[B, T]` and `[B, S]`."""
   return rows[:, None, :, None] == columns[:, None, None, :]

@@ -61,7 +61,7 @@ class SamplingState(NamedTuple):
   Attributes:
     position: `[]` int32, number of steps done, index of the token to write.
     current: `[B]` int32, token to feed next; PAD for rows that have ended.
-    ended: `[B]` bool, true once EOS is written.
+    ended: `[B]` bool, true once EOS is written or the row is full.
     tokens: `[B, T]` int32, zeros from `position` on.
     log_probs: `[B, T]` float32, zeros from `position` on.
     cache: the model's state.
@@ -87,6 +87,7 @@ def sample(
   top_p: float = 1.0,
   eos_id: int = 1,
   start_tokens: jax.Array | None = None,
+  row_lengths: jax.Array | None = None,
   row_ids: jax.Array | None = None,
   active: jax.Array | None = None,
   suppress_ids: Sequence[int] = (),
@@ -115,6 +116,8 @@ def sample(
       least one token; 1.0 keeps all.
     eos_id: the token that ends a row; -1 never ends one.
     start_tokens: `[B]` int32 fed first; PAD, T5's start token, by default.
+    row_lengths: `[B]` integer, T of each row where some have less room than
+      others; a row without EOS by then is cut.
     row_ids: `[B]` integer name of each row's random stream, `arange(B)` by
       default. Give rows of a microbatch their place in the whole batch.
     active: `[B]` bool. Rows that are False count as ended from the start: they
@@ -149,6 +152,10 @@ def sample(
       law, temperature=temperature, top_k=top_k, top_p=top_p
     )
 
+  if row_lengths is None:
+    row_lengths = jnp.full(rows, max_decode_length)
+  _check_rows("row_lengths", row_lengths, rows)
+
   def not_finished(state: SamplingState):
     return (state.position < max_decode_length) & ~jnp.all(state.ended)
 
@@ -162,7 +169,9 @@ def sample(
     return SamplingState(
       position=state.position + 1,
       current=token,
-      ended=state.ended | (token == eos_id),
+      ended=state.ended
+      | (token == eos_id)
+      | (state.position + 1 >= row_lengths),
       tokens=_write(state.tokens, token, state.position),
       log_probs=_write(state.log_probs, log_probs, state.position),
       cache=cache,
@@ -172,7 +181,7 @@ def sample(
   initial = SamplingState(
     position=jnp.int32(0),
     current=start_tokens,
-    ended=~active,
+    ended=~active | (row_lengths < 1),
     tokens=jnp.zeros(shape, jnp.int32),
     log_probs=jnp.zeros(shape, jnp.float32),
     cache=lax.stop_gradient(cache),
@@ -359,12 +368,16 @@ def _per_row(batch_size, start_tokens, row_ids, active):
     ("row_ids", row_ids),
     ("active", active),
   ):
-    if array.shape != (batch_size,):
-      raise ValueError(
-        f"expected {name} of shape [{batch_size}], got "
-        f"{list(array.shape)}; set {name} or batch_size"
-      )
+    _check_rows(name, array, batch_size)
   return start_tokens.astype(jnp.int32), row_ids, active.astype(bool)
+
+
+def _check_rows(name, array, batch_size):
+  if array.shape != (batch_size,):
+    raise ValueError(
+      f"expected {name} of shape [{batch_size}], got "
+      f"{list(array.shape)}; set {name} or batch_size"
+    )
 
 
 def _fold_in_rows(key, row_ids):

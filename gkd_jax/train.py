@@ -100,6 +100,7 @@ def train(
     task_feature_lengths,
     batch_size,
     seed=seed,
+    converter=model.student.FEATURE_CONVERTER_CLS,
     pack=pack,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -172,6 +173,7 @@ def train(
     task_feature_lengths,
     eval_batch_size,
     mesh,
+    converter=model.student.FEATURE_CONVERTER_CLS,
     use_cached=use_cached_tasks,
   )
   evaluator = make_evaluator(num_examples=eval_num_examples)

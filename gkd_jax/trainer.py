@@ -82,7 +82,7 @@ def train_step(
     The new state, and metrics as (sum, weight).
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  rows = batch["encoder_input_tokens"].shape[0]
+  rows = batch["decoder_target_tokens"].shape[0]
   row_ids = jnp.arange(rows)
   if axis_name is not None:
     row_ids += rows * jax.lax.axis_index(axis_name)

@@ -54,6 +54,152 @@ class TokensToLogits(Protocol):
     ...
 
 
+class TransformerModel(Protocol):
+  """What `GKDModel` needs of a student and of a teacher.
+
+  The methods of T5X's model protocol, and those by which a batch's outputs are
+  replaced with the student's own. T is the decoder's length; where a row of the
+  decoder holds a prompt too, it counts.
+  """
+
+  num_real_tokens: int | None
+  """Token ids from here on are padding of the vocabulary; None: there are none."""
+
+  FEATURE_CONVERTER_CLS: Any
+  """seqio's converter of the features that the model reads: a name in seqio, or
+  a class. Student and teacher have the same."""
+
+  @property
+  def config(self) -> Any:
+    """The network's sizes, `vocab_size` and `dropout_rate` among them."""
+    ...
+
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    input_types: Mapping[str, Any] | None = None,
+  ) -> Mapping[str, Any]:
+    """Returns freshly drawn `params`, and `params_axes`, their logical axes.
+
+    Args:
+      rng: key.
+      input_shapes: feature name to shape, at least those of the input tokens.
+      input_types: feature name to dtype, int32 by default.
+    """
+    ...
+
+  def encode(
+    self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
+  ) -> PyTree:
+    """What depends on the inputs alone, for sampling and for the loss.
+
+    The encoded inputs `[B, S, D]`, or an empty tree where there is no encoder.
+    Dropout only with a key.
+    """
+    ...
+
+  def decoder_logits(
+    self,
+    params: Any,
+    encoded: Any,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
+    ...
+
+  def logits(
+    self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Teacher-forced logits `[B, T, V]`, `encode` included."""
+    ...
+
+  def sample_outputs(
+    self,
+    params: Any,
+    encoded: Any,
+    batch: Batch,
+    key: jax.Array,
+    **sampling_options: Any,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Samples one output for each row's input.
+
+    Args:
+      params: of the network.
+      encoded: from `encode`.
+      batch: features; outputs in them are not read.
+      key: random key.
+      **sampling_options: of `sampling.sample`; a PAD must not be drawn.
+
+    Returns:
+      Tokens `[B, T]` int32 from the output's first on, zeros after EOS, and
+      their weights `[B, T]` float32, 1 up to EOS or the row's end.
+    """
+    ...
+
+  def has_inputs(self, batch: Batch) -> jax.Array:
+    """Whether each row holds an example, `[B]` bool; not one of padding."""
+    ...
+
+  def output_features(
+    self, batch: Batch, tokens: jax.Array, weights: jax.Array
+  ) -> dict[str, jax.Array]:
+    """The features that change when the rows get these outputs.
+
+    Args:
+      batch: features before.
+      tokens: `[B, T]` int32, from `sample_outputs`.
+      weights: `[B, T]` float32, from `sample_outputs`.
+    """
+    ...
+
+  def loss_weights(self, batch: Batch) -> jax.Array:
+    """Weights of the loss `[B, T]` float32: 0 at what is no output."""
+    ...
+
+  def loss_fn(
+    self, params: Any, batch: Batch, dropout_rng: jax.Array | None
+  ) -> tuple[jax.Array, Metrics]:
+    """T5X's loss: cross-entropy summed over target tokens, and metrics."""
+    ...
+
+  def eval_fn(self, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """`loss_fn` without dropout."""
+    ...
+
+  def predict_batch(
+    self, params: Any, batch: Batch, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Outputs `[B, T]`, zeros after EOS."""
+    ...
+
+  def predict_batch_with_aux(
+    self,
+    params: Any,
+    batch: Batch,
+    rng: jax.Array | None = None,
+    decoder_params: Mapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Outputs `[B, T]`, and `{"scores": [B]}`; or all N outputs of each row.
+
+    Args:
+      params: of the network.
+      batch: features; outputs in them are not read.
+      rng: key; may be None where nothing is drawn.
+      decoder_params: options of the decoding; greedy by default.
+      return_all_decodes: `[B, N, T]` and `[B, N]`, the best last.
+      num_decodes: N.
+    """
+    ...
+
+  def score_batch(self, params: Any, batch: Batch) -> jax.Array:
+    """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
+    ...
+
+
 class DecodeFn(Protocol):
   """What `sampling.sample` and `beam_search.beam_search` have in common."""
 

@@ -406,3 +406,45 @@ def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
   rows = [r for r in _lines(folder / "metrics.jsonl") if "loss" in r]
   assert [r["skipped_updates"] for r in rows] == [0, 1, 2, 3]
   assert (folder / "checkpoint_1").is_dir()
+
+
+@pytest.mark.slow
+def test_decoder_only_smoke_trains_and_is_scored(tmp_path):
+  name = "--gin_file=experiments/smoke_decoder_only"
+  teacher, student = tmp_path / "teacher", tmp_path / "student"
+  done = gkd("train", f"{name}_teacher.gin", *gin(MODEL_DIR=str(teacher)))
+  assert done.returncode == 0, done.stderr
+  done = gkd(
+    "train",
+    f"{name}.gin",
+    *gin(MODEL_DIR=str(student), TEACHER_CHECKPOINT_PATH=str(teacher)),
+  )
+  assert done.returncode == 0, done.stderr
+  rows = [r for r in _lines(student / "metrics.jsonl") if "loss" in r]
+  assert rows[-1]["step"] == 20 and np.isfinite(rows[-1]["loss"])
+  assert any(r.get("sampled_length", 0) > 0 for r in rows)
+  files = (
+    "runs/eval.gin",
+    "models/decoder_only_toy.gin",
+    "runs/decoder_only.gin",
+  )
+  done = gkd(
+    "eval",
+    *(f"--gin_file={file}" for file in files),
+    "--gin.STUDENT=%DECODER_ONLY_TOY_STUDENT",
+    *gin(
+      PREFIX_LM=True,
+      CHECKPOINT_PATH=str(student),
+      MIXTURE_OR_TASK_NAME="arithmetic_cot",
+      TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
+      EVAL_NUM_EXAMPLES=32,
+      EVAL_OUTPUT_DIR=str(tmp_path / "scores"),
+    ),
+  )
+  assert done.returncode == 0, done.stderr
+  # The same parameters on the same examples as the run's last evaluation.
+  shown = [r for r in _lines(student / "examples.jsonl") if r["step"] == 20]
+  scored = _lines(tmp_path / "scores" / "predictions.jsonl")
+  assert len(scored) == 32
+  for a, b in zip(shown, scored, strict=False):
+    assert (a["input"], a["student"]) == (b["inputs"], b["prediction"])

@@ -16,8 +16,15 @@ LAYERS = (
     "decoding",
     "schedules",
   ),
-  ("layers", "network", "partitioning"),
-  ("encoder_decoder", "models", "train_state", "optimizers"),
+  ("layers", "network", "decoder_only_network", "partitioning"),
+  (
+    "base_model",
+    "encoder_decoder",
+    "decoder_only",
+    "models",
+    "train_state",
+    "optimizers",
+  ),
   (
     "data",
     "checkpoints",

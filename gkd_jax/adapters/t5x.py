@@ -20,7 +20,15 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from gkd_jax import encoder_decoder, models, sampling, train, trainer, types
+from gkd_jax import (
+  base_model,
+  encoder_decoder,
+  models,
+  sampling,
+  train,
+  trainer,
+  types,
+)
 
 try:
   from t5x import decoding, partitioning, utils
@@ -105,7 +113,7 @@ class Network(encoder_decoder.EncoderDecoderModel):
       key,
       batch_size=rows,
       max_decode_length=max_decode_length,
-      eos_id=encoder_decoder.EOS_ID,
+      eos_id=base_model.EOS_ID,
       **sampling_options,
     )
 
