@@ -376,6 +376,7 @@ def test_each_prompt_is_searched_to_its_own_length():
   """As alone with that length, EOS rare enough for prompts that none ends in."""
   weights = history_weights(4, 5, 8, seed=4)
   weights[:2, :, :, EOS] -= 9.0
+  weights[0, 1:, :, EOS] += 30.0  # what comes after its length must not count
   room, num_decodes = (1, 3, 2, 5), 3
   result = search(
     weights, 0.6, num_decodes, row_lengths=jnp.repeat(jnp.array(room), 3)
