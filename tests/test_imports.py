@@ -43,7 +43,7 @@ LAYERS = (
     "tensorstore_io",
   ),
   ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
-  ("main", "gin_utils", "reports"),
+  ("main", "cell_table", "gin_utils", "reports", "sweep_runner", "sweeps"),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
