@@ -45,6 +45,7 @@ setuptools.setup(
   packages=["gkd_jax", "gkd_jax.adapters", "gkd_jax.tasks", "gkd_jax.gin"],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
   package_data={
+    "gkd_jax": ["paper_results.json"],
     "gkd_jax.gin": _gin_files(),
     "gkd_jax.tasks": ["g2p_teacher/*"],
   },

@@ -29,7 +29,12 @@ flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
 flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
 flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
-flags.DEFINE_string("output_path", None, "import, export: folder to write")
+flags.DEFINE_string(
+  "output_path", None, "import, export, report: folder to write"
+)
+flags.DEFINE_string(
+  "markdown", None, "report: also this file, pictures in the folder beside it"
+)
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
   "dtype",
@@ -99,7 +104,7 @@ def _run(argv):
   if mode == "report":
     from gkd_jax import reports
 
-    reports.report(argv[2:], FLAGS.output_path or ".")
+    reports.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
     return
   import gin
   from gkd_jax import gin_utils, infer, train
