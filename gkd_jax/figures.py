@@ -56,6 +56,8 @@ def method_bars(study: report_data.Study) -> Picture | None:
           draw_bar(panel, y + offset, values, COLORS[color])
       panel.barh(0, 0, color=COLORS[color], label=_HOW[how])
     for y, method in enumerate(methods):
+      if not most_labelled(study, dict(regime)):
+        continue
       value = paper.get(report_data.method_key(method), {}).get(
         dict(regime).get("size", "").removeprefix("t5-")
       )
@@ -107,18 +109,17 @@ def heat_maps(study: report_data.Study) -> Picture | None:
     columns=2,
   )
   for panel, (regime, (members, how)) in zip(axes, panels.items(), strict=True):
-    table = np.full((len(fractions), len(names)), np.nan)
+    cells = {}
     for run in members:
-      place = (
-        fractions.index(run.place["lambda"]),
-        names.index(run.place["divergence"]),
-      )
+      cell = run.place["lambda"], run.place["divergence"]
       values = report_data.scores(
-        (r for r in members if same_place(r, run)), f"{how}/{study.metric}"
+        (r for r in members if r.place == run.place), f"{how}/{study.metric}"
       )
       if values:
-        table[place] = np.mean(values)
-    draw_heat_map(panel, table, study.lower_is_better)
+        row, column = fractions.index(cell[0]), names.index(cell[1])
+        cells[row, column] = report_data.estimate(values)
+    shape = len(fractions), len(names)
+    draw_heat_map(panel, shape, cells, study.lower_is_better)
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set_yticks(range(len(fractions)), fractions)
     panel.set(title=regime_title(regime), ylabel="λ")
@@ -127,7 +128,8 @@ def heat_maps(study: report_data.Study) -> Picture | None:
     "Student-data fraction λ and divergence",
     f"Mean {axis_label(study)} over seeds; rows are the fraction λ of steps on"
     " the student's own samples, columns the divergence. A darker cell is a"
-    f" better one; each panel has its own scale. {seeds_note(runs)}",
+    " better one; each panel has its own scale."
+    f" {seeds_note(runs, 'Numbers with ±')}",
     picture,
   )
 
@@ -192,9 +194,12 @@ def data_efficiency(study: report_data.Study) -> Picture | None:
   }
   picture, axes = grid_of_panels(panels, height=3.4, width=4.8, columns=2)
   for panel, (regime, (size, how)) in zip(axes, panels.items(), strict=True):
-    for method in ordered(study, runs, "method"):
+    present = ordered(study, runs, "method")
+    for i, method in enumerate(present):
       points = []
-      for x, label in zip(xs, labels, strict=True):
+      for x, label in zip(
+        beside(xs, i, len(present), bool(all(counts))), labels, strict=True
+      ):
         place = {"method": method, "labelled": label}
         place |= {"size": size} if size else {}
         values = report_data.scores(
@@ -247,11 +252,6 @@ def ordered(study, runs, axis) -> list[str]:
   return [label for label in study.axes.get(axis, ()) if label in present]
 
 
-def same_place(a, b) -> bool:
-  """Whether two runs differ by the seed alone."""
-  return a.place == b.place
-
-
 def regimes_of(study, runs) -> dict[tuple, list[report_data.Run]]:
   """Runs by student size and labelled examples, in the study's order.
 
@@ -273,6 +273,15 @@ def regimes_of(study, runs) -> dict[tuple, list[report_data.Run]]:
   return found
 
 
+def most_labelled(study, place) -> bool:
+  """Whether a place has as many labelled examples as any, as the paper's do."""
+  labels = study.axes.get("labelled", ())
+  if not labels or "labelled" not in place:
+    return True
+  count = lambda label: report_data.examples_count(label) or float("inf")
+  return count(place["labelled"]) == max(map(count, labels))
+
+
 def regime_title(regime) -> str:
   """A panel's heading, such as "small, 3k labelled, greedy"."""
   words = {"labelled": "{} labelled"}
@@ -281,7 +290,7 @@ def regime_title(regime) -> str:
   )
 
 
-def seeds_note(runs) -> str:
+def seeds_note(runs, what="Thin lines") -> str:
   """What the intervals are, and a warning where there are few seeds."""
   counts = {
     len(members)
@@ -293,7 +302,7 @@ def seeds_note(runs) -> str:
   if many == 1:
     return "One seed: no interval can be given, differences may be chance."
   text = f"{few} to {many}" if few != many else f"{many}"
-  note = f"Thin lines: 95 % t-intervals of the mean over {text} seeds."
+  note = f"{what}: 95 % t-intervals of the mean over {text} seeds."
   if few < 4:
     note += " So few seeds make wide intervals"
     note += ", and one seed none." if few == 1 else "."
@@ -341,6 +350,14 @@ def legend_below(picture, *panels):
     )
 
 
+def beside(xs, i, count, log) -> list[float]:
+  """Places of line `i` of `count`, a little apart so that intervals are seen."""
+  shift = 0.01 * (i - (count - 1) / 2)
+  if log:
+    return [x * (max(xs) / min(xs)) ** shift for x in xs]
+  return [x + shift * (max(xs) - min(xs)) for x in xs]
+
+
 def draw_bar(panel, y, values, color):
   """The mean as a bar, its interval, and the seeds as dots."""
   summary = report_data.estimate(values)
@@ -359,19 +376,20 @@ def zoom(panel):
     panel.set_xlim(left=min(lows) - 0.5 * (max(lows) - min(lows)) - 0.02)
 
 
-def draw_heat_map(panel, table, lower_is_better):
-  """Cells with their numbers; the better, the darker."""
-  panel.imshow(
-    -table if lower_is_better else table, cmap="Blues", aspect="auto"
-  )
+def draw_heat_map(panel, shape, cells, lower_is_better):
+  """Cells with their means and intervals; the better, the darker."""
   sign = -1 if lower_is_better else 1
-  middle = np.nanmean([np.nanmin(sign * table), np.nanmax(sign * table)])
-  for (row, column), value in np.ndenumerate(table):
-    if not np.isnan(value):
-      color = "white" if sign * value > middle else "black"
-      panel.text(
-        column, row, f"{value:.1f}", ha="center", va="center", color=color
-      )
+  table = np.full(shape, np.nan)
+  for place, summary in cells.items():
+    table[place] = sign * summary.mean
+  panel.imshow(table, cmap="Blues", aspect="auto")
+  middle = np.nanmean([np.nanmin(table), np.nanmax(table)])
+  for (row, column), summary in cells.items():
+    text = f"{summary.mean:.1f}"
+    if summary.high is not None:
+      text += f"\n± {summary.high - summary.mean:.1f}"
+    color = "white" if table[row, column] > middle else "black"
+    panel.text(column, row, text, ha="center", va="center", color=color, size=9)
 
 
 def draw_curves(panel, lines, style, label):

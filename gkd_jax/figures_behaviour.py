@@ -4,6 +4,7 @@ import os
 import re
 
 import numpy as np
+from matplotlib import ticker
 
 from gkd_jax import cell_table, figures, report_data
 
@@ -50,7 +51,7 @@ def quality_diversity(study: report_data.Study) -> figures.Picture | None:
     "quality_diversity",
     "Quality and diversity",
     "Score against Self-BLEU of several outputs of each input; the numbers at"
-    " the points are sampling temperatures. Means over seeds.",
+    " the points are sampling temperatures. Means over seeds, without intervals.",
     picture,
   )
 
@@ -137,33 +138,42 @@ def by_position(study: report_data.Study) -> figures.Picture | None:
   }
   if not names:
     return None
-  picture, panels = figures.grid_of_panels(names, height=3.6, width=5.2)
-  for panel, name in zip(panels, names, strict=True):
-    lines = report_data.groups(runs, _line_name)
-    for i, (method, members) in enumerate(lines.items()):
-      for source, (dashes, where) in _SOURCES.items():
+  panels = {
+    (*regime, ("divergence", name.replace("_", " "))): (members, name)
+    for regime, members in figures.regimes_of(study, runs).items()
+    for name in names
+  }
+  picture, axes = figures.grid_of_panels(panels, height=3.6, width=5.2)
+  for panel, (regime, (members, name)) in zip(
+    axes, panels.items(), strict=True
+  ):
+    lines = report_data.groups(
+      members, lambda run: _line_name(run, panels=True)
+    )
+    for i, (method, seeds) in enumerate(lines.items()):
+      color = figures.COLORS[i % len(figures.COLORS)]
+      for source, (dashes, _) in _SOURCES.items():
         values = [
           tables[run.folder][source][name]
-          for run in members
+          for run in seeds
           if name in tables[run.folder].get(source, {})
         ]
         if values:
-          panel.plot(
-            *_mean_by_position(values),
-            dashes,
-            color=figures.COLORS[i % len(figures.COLORS)],
-            label=f"{method}, {where}",
-          )
-    panel.set(title=name.replace("_", " "), xlabel="position of the output")
-    panel.set_ylabel("nats a token")
+          panel.plot(*_mean_by_position(values), dashes, color=color)
+      panel.plot([], [], color=color, label=method)
+    for dashes, where in _SOURCES.values():
+      panel.plot([], [], dashes, color="black", label=where)
+    panel.set(title=figures.regime_title(regime), ylabel="nats a token")
+    panel.set(xlabel="position of the output")
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
-  figures.legend_below(picture, *panels)
+  figures.legend_below(picture, *axes)
   return figures.Picture(
     "by_position",
     "Divergence by position",
     "Mean divergence to the teacher at each position, on the student's own"
     " samples and on the data. Where training has seen data alone, the first"
-    " rises above the second: errors add up (exposure bias). Means over seeds.",
+    " rises above the second: errors add up (exposure bias). Means over seeds, without intervals.",
     picture,
   )
 
@@ -179,7 +189,7 @@ def _quality_and_diversity(study, run) -> tuple[float, float] | None:
   return None
 
 
-def _line_name(run) -> str:
+def _line_name(run, panels=False) -> str:
   """The run's place without what a figure shows otherwise."""
   shown = {
     k: v for k, v in run.place.items() if k not in ("temperature", "alpha")

@@ -96,7 +96,8 @@ def markdown(
 def summary(study: report_data.Study) -> str:
   """One line: how many runs and seeds, of what."""
   seeds = {run.seed for run in study.runs if run.seed is not None}
-  parts = [f"{len(study.runs)} finished runs"]
+  scored = [run for run in study.runs if figures.has_score(study, run)]
+  parts = [f"{len(scored)} finished runs"]
   if study.unfinished:
     parts.append(f"{len(study.unfinished)} not finished")
   if seeds:
