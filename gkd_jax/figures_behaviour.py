@@ -1,5 +1,6 @@
 """Figures of what students do: diversity, reward, divergence by position."""
 
+import functools
 import os
 import re
 
@@ -70,7 +71,7 @@ def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
     runs = [run for run in runs if key in run.scores]
   if not runs:
     return None
-  name = _divergence_of(last[runs[0].folder])
+  name = _divergence_of(last[runs[0].folder]) or ""
   picture, (panel,) = figures.grid_of_panels([()], height=4.4, width=7)
   lines = report_data.groups(
     runs, lambda r: tuple((k, v) for k, v in r.place.items() if k != "alpha")
@@ -148,7 +149,7 @@ def by_position(study: report_data.Study) -> figures.Picture | None:
     axes, panels.items(), strict=True
   ):
     lines = report_data.groups(
-      members, lambda run: _line_name(run, panels=True)
+      members, functools.partial(_line_name, regime=regime)
     )
     for i, (method, seeds) in enumerate(lines.items()):
       color = figures.COLORS[i % len(figures.COLORS)]
@@ -189,12 +190,10 @@ def _quality_and_diversity(study, run) -> tuple[float, float] | None:
   return None
 
 
-def _line_name(run, panels=False) -> str:
-  """The run's place without what a figure shows otherwise."""
-  shown = {
-    k: v for k, v in run.place.items() if k not in ("temperature", "alpha")
-  }
-  return ", ".join(shown.values())
+def _line_name(run, regime=()) -> str:
+  """The run's place without what its panel and its points show."""
+  hidden = {"temperature", "alpha", *(axis for axis, _ in regime)}
+  return ", ".join(v for k, v in run.place.items() if k not in hidden)
 
 
 def _last_means(folder) -> dict[str, float]:

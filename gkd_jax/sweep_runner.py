@@ -275,6 +275,7 @@ def _environment(cell, output):
   defaults = {
     "JAX_COMPILATION_CACHE_DIR": compiled,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # a failed cell's last lines are its own
   }
   return defaults | os.environ | cell.environment(output)
 

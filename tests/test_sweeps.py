@@ -394,3 +394,43 @@ def test_other_settings_for_a_cell_that_was_begun_are_refused(
     run(changed, output, stand_in)
   with pytest.raises(ValueError, match="without quotes"):
     run(changed, tmp_path / "it's", stand_in)
+
+
+def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
+  def gkd(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "gkd_jax.main", *arguments],
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      check=False,
+    )
+
+  command = (
+    "sweep",
+    "--gin_file=experiments/smoke_teacher.gin",
+    "--axis=BATCH_SIZE=8",
+    "--output_dir=grid",
+    "--gin.TRAIN_STEPS=2",
+    "--gin.EVAL_NUM_EXAMPLES=8",
+    "--gin.train.train.final_eval_split='validation'",
+  )
+  done = gkd(*command)
+  assert done.returncode == 0, done.stdout + done.stderr
+  cell = tmp_path / "grid" / "train" / "BATCH-SIZE-8_seed0"
+  assert (cell / "checkpoint_2").is_dir()
+  with open(tmp_path / "grid" / "cells.csv") as f:
+    (row,) = csv.DictReader(f)
+  assert row["BATCH_SIZE"] == "8" and row["steps"] == "2"
+  written = (cell / "final.json").stat().st_mtime_ns
+  again = gkd(*command)
+  assert "1 of 1 cells are finished already" in again.stdout
+  assert (cell / "final.json").stat().st_mtime_ns == written
+  report = gkd("report", "--output_path=page", "grid")
+  assert report.returncode == 0, report.stderr
+  assert "greedy answer_accuracy" in report.stdout
+  assert (tmp_path / "page" / "index.html").exists()
+  wrong = gkd("sweep", "--output_dir=grid", "--axis=BATCH")
+  assert wrong.returncode == 2
+  assert "expected an axis NAME=value,value, got 'BATCH'" in wrong.stderr
