@@ -396,6 +396,7 @@ def test_other_settings_for_a_cell_that_was_begun_are_refused(
     run(changed, tmp_path / "it's", stand_in)
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
   def gkd(*arguments):
     return subprocess.run(
