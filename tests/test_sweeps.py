@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from gkd_jax import sweep_runner, sweeps
+import gin
+from gkd_jax import gin_utils, sweep_runner, sweeps
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -394,6 +395,22 @@ def test_other_settings_for_a_cell_that_was_begun_are_refused(
     run(changed, output, stand_in)
   with pytest.raises(ValueError, match="without quotes"):
     run(changed, tmp_path / "it's", stand_in)
+
+
+@pytest.mark.parametrize(
+  "file",
+  sorted(p.relative_to(ROOT / "gin") for p in ROOT.rglob("gin/**/*.toml")),
+)
+def test_shipped_grids_bind_what_their_gin_files_read(file):
+  definition = sweeps.read(str(file), [gin_utils.shipped_gin()])
+  cells = sweeps.cells(definition)
+  for cell in cells:
+    if cell.seed == cells[-1].seed or cell.seed is None:
+      bindings = [f"{k} = {v}" for k, v in cell.settings.items()]
+      gin_utils.parse(cell.gin_files, bindings, [])
+      if cell.command == "train":
+        assert gin.query_parameter("train.train.final_eval_split"), cell.name
+  gin.clear_config()
 
 
 @pytest.mark.slow
