@@ -78,24 +78,16 @@ def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
   )
   for i, members in enumerate(lines.values()):
     color = figures.COLORS[i % len(figures.COLORS)]
+    value = lambda run: (
+      last[run.folder]["reward"] if trained else run.scores[key]
+    )
     means = []
     for alpha in figures.ordered(study, members, "alpha"):
       seeds = [r for r in members if r.place["alpha"] == alpha]
       x = report_data.estimate(last[r.folder][name] for r in seeds)
-      y = report_data.estimate(
-        last[r.folder]["reward"] if trained else r.scores[key] for r in seeds
-      )
+      y = report_data.estimate(map(value, seeds))
       means.append((x.mean, y.mean))
-      if x.low is not None:
-        panel.plot([x.low, x.high], [y.mean, y.mean], color=color, alpha=0.6)
-        panel.plot([x.mean, x.mean], [y.low, y.high], color=color, alpha=0.6)
-      panel.annotate(
-        f"α = {alpha}",
-        means[-1],
-        xytext=(5, 5),
-        textcoords="offset points",
-        size=9,
-      )
+      _draw_cross(panel, x, y, color, f"α = {alpha}")
     panel.plot(
       *zip(*means, strict=True), "o-", color=color, label=_line_name(members[0])
     )
@@ -176,6 +168,16 @@ def by_position(study: report_data.Study) -> figures.Picture | None:
     " samples and on the data. Where training has seen data alone, the first"
     " rises above the second: errors add up (exposure bias). Means over seeds, without intervals.",
     picture,
+  )
+
+
+def _draw_cross(panel, x, y, color, text):
+  """A text at the means of two things, and the intervals of both."""
+  if x.low is not None:
+    panel.plot([x.low, x.high], [y.mean, y.mean], color=color, alpha=0.6)
+    panel.plot([x.mean, x.mean], [y.low, y.high], color=color, alpha=0.6)
+  panel.annotate(
+    text, (x.mean, y.mean), xytext=(5, 5), textcoords="offset points", size=9
   )
 
 

@@ -124,7 +124,7 @@ def _run(argv):
 
 def _sweep():
   """Runs a grid, or prints its commands."""
-  from gkd_jax import gin_utils, sweep_runner, sweeps
+  from gkd_jax import gin_utils, sweep_check, sweep_runner, sweeps
 
   if not FLAGS.output_dir:
     raise ValueError("expected a folder for the cells; set --output_dir")
@@ -142,6 +142,8 @@ def _sweep():
     definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
   cells = sweeps.cells(definition, FLAGS.gin_bindings)
   output = os.path.abspath(os.path.expanduser(FLAGS.output_dir))
+  left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
+  sweep_check.check(left, output, FLAGS.gin_search_paths)
   sweep_runner.prepare(cells, output, definition.get("report", {}))
   options = []
   if FLAGS.gin_search_paths:

@@ -130,6 +130,8 @@ def read(items: Sequence[str]) -> Study:
       continue
     settings |= sweep["report"]
     for axis, labels in sweep["axes"].items():
+      if axis == "method":
+        continue  # as they were run: stages that have no method axis first
       order.setdefault(_known_axis(axis), {}).update(dict.fromkeys(labels))
     found, missing = _of_sweep(folder, sweep)
     runs += found

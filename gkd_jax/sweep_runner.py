@@ -147,46 +147,39 @@ def run(
   """
   # Cells are found finished by their files alone, so all else may be killed.
   waiting = [cell for cell in cells if not is_finished(cell, output)]
-  total, finished = len(cells), len(cells) - len(waiting)
-  if finished:
-    print(f"{finished} of {total} cells are finished already", flush=True)
+  if len(waiting) < len(cells):
+    done = len(cells) - len(waiting)
+    print(f"{done} of {len(cells)} cells are finished already", flush=True)
   failed: dict[str, str] = {}
   running: list[_Running] = []
   free = core_groups(jobs)
   command = lambda cell: [*program, *cell.arguments(output), *options]
   with _forwarded_signals(running) as stopped:
     while (waiting and not stopped) or running:
-      for cell in [] if stopped else list(waiting):
-        if not free:
+      while free and not stopped:
+        cell = _next_cell(waiting, cells, failed, output)
+        if cell is None:
           break
-        missing = [n for n in cell.needs if n in failed]
-        if missing:
-          waiting.remove(cell)
-          failed[cell.name] = f"not run: it needs {', '.join(missing)}"
-        elif all(_named(cells, n, output) for n in cell.needs):
-          waiting.remove(cell)
-          running.append(_start(cell, output, free.pop(0), command))
-          if stopped and running[-1].process:  # a signal in between
-            running[-1].process.terminate()
+        running.append(_start(cell, output, free.pop(0), command(cell)))
+        if stopped and running[-1].process:  # a signal in between
+          running[-1].process.terminate()
       time.sleep(_POLL_SECONDS)
       for item in list(running):
+        if stopped and item.process is None:
+          running.remove(item)  # not ours to stop
+          continue
         error = _outcome(item, output)
         if error is None:
           continue
-        if error and stopped:
-          error = "stopped"
         running.remove(item)
         free.append(item.cores)
-        finished += not error
         if error and item.process is None:
           waiting.insert(0, item.cell)  # goes on from where the other stopped
           continue
         if error and not stopped:
           failed[item.cell.name] = error
-        print(
-          f"{time.strftime('%H:%M:%S')} {finished}/{total} {item.cell.name}:"
-          f" {error.splitlines()[0] if error else _scores(item.cell, output)}",
-          flush=True,
+        _say_outcome(
+          item.cell, "stopped" if error and stopped else error, output
         )
         cell_table.write(output)
   cell_table.write(output)
@@ -196,7 +189,8 @@ def run(
     print("stopped; the same command goes on from here", flush=True)
     sys.exit(128 + stopped[0])
   print(
-    f"{finished} of {total} cells finished, {len(failed)} failed or left out;"
+    f"{sum(is_finished(cell, output) for cell in cells)} of {len(cells)} cells"
+    f" finished, {len(failed)} failed or left out;"
     f" table in {os.path.join(output, 'cells.csv')}",
     flush=True,
   )
@@ -223,8 +217,29 @@ def write_json(path: str, value: Any):
   os.replace(temporary, path)
 
 
-def _named(cells, name, output):
-  return next(is_finished(c, output) for c in cells if c.name == name)
+def _next_cell(waiting, cells, failed, output) -> sweeps.Cell | None:
+  """Takes the first waiting cell that has all it needs.
+
+  Those that need a cell in `failed` join it.
+  """
+  finished = {c.name for c in cells if is_finished(c, output)}
+  for cell in list(waiting):
+    missing = [name for name in cell.needs if name in failed]
+    if missing:
+      waiting.remove(cell)
+      failed[cell.name] = f"not run: it needs {', '.join(missing)}"
+    elif finished.issuperset(cell.needs):
+      waiting.remove(cell)
+      return cell
+  return None
+
+
+def _say_outcome(cell, error, output):
+  print(
+    f"{time.strftime('%H:%M:%S')} {cell.name}:"
+    f" {error.splitlines()[0] if error else _scores(cell, output)}",
+    flush=True,
+  )
 
 
 def _start(cell, output, cores, command) -> _Running:
@@ -241,7 +256,7 @@ def _start(cell, output, cores, command) -> _Running:
     try:
       with open(os.path.join(folder, "log.txt"), "ab") as log:
         process = subprocess.Popen(
-          command(cell),
+          command,
           stdout=log,
           stderr=subprocess.STDOUT,
           stdin=subprocess.DEVNULL,

@@ -53,6 +53,7 @@ LAYERS = (
     "report_page",
     "report_tables",
     "reports",
+    "sweep_check",
     "sweep_runner",
     "sweeps",
   ),

@@ -1,5 +1,6 @@
 """Grids: which cells there are, and that each is run once, whatever happens."""
 
+import concurrent.futures
 import csv
 import fcntl
 import json
@@ -14,7 +15,7 @@ import time
 import pytest
 
 import gin
-from gkd_jax import gin_utils, sweep_runner, sweeps
+from gkd_jax import gin_utils, sweep_check, sweep_runner, sweeps
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -397,19 +398,68 @@ def test_other_settings_for_a_cell_that_was_begun_are_refused(
     run(changed, tmp_path / "it's", stand_in)
 
 
+SMOKE = """
+[macros]
+"train.train.final_eval_split" = "test"
+[axes]
+BATCH_SIZE = [8]
+[stages.first]
+gin_file = "experiments/smoke_teacher.gin"
+"""
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [
+    ("", "", None),
+    ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
+    ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
+    ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
+    ("final_eval_split", "eval_period", "set train.train.final_eval_split"),
+  ],
+)
+def test_wrong_gin_is_found_before_any_cell_is_run(
+  tmp_path, monkeypatch, old, new, message
+):
+  # Here, not in a process of its own, which would import all of jax each time.
+  cells = sweeps.cells(read(tmp_path, SMOKE.replace(old, new)))
+  monkeypatch.setattr(
+    concurrent.futures, "ProcessPoolExecutor", lambda **_: InThisProcess()
+  )
+  if message is None:
+    sweep_check.check(cells, "/o", [])
+  else:
+    with pytest.raises(ValueError, match=message):
+      sweep_check.check(cells, "/o", [])
+  gin.clear_config()
+
+
+class InThisProcess:
+  """An executor that does its work at once."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def submit(self, function, *arguments):
+    function(*arguments)
+    done = concurrent.futures.Future()
+    done.set_result(None)
+    return done
+
+
 @pytest.mark.parametrize(
   "file",
   sorted(p.relative_to(ROOT / "gin") for p in ROOT.rglob("gin/**/*.toml")),
 )
-def test_shipped_grids_bind_what_their_gin_files_read(file):
+def test_the_gin_of_shipped_grids_is_right(file, monkeypatch):
   definition = sweeps.read(str(file), [gin_utils.shipped_gin()])
-  cells = sweeps.cells(definition)
-  for cell in cells:
-    if cell.seed == cells[-1].seed or cell.seed is None:
-      bindings = [f"{k} = {v}" for k, v in cell.settings.items()]
-      gin_utils.parse(cell.gin_files, bindings, [])
-      if cell.command == "train":
-        assert gin.query_parameter("train.train.final_eval_split"), cell.name
+  monkeypatch.setattr(
+    concurrent.futures, "ProcessPoolExecutor", lambda **_: InThisProcess()
+  )
+  sweep_check.check(sweeps.cells(definition), "/o", [])
   gin.clear_config()
 
 
@@ -449,6 +499,9 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
   assert report.returncode == 0, report.stderr
   assert "greedy answer_accuracy" in report.stdout
   assert (tmp_path / "page" / "index.html").exists()
+  wrong = gkd(*command[:2], "--axis=BATHC_SIZE=8", "--output_dir=other")
+  assert wrong.returncode == 2 and not (tmp_path / "other").exists()
+  assert "got BATHC_SIZE; set the right name" in wrong.stderr
   wrong = gkd("sweep", "--output_dir=grid", "--axis=BATCH")
   assert wrong.returncode == 2
   assert "expected an axis NAME=value,value, got 'BATCH'" in wrong.stderr
