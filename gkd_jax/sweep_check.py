@@ -12,9 +12,8 @@ def check(
 ):
   """Parses the gin of each cell, in a process that ends with it.
 
-  Seeds differ by a number alone: the first of each is parsed. The process
-  keeps what gin imports (jax, TensorFlow) out of the sweep's own, which may run
-  for days.
+  The process keeps what gin imports (jax, TensorFlow) out of the sweep's own,
+  which may run for days.
 
   Args:
     cells: those to be run.
@@ -25,22 +24,26 @@ def check(
     ValueError: gin that cannot be parsed, a macro that nothing reads, or a
       training cell that would write no `final.json`.
   """
-  firsts: dict[tuple, sweeps.Cell] = {}
-  for cell in cells:
-    firsts.setdefault((cell.stage, *cell.axes.values()), cell)
-  if not firsts:
+  if not cells:
     return
   with concurrent.futures.ProcessPoolExecutor(
     max_workers=1, mp_context=multiprocessing.get_context("spawn")
   ) as pool:
-    pool.submit(_check, list(firsts.values()), output, search_paths).result()
+    pool.submit(check_here, cells, output, search_paths).result()
 
 
-def _check(cells, output, search_paths):
+def check_here(
+  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
+):
+  """What `check` does, in this process; gin's state is left as the last cell's."""
   import gin
   from gkd_jax import gin_utils
 
+  # Seeds differ by a number alone: the first is parsed.
+  firsts: dict[tuple, sweeps.Cell] = {}
   for cell in cells:
+    firsts.setdefault((cell.stage, *cell.axes.values()), cell)
+  for cell in firsts.values():
     bindings = [
       f"{name} = {value.replace('{output}', output)}"
       for name, value in cell.settings.items()

@@ -233,7 +233,8 @@ def test_the_page_holds_its_pictures_and_asks_for_nothing(report, sweep):
     assert "http" not in readable and "url(" not in readable
     assert "@import" not in readable and str(sweep) not in readable
     assert str(report) not in readable and "/tmp" not in readable
-  assert "A &lt;small&gt; sweep" in text and "<b>Haus" not in text
+  assert text.count("A &lt;small&gt; sweep") == 2 and "<small>" not in text
+  assert "<b>Haus" not in text
 
 
 def assert_picture(data):
@@ -344,6 +345,7 @@ def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
   ]
   assert text.count('class="same"') == 3  # the teacher and two students
   assert "<li>methods/SFT_small_1k_seed7</li>" in text
+  assert "32 finished runs; 1 not finished; seeds 0, 1, 2;" in text
 
 
 def test_the_table_of_cells(sweep):
