@@ -319,9 +319,10 @@ def style_of(study, method) -> dict[str, Any]:
   }
 
 
-def grid_of_panels(panels, *, height, width, columns=3, **options):
+def grid_of_panels(panels, *, height, width, columns=None, **options):
   """A figure with a panel for each of `panels`; sizes in inches of one."""
-  columns = min(columns, len(panels))
+  # More than three are read two by two: a page's width is what there is.
+  columns = min(columns or (3 if len(panels) < 4 else 2), len(panels))
   rows = -(-len(panels) // columns)
   picture = figure.Figure(
     figsize=(width * columns, height * rows + 0.7), layout="constrained"

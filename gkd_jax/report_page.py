@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from gkd_jax import figures, report_data, report_tables
 
 _DPI = 130
+_LONG = 20  # rows of a table that is folded, and opens by a click
 
 _STYLE = """
 body { margin: 0; background: #f6f7f9; color: #1d2733;
@@ -24,6 +25,7 @@ section { background: #fff; border: 1px solid #e2e6eb; border-radius: 10px;
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 p.caption { color: #53606e; font-size: .92rem; max-width: 90ch;
   margin: .8rem 0 0; }
+summary { cursor: pointer; color: #0b5cad; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; }
 th, td { text-align: right; padding: .32rem .6rem; white-space: nowrap;
@@ -153,10 +155,14 @@ def _table(table):
     )
   kind = ' class="texts"' if texts else ""
   caption = table.caption + (" Green: the reference." if texts else "")
+  content = "\n".join(rows)
+  content = f"<table{kind}><tr>{head}</tr>\n{content}</table>"
+  if len(rows) > _LONG:
+    fold = f"<summary>{len(rows)} rows</summary>"
+    content = f"<details>{fold}{content}</details>"
   return (
-    f'<div class="scroll"><table{kind}><tr>{head}</tr>\n'
-    + "\n".join(rows)
-    + f'</table></div>\n<p class="caption">{html.escape(caption)}</p>\n'
+    f'<div class="scroll">{content}</div>\n'
+    f'<p class="caption">{html.escape(caption)}</p>\n'
   )
 
 
