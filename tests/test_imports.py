@@ -43,7 +43,20 @@ LAYERS = (
     "tensorstore_io",
   ),
   ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
-  ("main", "gin_utils", "reports"),
+  (
+    "main",
+    "cell_table",
+    "figures",
+    "figures_behaviour",
+    "gin_utils",
+    "report_data",
+    "report_page",
+    "report_tables",
+    "reports",
+    "sweep_check",
+    "sweep_runner",
+    "sweeps",
+  ),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 
