@@ -19,6 +19,7 @@ from gkd_jax import (
   optimizers,
   partitioning,
   preemption,
+  rollouts,
   train_state,
   trainer,
 )
@@ -106,6 +107,7 @@ def train(
     process_count=jax.process_count(),
     use_cached=use_cached_tasks,
   )
+  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
   shapes = {
     "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
     "decoder_input_tokens": (1, task_feature_lengths["targets"]),
@@ -143,7 +145,7 @@ def train(
   start = checkpointer.latest_step() or 0
   if params is None:
     state = _resume(
-      checkpointer, start, abstract_state, state_shardings, iterator
+      checkpointer, start, abstract_state, state_shardings, batches
     )
     print(f"resumed {model_dir} at step {start}", flush=True)
   else:
@@ -186,7 +188,7 @@ def train(
   ):
     for step in range(start, train_steps):
       source = trainer.source_of_step(model, seed, step)
-      batch = next(iterator)
+      batch = batches.next(step, state.params)
       _check_targets(batch, source, step)
       state, metrics = run_step(
         state, teacher_params, run_step.put(batch), source
@@ -216,7 +218,7 @@ def train(
         checkpointer.save(
           done,
           state,
-          dataset_iterator=iterator,
+          dataset_iterator=batches,
           metrics=evaluated,
           config=dataclasses.asdict(model.config),
         )
