@@ -30,7 +30,8 @@ class RLGKDModel(models.GKDModel):
   """A student, a teacher, their divergence, and a reward of the outputs.
 
   With α = 1 and one sample per prompt no reward is asked for, and the step is
-  that of on-policy GKD.
+  that of on-policy GKD. The policy gradient is exact at dropout 0; outputs are
+  drawn without dropout.
 
   Args:
     student: the model that is trained.
@@ -113,9 +114,10 @@ class RLGKDModel(models.GKDModel):
     wide = decoding.widen(dict(batch), n)
     _, sample_key, _ = jax.random.split(key, 3)  # as in GKDModel.train_loss
     row_ids = jnp.arange(wide["decoder_target_tokens"].shape[0])
-    return self._with_samples(params, encoded, wide, None, sample_key, row_ids)[
-      0
-    ]
+    features, _ = self._with_samples(
+      params, encoded, wide, None, sample_key, row_ids
+    )
+    return features
 
   def train_loss(
     self,
