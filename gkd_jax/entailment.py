@@ -203,12 +203,18 @@ def _load(model, path, mesh, rules):
   variables = jax.eval_shape(
     lambda: model.get_initial_variables(jax.random.key(0), shapes)
   )
-  params = checkpoints.load_params(path, setting="SCORER_CHECKPOINT_PATH")
-  checkpoints.check_matches(
-    params, variables["params"], setting="SCORER_CHECKPOINT_PATH", path=path
-  )
   axes = partitioning.logical_axes(variables["params_axes"])
   shardings = partitioning.param_shardings(
     variables["params"], axes, mesh, rules
   )
-  return jax.tree.map(jax.device_put, dict(params), shardings)
+  return checkpoints.load_params(
+    path,
+    setting="SCORER_CHECKPOINT_PATH",
+    like=jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      variables["params"],
+      shardings,
+    ),
+  )
