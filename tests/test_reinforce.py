@@ -219,6 +219,13 @@ def test_microbatches_change_nothing(microbatches):
     )
 
 
+def test_the_step_samples_nothing():
+  model, student, teacher, batch, _ = reference()
+  step, optimizer = toy_models.sgd_step(model, "student")
+  state = toy_models.state(student, optimizer)
+  assert " while[" not in str(jax.make_jaxpr(step)(state, teacher, batch))
+
+
 def test_a_mesh_changes_nothing():
   model, student, teacher, batch, (expected, _) = reference()
   mesh = partitioning.make_mesh(2)
