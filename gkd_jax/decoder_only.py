@@ -188,6 +188,18 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       **sampling_options,
     )
 
+  def start_decoding(
+    self, params: Any, encoded: tuple, batch: types.Batch
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`."""
+    del encoded
+    prefilled = self._prefill(params, batch)
+    rows = {
+      "start_tokens": prefilled.start_tokens,
+      "row_lengths": prefilled.row_lengths,
+    }
+    return functools.partial(self._step, params), prefilled.cache, rows
+
   def _step(self, params, tokens, cache):
     """`types.TokensToLogits`."""
     logits, updated = self.module.apply(

@@ -20,6 +20,7 @@ from gkd_jax import (
   optimizers,
   partitioning,
   preemption,
+  rollouts,
   train_state,
   trainer,
 )
@@ -107,6 +108,7 @@ def train(
     process_count=jax.process_count(),
     use_cached=use_cached_tasks,
   )
+  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
   shapes = {
     "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
     "decoder_input_tokens": (1, task_feature_lengths["targets"]),
@@ -151,7 +153,7 @@ def train(
     start = checkpointer.latest_step() or 0
     if params is None:
       state = _resume(
-        checkpointer, start, abstract_state, state_shardings, iterator
+        checkpointer, start, abstract_state, state_shardings, batches
       )
       print(f"resumed {model_dir} at step {start}", flush=True)
     else:
@@ -192,7 +194,7 @@ def train(
     ):
       for step in range(start, train_steps):
         source = trainer.source_of_step(model, seed, step)
-        batch = next(iterator)
+        batch = batches.next(step, state.params)
         _check_targets(batch, source, step)
         state, metrics = run_step(
           state, teacher_params, run_step.put(batch), source
@@ -221,7 +223,7 @@ def train(
           checkpointer.save(
             done,
             state,
-            dataset_iterator=iterator,
+            dataset_iterator=batches,
             metrics=evaluated,
             config=dataclasses.asdict(model.config),
           )
