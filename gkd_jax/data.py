@@ -10,10 +10,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-SHIPPED_TASKS = tuple(
-  f"gkd_jax.tasks.{name}"
-  for name in ("arithmetic", "g2p", "gsm8k", "wmt", "xsum")
-)
+_SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
+SHIPPED_TASKS = tuple(f"gkd_jax.tasks.{name}" for name in _SHIPPED)
 
 
 def load_task(name: str, module: str | None = None) -> Any:
