@@ -100,10 +100,12 @@ class StoredTeacherModel(models.GKDModel):
     dropout_key = None
     if self.student.config.dropout_rate > 0:
       dropout_key = jax.random.fold_in(jax.random.split(key, 3)[0], row_ids[0])
+    encoder_key, decoder_key = base_model.split_key(dropout_key)
+    encoded = self.student.encode(params, batch, encoder_key)
     return stored_targets.stored_distillation_loss(
       batch[TOP_K_IDS],
       batch[TOP_K_LOG_PROBS],
-      self.student.logits(params, batch, dropout_key),
+      self.student.decoder_logits(params, encoded, batch, decoder_key),
       self.student.loss_weights(batch),
       divergence=self._divergence_at(step),
       student_temperature=self.student_temperature,

@@ -153,7 +153,8 @@ def _record(task, example, row, shards):
   record = {"score": row["score"]}
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
-    text = vocabulary.decode(ids.tolist())
+    # A vocabulary of numbers alone gives no text.
+    text = str(vocabulary.decode(ids.tolist()))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
     here = row["weights"] > 0
