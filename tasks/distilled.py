@@ -130,7 +130,7 @@ def _prepare(
   original_task: str,
 ) -> tf.data.Dataset:
   """Tokens of the original task's examples; records are ready."""
-  if "sample_number" in dataset.element_spec:
+  if "sample_number" in set(dataset.element_spec):
     return dataset
   for step in seqio.TaskRegistry.get(original_task).preprocessors:
     # seqio's own place for its cache: what is cached is another task.

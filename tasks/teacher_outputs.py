@@ -2,7 +2,7 @@
 
 Sequence-level distillation (Kim and Rush 2016) is then plain supervised
 training on such a task. Validation and test are those of the task that the
-outputs were made for.
+outputs were made for. `distilled` does the same with shards of whole tasks.
 """
 
 import functools

@@ -90,8 +90,8 @@ def stored_batches(task, folder, teacher, params, **settings):
 
 
 def run(model, student_params, teacher_params, batches, steps=4):
-  """Losses and the last gradient's norm of a few steps of SGD."""
-  optimizer = optimizers.Optimizer(schedules.constant(0.3), optax.sgd(1.0))
+  """Losses and norms of the gradient of a few steps of SGD, `[steps, 2]`."""
+  optimizer = optimizers.Optimizer(schedules.constant(0.1), optax.sgd(1.0))
   state = train_state.create(student_params, optimizer.transform)
   step = jax.jit(
     functools.partial(
@@ -158,7 +158,9 @@ def test_full_size_laws_train_as_the_teacher_in_memory(
     gkd, student_params, teacher_params, batches(gkd.FEATURE_CONVERTER_CLS)
   )
   assert np.ptp(expected[:, 0]) > 1e-2 * expected[0, 0]
-  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-5)
+  # Gradients of float32 logits that are summed in another order.
+  np.testing.assert_allclose(got[:, 1], expected[:, 1], rtol=1e-4)
 
 
 def test_where_laws_stand_in_a_row(task):

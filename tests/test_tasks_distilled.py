@@ -121,6 +121,21 @@ def test_laws_are_read_whatever_their_storage(tmp_path, registry):
     assert got["top_k_log_probs"].dtype == np.float32
 
 
+def test_a_shard_is_whole_or_not_there(tmp_path):
+  path = tmp_path / "out-00000-of-00001"
+
+  def stopped():
+    yield record(0)
+    assert not path.exists()
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    teacher_shards.write_shard(str(path), stopped())
+  assert not path.exists()
+  teacher_shards.write_shard(str(path), [record(0)])
+  assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_the_original_trims_its_own_rows(tmp_path, registry):
   """EOS after trimming needs the lengths, which the source does not have."""
   base = registry.get("arithmetic_cot")
