@@ -150,6 +150,11 @@ class GKDModel:
     """The student's sizes."""
     return self.student.config
 
+  @property
+  def FEATURE_CONVERTER_CLS(self) -> Any:
+    """What the batches of training are made with: the student's."""
+    return self.student.FEATURE_CONVERTER_CLS
+
   def _divergence_at(self, step) -> types.Divergence:
     """The divergence at a step; only β may depend on it."""
     if self.divergence in ("jsd", "normalized_jsd"):

@@ -102,7 +102,7 @@ def train(
     task_feature_lengths,
     batch_size,
     seed=seed,
-    converter=model.student.FEATURE_CONVERTER_CLS,
+    converter=model.FEATURE_CONVERTER_CLS,
     pack=pack,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
