@@ -47,7 +47,7 @@ setuptools.setup(
   package_data={
     "gkd_jax": ["paper_results.json"],
     "gkd_jax.gin": _gin_files(),
-    "gkd_jax.tasks": ["g2p_teacher/*"],
+    "gkd_jax.tasks": ["arithmetic_teacher/*", "g2p_teacher/*"],
   },
   install_requires=[
     "absl-py>=2.1",

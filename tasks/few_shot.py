@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -21,7 +22,7 @@ def shot_names(num_shots: int) -> tuple[str, ...]:
 def join_shots(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int] | None,
-  output_features: Mapping[str, seqio.Feature],
+  output_features: Mapping[str, Any],
   *,
   num_shots: int,
 ) -> tf.data.Dataset:
