@@ -18,6 +18,7 @@ pre-training corpus is left out.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ from gkd_jax import (
 )
 
 IMPORTANCE = ("token", "exact")
+_FIXED = {
+  "student_data_fraction": 1.0,
+  "divergence": "reverse_kl",
+  "beta": None,
+  "length_normalization": "sequence",
+}
 
 
 class MiniLLMModel(models.GKDModel):
@@ -46,7 +53,9 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: see `minillm_loss`.
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
-    student_data_fraction: λ, 1.
+    **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` None and
+      `length_normalization` "sequence": a run that sets another value of what
+      GKD can choose learns that it has no effect here.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -62,13 +71,18 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: bool = True,
     teacher_temperature: float = 1.0,
     sampling_temperature: float = 1.0,
-    student_data_fraction: float = 1.0,
+    **fixed: Any,
   ):
+    for name, value in fixed.items():
+      if name not in _FIXED or value != _FIXED[name]:
+        raise ValueError(
+          f"expected MiniLLM's {name} to be {_FIXED.get(name)!r}, got"
+          f" {value!r}; set {name.upper()}"
+        )
     super().__init__(
       student,
       teacher,
       divergence="reverse_kl",
-      student_data_fraction=student_data_fraction,
       teacher_temperature=teacher_temperature,
       student_temperature=sampling_temperature or 1.0,
       sampling_temperature=sampling_temperature,

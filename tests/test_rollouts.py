@@ -135,6 +135,15 @@ def test_rows_of_a_decoder_only_model():
     assert not got["advantages"][i, :start].any()
 
 
+def test_prompts_need_no_eos():
+  row = {
+    "decoder_target_tokens": np.array([[5, 6, 7, 1, 0]]),
+    "decoder_loss_weights": np.array([[0, 0, 1, 1, 0]]),
+  }
+  assert [x.tolist() for x in rollouts.prompts(row)] == [[5, 6]]
+  assert [x.tolist() for x in rollouts.targets(row)] == [[7, 1]]
+
+
 def test_whitened_rewards_and_a_running_mean():
   batch = toy_models.batch()
   model, params, _ = rl(
