@@ -1,7 +1,7 @@
 """Decoding a split of a task and scoring it with the task's metrics."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,16 +125,10 @@ class Evaluator:
 
   def _run(self, compiled, params, features, count, seed):
     """What `compiled` gives for the first `count` rows, batch by batch."""
-    sharding = partitioning.batch_sharding(self._mesh)
-    data_axis = self._mesh.shape[partitioning.DATA_AXIS]
-    size = -(-min(self._batch_size, count) // data_axis) * data_axis
+    features = {k: v[:count] for k, v in features.items()}
+    size = min(self._batch_size, count)
     parts = []
-    for start in range(0, count, size):
-      batch = {}
-      for k, v in features.items():
-        rows = v[start : start + size]
-        padded = np.pad(rows, ((0, size - len(rows)), (0, 0)))
-        batch[k] = jax.device_put(padded, sharding)
+    for start, batch in batches(features, size, self._mesh):
       key = None
       if seed is not None:
         key = jax.random.fold_in(jax.random.key(seed), start)
@@ -163,6 +157,32 @@ class Evaluator:
         for key, value in values.items():
           metrics[prefix + key] = float(getattr(value, "value", value))
     return metrics
+
+
+def batches(
+  features: Mapping[str, np.ndarray], batch_size: int, mesh: Any
+) -> Iterator[tuple[int, Mapping[str, jax.Array]]]:
+  """Rows in batches of one size, the last filled up with zeros.
+
+  Args:
+    features: name to rows, all of one number.
+    batch_size: rounded up to a multiple of the data axis.
+    mesh: rows are split over its data axis.
+
+  Yields:
+    The number of the batch's first row, and the batch on its devices.
+  """
+  sharding = partitioning.batch_sharding(mesh)
+  data_axis = mesh.shape[partitioning.DATA_AXIS]
+  size = -(-batch_size // data_axis) * data_axis
+  count = len(next(iter(features.values()), ()))
+  for start in range(0, count, size):
+    batch = {}
+    for k, v in features.items():
+      rows = v[start : start + size]
+      fill = [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+      batch[k] = jax.device_put(np.pad(rows, fill), sharding)
+    yield start, batch
 
 
 @functools.lru_cache(maxsize=16)

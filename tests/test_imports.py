@@ -12,6 +12,8 @@ LAYERS = (
     "divergences",
     "losses",
     "sampling",
+    "instruments",
+    "significance",
     "beam_search",
     "decoding",
     "schedules",
