@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|compare|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -6,7 +6,16 @@ import sys
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-MODES = ("train", "eval", "infer", "import", "export", "report", "path")
+MODES = (
+  "train",
+  "eval",
+  "infer",
+  "compare",
+  "import",
+  "export",
+  "report",
+  "path",
+)
 
 flags.DEFINE_multi_string("gin_file", [], "gin files, in order")
 flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
@@ -68,6 +77,11 @@ def _run(argv):
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
   if mode in ("import", "export"):
     _convert(mode)
+    return
+  if mode == "compare":
+    from gkd_jax import comparisons
+
+    print(comparisons.report(argv[2:]))
     return
   if mode == "path":
     from gkd_jax.tasks import shipped

@@ -44,7 +44,16 @@ LAYERS = (
     "stored_arrays",
     "tensorstore_io",
   ),
-  ("trainer", "evaluate", "infer", "train", "logs", "preemption"),
+  (
+    "trainer",
+    "evaluate",
+    "measurements",
+    "comparisons",
+    "infer",
+    "train",
+    "logs",
+    "preemption",
+  ),
   ("main", "gin_utils", "reports"),
 )
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
