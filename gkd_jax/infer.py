@@ -94,7 +94,7 @@ def evaluate_checkpoint(
   and prediction as the metrics saw them, the prediction's log-prob, and
   `statistics`, what the example adds to each metric (`comparisons` reads them).
   With several samples the first is the prediction, `samples` holds all, and the
-  statistics are their sums. With `instruments` also `by_position.json`.
+  statistics are their means, so that runs of other numbers can be compared. With `instruments` also `by_position.json`.
 
   Args:
     model: the model, or a `GKDModel`, whose student is used.
@@ -227,7 +227,7 @@ def _scores_and_rows(evaluator, samples):
         row["samples"] = [s.predictions[i] for s in of_task]
       parts = [of_sample[len(rows)] for of_sample in statistics]
       row["statistics"] = {
-        key: np.sum([part[key] for part in parts], axis=0).tolist()
+        key: np.mean([part[key] for part in parts], axis=0).tolist()
         for key in parts[0]
       }
       rows.append(row)

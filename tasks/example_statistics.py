@@ -75,8 +75,9 @@ def corpus_bleu(sums: np.ndarray) -> np.ndarray:
   """BLEU of summed statistics `[R, 10]`, as `text_metrics.bleu`, `[R]`."""
   import sacrebleu
 
-  # Sums may come out of products of matrices, a little off from integers.
-  rows = np.rint(sums).astype(int).tolist()
+  # Of several outputs an example has mean counts, which need not be integers;
+  # products of matrices leave a little where there is none.
+  rows = np.round(sums, 6).tolist()
   return np.array(
     [
       sacrebleu.BLEU.compute_bleu(
