@@ -78,16 +78,18 @@ def corpus_bleu(sums: np.ndarray) -> np.ndarray:
   # Of several outputs an example has mean counts, which need not be integers;
   # products of matrices leave a little where there is none.
   rows = np.round(sums, 6).tolist()
+  # sacrebleu takes lengths as integers, and reads nothing but their ratio.
+  lengths = np.rint(1e6 * sums[:, -2:]).astype(int).tolist()
   return np.array(
     [
       sacrebleu.BLEU.compute_bleu(
         correct=row[:_ORDERS],
         total=row[_ORDERS : 2 * _ORDERS],
-        sys_len=row[-2],
-        ref_len=row[-1],
+        sys_len=sys_len,
+        ref_len=ref_len,
         smooth_method="exp",
       ).score
-      for row in rows
+      for row, (sys_len, ref_len) in zip(rows, lengths, strict=True)
     ]
   )
 

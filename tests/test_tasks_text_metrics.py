@@ -209,3 +209,5 @@ def test_summed_statistics_of_examples_are_the_metric(metric):
     stats = np.array([part[name] for part in parts])
     combine = example_statistics.metric_of(stats)
     assert combine(stats.sum(0)[None])[0] == pytest.approx(value), name
+    # Examples of several outputs have mean statistics.
+    assert combine(stats.sum(0)[None] / 3)[0] == pytest.approx(value), name
