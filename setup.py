@@ -11,13 +11,13 @@ with open(os.path.join(_HERE, "README.md"), encoding="utf-8") as _readme:
 
 
 def _gin_files():
-  """The gin folder, as data files beside the package (`gkd_jax/gin`)."""
+  """Gin and sweep files, as data beside the package (`gkd_jax/gin`)."""
   found = []
   for folder, _, names in os.walk(os.path.join(_HERE, "gin")):
     found += [
       os.path.relpath(os.path.join(folder, name), os.path.join(_HERE, "gin"))
       for name in names
-      if name.endswith(".gin")
+      if name.endswith((".gin", ".toml"))
     ]
   return found
 
@@ -45,8 +45,9 @@ setuptools.setup(
   packages=["gkd_jax", "gkd_jax.adapters", "gkd_jax.tasks", "gkd_jax.gin"],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
   package_data={
+    "gkd_jax": ["paper_results.json"],
     "gkd_jax.gin": _gin_files(),
-    "gkd_jax.tasks": ["g2p_teacher/*"],
+    "gkd_jax.tasks": ["arithmetic_teacher/*", "g2p_teacher/*"],
   },
   install_requires=[
     "absl-py>=2.1",

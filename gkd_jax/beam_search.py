@@ -83,6 +83,7 @@ def beam_search(
   alpha: float | jax.Array = 0.6,
   eos_id: int = 1,
   start_tokens: jax.Array | None = None,
+  row_lengths: jax.Array | None = None,
   row_axes: types.PyTree | None = None,
 ) -> BeamResult:
   """Returns the N best outputs of each prompt that the search finds.
@@ -98,7 +99,11 @@ def beam_search(
     alpha: `[]`, exponent of the brevity penalty: 0 ranks by log-prob, larger
       values favour long outputs. An array may change without recompiling.
     eos_id: the token that ends an output; -1 never ends one.
-    start_tokens: `[B]` int32 fed first; PAD, T5's start token, by default.
+    start_tokens: `[B N]` int32 fed first, equal in the rows of one prompt; PAD,
+      T5's start token, by default.
+    row_lengths: `[B N]` integer, T of each row where some prompts have less room
+      than others, equal in the rows of one prompt. A prompt's search stops
+      there, as it does at T.
     row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
       for a leaf without rows. By default scalars have none, and all others have
       their rows on axis 0.
@@ -108,19 +113,15 @@ def beam_search(
     output has ended within T gets its live ones and their log-probs.
 
   Raises:
-    ValueError: a setting is outside of its range, `start_tokens` is not `[B]`,
-      or a leaf of the cache has not B N rows.
+    ValueError: a setting is outside of its range, or `start_tokens`,
+      `row_lengths` or a leaf of the cache have not B N rows.
   """
   del key
   _check_settings(max_decode_length, num_decodes, alpha)
   row_axes = _checked_row_axes(cache, row_axes, batch_size * num_decodes)
-  if start_tokens is None:
-    start_tokens = jnp.full((batch_size,), sampling.PAD_ID, jnp.int32)
-  if start_tokens.shape != (batch_size,):
-    raise ValueError(
-      f"expected start_tokens of shape [{batch_size}], got"
-      f" {list(start_tokens.shape)}; set start_tokens or batch_size"
-    )
+  slots = (batch_size, num_decodes)
+  current = _slots("start_tokens", start_tokens, slots, sampling.PAD_ID)
+  room = _slots("row_lengths", row_lengths, slots, max_decode_length)[:, 0]
   penalty = functools.partial(brevity_penalty, lax.stop_gradient(alpha))
 
   def not_finished(state: BeamState):
@@ -132,7 +133,7 @@ def beam_search(
     )
     best_live = state.live_log_probs[:, -1]  # [B]
     can_improve = best_live / largest >= state.finished_scores[:, 0]
-    can_improve &= best_live != -jnp.inf
+    can_improve &= (best_live != -jnp.inf) & (state.position < room)
     return (state.position < max_decode_length) & jnp.any(can_improve)
 
   def step(state: BeamState) -> BeamState:
@@ -144,27 +145,31 @@ def beam_search(
       jnp.where(ended, -jnp.inf, found.log_probs), num_decodes
     )
     parents, current = _pick((found.parents, found.tokens), order)
+    full = state.position >= room  # [B], the others go on alone
+    ended &= ~full[:, None]
     finished, finished_tokens = _finish(
       state, found, jnp.where(ended, scores, -jnp.inf)
+    )
+    live_tokens = _write(
+      _pick(state.live_tokens, parents), current, state.position
     )
     return BeamState(
       position=state.position + 1,
       current=current,
-      live_tokens=_write(
-        _pick(state.live_tokens, parents), current, state.position
+      live_tokens=jnp.where(
+        full[:, None, None], state.live_tokens, live_tokens
       ),
-      live_log_probs=live,
+      live_log_probs=jnp.where(full[:, None], state.live_log_probs, live),
       finished_tokens=finished_tokens,
       finished_scores=finished,
       cache=_reorder(cache, state.cache, row_axes, parents),
     )
 
-  slots = (batch_size, num_decodes)
   tokens = jnp.zeros((*slots, max_decode_length), jnp.int32)
   empty = jnp.full(slots, -jnp.inf, jnp.float32)
   initial = BeamState(
     position=jnp.int32(0),
-    current=jnp.broadcast_to(start_tokens.astype(jnp.int32)[:, None], slots),
+    current=current,
     live_tokens=tokens,
     # One live output, the empty one: N equal ones would stay equal.
     live_log_probs=empty.at[:, -1].set(0.0),
@@ -316,6 +321,19 @@ def _checked_row_axes(cache, row_axes, rows):
 
   jax.tree_util.tree_map_with_path(check, cache, row_axes)
   return row_axes
+
+
+def _slots(name, rows, slots, default):
+  """A number for each row `[B N]`, or the default for all, as int32 `[B, N]`."""
+  if rows is None:
+    return jnp.full(slots, default, jnp.int32)
+  number = math.prod(slots)
+  if rows.shape != (number,):
+    raise ValueError(
+      f"expected {name} of shape [{number}], got {list(rows.shape)};"
+      f" set {name} or batch_size"
+    )
+  return rows.astype(jnp.int32).reshape(slots)
 
 
 def _check_settings(max_decode_length, num_decodes, alpha):

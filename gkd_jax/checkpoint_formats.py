@@ -16,6 +16,7 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -147,7 +148,7 @@ def load_params(
   *,
   setting: str = SETTINGS,
   dtype: str | None = "float32",
-  shardings: PyTree | None = None,
+  like: PyTree | None = None,
 ) -> PyTree:
   """Reads parameters, whatever of the known formats `path` holds.
 
@@ -156,25 +157,22 @@ def load_params(
     setting: what the user set the path with, for the messages.
     dtype: what floating-point arrays are converted to (the network's parameters
       are float32, however a file stores them); None keeps the file's.
-    shardings: nested dict of `jax.sharding.Sharding` of the same structure, to
-      read the parameters onto devices: each process then reads what its devices
-      hold, one array at a time.
+    like: nested dict of `jax.ShapeDtypeStruct`s with shardings, to read the
+      parameters onto devices: each process then reads what its devices hold,
+      one array at a time, after names and shapes were compared.
 
   Returns:
-    Nested dict of numpy arrays, or of `jax.Array`s with `shardings`.
+    Nested dict of numpy arrays, or of `jax.Array`s with `like`.
 
   Raises:
-    ValueError: if `path` holds none of the formats, or is damaged.
+    ValueError: if `path` holds none of the formats, is damaged, or has other
+      names or shapes than `like`.
   """
   flat = open_params(path, setting=setting)
-  if shardings is None:
+  if like is None:
     return stored_arrays.read_tree(flat, dtype)
-  checkpoint_errors.check_matches(
-    dict.fromkeys(flat, 0),
-    dict.fromkeys(stored_arrays.names(shardings), 0),
-    setting=setting,
-    path=path,
-  )
+  checkpoint_errors.check_matches(flat, like, setting=setting, path=path)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
   return stored_arrays.place_tree(flat, shardings, dtype)
 
 

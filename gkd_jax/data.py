@@ -10,18 +10,25 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-SHIPPED_TASKS = tuple(
-  f"gkd_jax.tasks.{name}"
-  for name in ("arithmetic", "g2p", "gsm8k", "wmt", "xsum")
-)
+from gkd_jax import feature_converters
+from gkd_jax.tasks import distilled
+
+_SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
+SHIPPED_TASKS = tuple(f"gkd_jax.tasks.{name}" for name in _SHIPPED)
 
 
-def load_task(name: str, module: str | None = None) -> Any:
+def load_task(
+  name: str,
+  module: str | None = None,
+  *,
+  setting: str = "MIXTURE_OR_TASK_NAME",
+) -> Any:
   """Returns a seqio task or mixture by name.
 
   Args:
     name: of the task or mixture.
     module: Python module that registers it, imported first.
+    setting: what the name is set with, for errors.
 
   Raises:
     ValueError: no such module or task.
@@ -40,19 +47,51 @@ def load_task(name: str, module: str | None = None) -> Any:
     near = difflib.get_close_matches(name, known, cutoff=0.3) or sorted(known)
     raise ValueError(
       f"expected a seqio task or mixture such as {', '.join(near)}, got"
-      f" {name!r}; set MIXTURE_OR_TASK_NAME or MIXTURE_OR_TASK_MODULE"
+      f" {name!r}; set {setting} or MIXTURE_OR_TASK_MODULE"
     )
   return seqio.get_mixture_or_task(name)
+
+
+def distilled_task(
+  prefix: str,
+  original_task: str,
+  module: str | None = None,
+  name: str | None = None,
+) -> str:
+  """Registers the task of a teacher's outputs, for gin to choose it.
+
+  Args:
+    prefix: of the shards that `gkd infer` wrote, its OUTPUT_PATH.
+    original_task: the task that the outputs were made for.
+    module: Python module that registers it, imported first.
+    name: of the new task; by default the original's and "_distilled".
+
+  Returns:
+    The name of the new task.
+
+  Raises:
+    ValueError: the original is no task, or the name is one already.
+  """
+  original = load_task(original_task, module, setting="ORIGINAL_TASK")
+  if not isinstance(original, seqio.Task):
+    raise ValueError(
+      f"expected a task, got the mixture {original_task!r}; set ORIGINAL_TASK"
+    )
+  name = name or f"{original_task}_distilled"
+  return distilled.add_distilled_task(name, prefix, original_task).name
 
 
 def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
   """What makes a model's features of a task's.
 
   Args:
-    cls: a model's `FEATURE_CONVERTER_CLS`: a name in seqio, or a class.
+    cls: a model's `FEATURE_CONVERTER_CLS`: a name in `feature_converters` or in
+      seqio, or a class.
     pack: several examples in a row.
   """
-  return (getattr(seqio, cls) if isinstance(cls, str) else cls)(pack=pack)
+  if isinstance(cls, str):
+    cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
+  return cls(pack=pack)
 
 
 class TrainIterator:

@@ -41,9 +41,10 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     module: the network.
     vocabulary: kept for callers that decode; not read here.
     optimizer_def: kept for T5X's gin files; the trainer takes its own.
-    decode_fn: how `predict_batch` decodes: `sampling.sample`, or another
-      `types.DecodeFn` that takes `start_tokens` and `row_lengths`, since each
-      row goes on from its own prompt and has its own room. None is greedy.
+    decode_fn: how `predict_batch` decodes: `sampling.sample`,
+      `beam_search.beam_search`, or another `types.DecodeFn` that takes
+      `start_tokens` and `row_lengths`, since each row goes on from its own
+      prompt and has its own room. None is greedy.
     inputs_bidirectional_attention: True for a prefix LM, whose prompt is read in
       both directions. False for causal attention everywhere.
     feature_converter_cls: a name in seqio, or a class. By default a prompt and
@@ -187,6 +188,18 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       **sampling_options,
     )
 
+  def start_decoding(
+    self, params: Any, encoded: tuple, batch: types.Batch
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`."""
+    del encoded
+    prefilled = self._prefill(params, batch)
+    rows = {
+      "start_tokens": prefilled.start_tokens,
+      "row_lengths": prefilled.row_lengths,
+    }
+    return functools.partial(self._step, params), prefilled.cache, rows
+
   def _step(self, params, tokens, cache):
     """`types.TokensToLogits`."""
     logits, updated = self.module.apply(
@@ -311,7 +324,7 @@ def _check_decode_fn(decode_fn):
     raise ValueError(
       "expected a decode function that takes start_tokens and row_lengths, got"
       f" one without {', '.join(sorted(missing))}; set DECODE_FN = None or"
-      " @sampling.sample"
+      " @beam_search.beam_search"
     )
 
 

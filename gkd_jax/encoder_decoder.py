@@ -106,6 +106,15 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       **sampling_options,
     )
 
+  def start_decoding(
+    self, params: Any, encoded: jax.Array, batch: types.Batch
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`."""
+    inputs = batch["encoder_input_tokens"]
+    length = batch["decoder_target_tokens"].shape[1]
+    step = functools.partial(self._step, params, encoded, inputs, length)
+    return step, _new_cache(step, inputs.shape[0]), {}
+
   def _step(self, params, encoded, encoder_input_tokens, length, tokens, cache):
     """`types.TokensToLogits` of these inputs; without a cache, makes it."""
     variables = {"params": params} | ({"cache": cache} if cache else {})

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax import checkpoints, data, evaluate, measurements, partitioning
+from gkd_jax import (
+  checkpoints,
+  data,
+  evaluate,
+  measurements,
+  partitioning,
+  teacher_data,
+  teacher_records,
+)
 from gkd_jax.tasks import text_metrics
 
 
@@ -27,8 +35,9 @@ def infer(
   temperature: float = 0.0,
   use_cached_tasks: bool = False,
   seed: int = 0,
+  shards: teacher_records.Shards | None = None,
 ) -> None:
-  """Decodes a split of a task and writes the outputs, unscored, as JSONL.
+  """Decodes a split of a task and writes the outputs, unscored.
 
   Args:
     model: the model, or a `GKDModel`, whose student is used.
@@ -37,7 +46,7 @@ def infer(
     task_feature_lengths: seqio feature to length in tokens.
     output_path: file of lines `{"inputs", "prediction", "score"}`: texts as the
       vocabulary decodes them, and the output's log-prob in nats, summed over
-      its tokens.
+      its tokens. With `shards`, prefix of theirs.
     mixture_or_task_module: Python module that registers the task.
     split: name of the split.
     batch_size: rows decoded at a time.
@@ -45,7 +54,35 @@ def infer(
     temperature: 0 is greedy, or as the model's `decode_fn` has it.
     use_cached_tasks: read seqio's cache.
     seed: of sampling.
+    shards: write TFRecord shards, resumably, in place of JSONL: data to train
+      on (`teacher_data`).
+
+  Raises:
+    ValueError: a wrong setting.
   """
+  if shards is not None:
+    if output_path.endswith(".jsonl"):
+      raise ValueError(
+        f"expected a prefix of shards, got the name of a file {output_path!r};"
+        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+      )
+    _check_temperature(temperature)
+    total = teacher_data.write(
+      model.student,
+      checkpoints.load_params(checkpoint_path, setting="CHECKPOINT_PATH"),
+      data.load_task(mixture_or_task_name, mixture_or_task_module),
+      task_feature_lengths,
+      output_path,
+      shards,
+      split=split,
+      batch_size=batch_size,
+      num_examples=num_examples,
+      temperature=temperature,
+      use_cached=use_cached_tasks,
+      seed=seed,
+    )
+    print(f"outputs for {total:,} examples are in {output_path}", flush=True)
+    return
   _, results = _predict(
     model,
     checkpoint_path,
@@ -161,11 +198,7 @@ def _predict(
   model, checkpoint_path, name, module, lengths, *, temperature, seed, **options
 ):
   """The evaluator of a split, and the model's outputs on it."""
-  if temperature < 0:
-    raise ValueError(
-      f"expected a temperature of at least 0, got {temperature};"
-      " set SAMPLING_TEMPERATURE"
-    )
+  _check_temperature(temperature)
   mesh = partitioning.make_mesh()
   evaluator = evaluate.Evaluator(
     data.load_task(name, module),
@@ -236,6 +269,14 @@ def _scores_and_rows(evaluator, samples):
 
 def _write_in(folder: str, name: str, rows: Sequence[Mapping[str, Any]]):
   _write(os.path.join(folder, name), rows)
+
+
+def _check_temperature(temperature):
+  if temperature < 0:
+    raise ValueError(
+      f"expected a temperature of at least 0, got {temperature};"
+      " set SAMPLING_TEMPERATURE"
+    )
 
 
 def _write(path: str, rows: Sequence[Mapping[str, Any]]):

@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|compare|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ MODES = (
   "eval",
   "infer",
   "compare",
+  "sweep",
   "import",
   "export",
   "report",
@@ -29,7 +30,12 @@ flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
 flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
 flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
-flags.DEFINE_string("output_path", None, "import, export: folder to write")
+flags.DEFINE_string(
+  "output_path", None, "import, export, report: folder to write"
+)
+flags.DEFINE_string(
+  "markdown", None, "report: also this file, pictures in the folder beside it"
+)
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
   "dtype",
@@ -42,6 +48,16 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer(
   "extra_ids", 100, "export to hf: sentinels after its pieces"
+)
+flags.DEFINE_multi_string(
+  "axis", [], "sweep: NAME=value,value of a macro, or gin_file=file,file"
+)
+flags.DEFINE_integer("seeds", None, "sweep: how many, from 0; 1 by default")
+flags.DEFINE_string("sweep_file", None, "sweep: TOML in place of --axis")
+flags.DEFINE_string("output_dir", None, "sweep: folder of all cells")
+flags.DEFINE_integer("jobs", 1, "sweep: cells at a time", lower_bound=1)
+flags.DEFINE_bool(
+  "print_commands", False, "sweep: print a command for each cell, run none"
 )
 
 
@@ -88,10 +104,13 @@ def _run(argv):
 
     print(shipped.model_path(*argv[2:]))
     return
+  if mode == "sweep":
+    _sweep()
+    return
   if mode == "report":
     from gkd_jax import reports
 
-    reports.report(argv[2:], FLAGS.output_path or ".")
+    reports.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
     return
   import gin
   from gkd_jax import gin_utils, infer, train
@@ -107,6 +126,40 @@ def _run(argv):
     gin.get_configurable(infer.evaluate_checkpoint)()
   else:
     gin.get_configurable(infer.infer)()
+
+
+def _sweep():
+  """Runs a grid, or prints its commands."""
+  from gkd_jax import gin_utils, sweep_check, sweep_runner, sweeps
+
+  if not FLAGS.output_dir:
+    raise ValueError("expected a folder for the cells; set --output_dir")
+  folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
+  if FLAGS.sweep_file:
+    if FLAGS.axis or FLAGS.gin_file:
+      raise ValueError(
+        "expected a sweep file or flags, got both; set gin_file and axes in"
+        f" {FLAGS.sweep_file}"
+      )
+    definition = sweeps.read(FLAGS.sweep_file, folders)
+    if FLAGS.seeds is not None:
+      definition["seeds"] = FLAGS.seeds
+  else:
+    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
+  cells = sweeps.cells(definition, FLAGS.gin_bindings)
+  output = os.path.abspath(os.path.expanduser(FLAGS.output_dir))
+  left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
+  sweep_check.check(left, output, FLAGS.gin_search_paths)
+  sweep_runner.prepare(cells, output, definition.get("report", {}))
+  options = []
+  if FLAGS.gin_search_paths:
+    options.append(f"--gin_search_paths={','.join(FLAGS.gin_search_paths)}")
+  if FLAGS.tfds_data_dir:
+    options.append(f"--tfds_data_dir={FLAGS.tfds_data_dir}")
+  if FLAGS.print_commands:
+    print(sweep_runner.commands(cells, output, options))
+  elif not sweep_runner.run(cells, output, jobs=FLAGS.jobs, options=options):
+    sys.exit(1)
 
 
 def _convert(mode):

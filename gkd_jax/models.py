@@ -150,6 +150,11 @@ class GKDModel:
     """The student's sizes."""
     return self.student.config
 
+  @property
+  def FEATURE_CONVERTER_CLS(self) -> Any:
+    """What the batches of training are made with: the student's."""
+    return self.student.FEATURE_CONVERTER_CLS
+
   def _divergence_at(self, step) -> types.Divergence:
     """The divergence at a step; only β may depend on it."""
     if self.divergence in ("jsd", "normalized_jsd"):
@@ -212,14 +217,21 @@ class GKDModel:
         clean = self.student.encode(params, batch)
       chosen = self._choose(source, step, coin_key, row_ids)
       batch, metrics = self._with_samples(
-        params, clean, batch, chosen, sample_key, row_ids
+        params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
     student_logits = self.student.decoder_logits(
       params, encoded, batch, decoder_key
     )
     teacher_logits = self.teacher.logits(teacher_params, batch)
-    loss, weight, aux = losses.distillation_loss(
-      jax.lax.stop_gradient(teacher_logits),
+    loss, weight, aux = self._loss(
+      batch, jax.lax.stop_gradient(teacher_logits), student_logits, step
+    )
+    return loss, weight, aux | metrics
+
+  def _loss(self, batch, teacher_logits, student_logits, step):
+    """The divergence on a batch whose outputs are chosen, and its metrics."""
+    return losses.distillation_loss(
+      teacher_logits,
       student_logits,
       self.student.loss_weights(batch),
       divergence=self._divergence_at(step),
@@ -229,7 +241,6 @@ class GKDModel:
       segment_ids=batch.get("decoder_segment_ids"),
       num_real_tokens=self.student.num_real_tokens,
     )
-    return loss, weight, aux | metrics
 
   def _choose(self, source, step, key, row_ids):
     """Which rows use the student's own output, `[B]` bool, or None for all."""
@@ -239,7 +250,9 @@ class GKDModel:
     coins = jax.vmap(jax.random.uniform)(keys)
     return coins < schedules.as_schedule(self.student_data_fraction)(step)
 
-  def _with_samples(self, params, encoded, batch, chosen, key, row_ids):
+  def _with_samples(
+    self, params, encoded, batch, chosen, key, row_ids, teacher_params=None
+  ):
     """The batch with the chosen rows' outputs sampled by the student."""
     if "decoder_segment_ids" in batch:
       raise ValueError(
@@ -248,7 +261,12 @@ class GKDModel:
       )
     # Tokens are data: no gradient flows through sampling (paper, section 3).
     tokens, weights = self._sample(
-      *jax.lax.stop_gradient((params, encoded)), batch, key, row_ids, chosen
+      *jax.lax.stop_gradient((params, encoded)),
+      batch,
+      key,
+      row_ids,
+      chosen,
+      teacher_params,
     )
     # A row of padding alone (the last batch of a data set) has no input.
     present = self.student.has_inputs(batch)
@@ -268,12 +286,17 @@ class GKDModel:
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
 
-  def _sample(self, params, encoded, batch, key, row_ids, chosen):
+  def _sample(
+    self, params, encoded, batch, key, row_ids, chosen, teacher_params=None
+  ):
     """The student's output for each chosen row, as training draws it.
+
+    Here the teacher has no part in it; a subclass may mix it in.
 
     Returns:
       Tokens and weights, `[B, T]` each; see `TransformerModel.sample_outputs`.
     """
+    del teacher_params
     return self.student.sample_outputs(
       params,
       encoded,

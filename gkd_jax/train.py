@@ -3,6 +3,7 @@
 Reads top to bottom. Everything that it needs is an argument; gin binds them.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from gkd_jax import (
   optimizers,
   partitioning,
   preemption,
+  rollouts,
   train_state,
   trainer,
 )
@@ -100,12 +102,13 @@ def train(
     task_feature_lengths,
     batch_size,
     seed=seed,
-    converter=model.student.FEATURE_CONVERTER_CLS,
+    converter=model.FEATURE_CONVERTER_CLS,
     pack=pack,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     use_cached=use_cached_tasks,
   )
+  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
   shapes = {
     "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
     "decoder_input_tokens": (1, task_feature_lengths["targets"]),
@@ -132,105 +135,109 @@ def train(
   params = None
   if not checkpoints.has_checkpoint(model_dir):
     params = _first_params(
-      model, initial_checkpoint_path, abstract_state.params, seed, shapes
+      model,
+      initial_checkpoint_path,
+      _with_shardings(abstract_state.params, state_shardings.params),
+      seed,
+      shapes,
     )
-  checkpointer = checkpoints.Checkpointer(
-    model_dir,
-    keep=checkpoints_to_keep,
-    best_metric=best_metric,
-    best_mode=best_mode,
-  )
-  start = checkpointer.latest_step() or 0
-  if params is None:
-    state = _resume(
-      checkpointer, start, abstract_state, state_shardings, iterator
+  # Closed whatever happens: an error leaves no threads that write on.
+  with contextlib.closing(
+    checkpoints.Checkpointer(
+      model_dir,
+      keep=checkpoints_to_keep,
+      best_metric=best_metric,
+      best_mode=best_mode,
     )
-    print(f"resumed {model_dir} at step {start}", flush=True)
-  else:
-    create = functools.partial(
-      train_state.create, transform=optimizer.transform
-    )
-    state = jax.jit(create, out_shardings=state_shardings)(
-      jax.tree.map(jax.device_put, params, state_shardings.params)
-    )
-
-  # ---- the step and the evaluation -----------------------------------------
-  step_fn = functools.partial(
-    trainer.train_step,
-    model=model,
-    optimizer=optimizer,
-    seed=seed,
-    num_microbatches=num_microbatches,
-  )
-  if executor == "pmap":
-    run_step = trainer.PmapExecutor(step_fn)
-  else:
-    run_step = trainer.JitExecutor(step_fn, mesh, state_shardings)
-  sampling_clock = trainer.SamplingClock(model, seed, mesh)
-  make_evaluator = functools.partial(
-    evaluate.Evaluator,
-    task,
-    task_feature_lengths,
-    eval_batch_size,
-    mesh,
-    converter=model.student.FEATURE_CONVERTER_CLS,
-    use_cached=use_cached_tasks,
-  )
-  evaluator = make_evaluator(num_examples=eval_num_examples)
-
-  # ---- the loop ------------------------------------------------------------
-  scores: dict[str, float] = {}
-  with (
-    logs.TrainLog(model_dir, start, train_steps) as log,
-    preemption.StopSignal() as stop,
-  ):
-    for step in range(start, train_steps):
-      source = trainer.source_of_step(model, seed, step)
-      batch = next(iterator)
-      _check_targets(batch, source, step)
-      state, metrics = run_step(
-        state, teacher_params, run_step.put(batch), source
+  ) as checkpointer:
+    start = checkpointer.latest_step() or 0
+    if params is None:
+      state = _resume(
+        checkpointer, start, abstract_state, state_shardings, batches
       )
-      done = step + 1
-      log.add(metrics, source, batch)
-      stopping = stop.asked(done)
-      last = done == train_steps or stopping
-      if done % log_period == 0 or last:
-        skipped = int(state.skipped_in_row)  # waits for the step
-        log.write(
-          done, functools.partial(sampling_clock.seconds, state.params, batch)
+      print(f"resumed {model_dir} at step {start}", flush=True)
+    else:
+      create = functools.partial(
+        train_state.create, transform=optimizer.transform
+      )
+      state = jax.jit(create, out_shardings=state_shardings)(params)
+
+    # ---- the step and the evaluation -----------------------------------------
+    step_fn = functools.partial(
+      trainer.train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=seed,
+      num_microbatches=num_microbatches,
+    )
+    if executor == "pmap":
+      run_step = trainer.PmapExecutor(step_fn)
+    else:
+      run_step = trainer.JitExecutor(step_fn, mesh, state_shardings)
+    sampling_clock = trainer.SamplingClock(model, seed, mesh)
+    make_evaluator = functools.partial(
+      evaluate.Evaluator,
+      task,
+      task_feature_lengths,
+      eval_batch_size,
+      mesh,
+      converter=model.student.FEATURE_CONVERTER_CLS,
+      use_cached=use_cached_tasks,
+    )
+    evaluator = make_evaluator(num_examples=eval_num_examples)
+
+    # ---- the loop ------------------------------------------------------------
+    scores: dict[str, float] = {}
+    with (
+      logs.TrainLog(model_dir, start, train_steps) as log,
+      preemption.StopSignal() as stop,
+    ):
+      for step in range(start, train_steps):
+        source = trainer.source_of_step(model, seed, step)
+        batch = batches.next(step, state.params)
+        _check_targets(batch, source, step)
+        state, metrics = run_step(
+          state, teacher_params, run_step.put(batch), source
         )
-        if skipped >= max_skipped_in_row:
-          checkpointer.close()
-          raise FloatingPointError(
-            f"expected finite losses and gradients, got {skipped} non-finite"
-            f" ones in a row up to step {done}; the last good checkpoint is in"
-            f" {model_dir}; set LEARNING_RATE"
+        done = step + 1
+        log.add(metrics, source, batch)
+        stopping = stop.asked(done)
+        last = done == train_steps or stopping
+        if done % log_period == 0 or last:
+          skipped = int(state.skipped_in_row)  # waits for the step
+          log.write(
+            done, functools.partial(sampling_clock.seconds, state.params, batch)
           )
-      evaluated = None
-      if done % eval_period == 0 or done == train_steps:
-        scores = evaluated = _evaluate(
-          evaluator, model, state.params, teacher_params, log, done
+          if skipped >= max_skipped_in_row:
+            raise FloatingPointError(
+              f"expected finite losses and gradients, got {skipped} non-finite"
+              f" ones in a row up to step {done}; the last good checkpoint is in"
+              f" {model_dir}; set LEARNING_RATE"
+            )
+        evaluated = None
+        if done % eval_period == 0 or done == train_steps:
+          scores = evaluated = _evaluate(
+            evaluator, model, state.params, teacher_params, log, done
+          )
+        if done % checkpoint_period == 0 or last:
+          checkpointer.save(
+            done,
+            state,
+            dataset_iterator=batches,
+            metrics=evaluated,
+            config=dataclasses.asdict(model.config),
+          )
+        if stopping:
+          checkpointer.wait()
+          log.say(f"SIGTERM: saved step {done}, stopping")
+          return scores
+      checkpointer.wait()
+      if final_eval_split:
+        final = make_evaluator(split=final_eval_split)
+        log.final(
+          _final_scores(final, model, state.params, seed, final_eval_split)
         )
-      if done % checkpoint_period == 0 or last:
-        checkpointer.save(
-          done,
-          state,
-          dataset_iterator=iterator,
-          metrics=evaluated,
-          config=dataclasses.asdict(model.config),
-        )
-      if stopping:
-        checkpointer.close()
-        log.say(f"SIGTERM: saved step {done}, stopping")
-        return scores
-    checkpointer.close()
-    if final_eval_split:
-      final = make_evaluator(split=final_eval_split)
-      log.final(
-        _final_scores(final, model, state.params, seed, final_eval_split)
-      )
-  return scores
+    return scores
 
 
 def _check_batch(batch_size, num_microbatches, mesh, executor):
@@ -295,44 +302,49 @@ def _print_sizes(state, shardings, teacher_params, mesh):
 
 def _resume(checkpointer, step, abstract_state, shardings, iterator):
   """The state that was saved, and the iterator at its place."""
-  abstract = jax.tree.map(
-    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
-    abstract_state,
-    shardings,
-  )
+  abstract = _with_shardings(abstract_state, shardings)
   return checkpointer.restore(step, abstract, iterator)
 
 
+def _with_shardings(shapes, shardings):
+  return jax.tree.map(
+    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
+    shapes,
+    shardings,
+  )
+
+
 def _first_params(model, path, abstract_params, seed, shapes):
-  """The student's first parameters, float32: read from `path`, or drawn."""
+  """The student's first parameters, on their devices: read, or drawn."""
   if path:
-    params = checkpoints.load_params(path, setting="INITIAL_CHECKPOINT_PATH")
-    checkpoints.check_matches(
-      params, abstract_params, setting="INITIAL_CHECKPOINT_PATH", path=path
+    return checkpoints.load_params(
+      path, setting="INITIAL_CHECKPOINT_PATH", like=abstract_params
     )
-  else:
-    variables = model.get_initial_variables(jax.random.key(seed), shapes)
-    params = variables["params"]
-  # On the host: every process holds the same, and places its part.
-  return jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+  variables = model.get_initial_variables(jax.random.key(seed), shapes)
+  # By the host: every process draws the same, and places its part.
+  return jax.tree.map(
+    lambda x, leaf: jax.device_put(np.asarray(x, np.float32), leaf.sharding),
+    dict(variables["params"]),
+    abstract_params,
+  )
 
 
 def load_teacher(path, abstract_params, shardings):
-  """The teacher's parameters on their devices, checked against its sizes.
+  """The teacher's parameters, float32, on their devices.
 
   Raises:
-    ValueError: no path, nothing there, or other shapes.
+    ValueError: no path, nothing there, or other names or shapes.
   """
   if not path:
     raise ValueError(
       "expected a checkpoint of the teacher, got none;"
       " set TEACHER_CHECKPOINT_PATH"
     )
-  params = checkpoints.load_params(path, setting="TEACHER_CHECKPOINT_PATH")
-  checkpoints.check_matches(
-    params, abstract_params, setting="TEACHER_CHECKPOINT_PATH", path=path
+  return checkpoints.load_params(
+    path,
+    setting="TEACHER_CHECKPOINT_PATH",
+    like=_with_shardings(abstract_params, shardings),
   )
-  return jax.tree.map(jax.device_put, dict(params), shardings)
 
 
 def _evaluate(evaluator, model, params, teacher_params, log, step):

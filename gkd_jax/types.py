@@ -19,7 +19,7 @@ use these letters, everywhere in the package:
 and q the student, in that order in every signature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -138,6 +138,22 @@ class TransformerModel(Protocol):
     """
     ...
 
+  def start_decoding(
+    self, params: Any, encoded: Any, batch: Batch
+  ) -> tuple[TokensToLogits, PyTree, dict[str, Any]]:
+    """What `sample_outputs` samples with, for a law made of several models'.
+
+    Args:
+      params: of the network.
+      encoded: from `encode`.
+      batch: features; outputs in them are not read.
+
+    Returns:
+      A step, the cache before the first token, and arguments of
+      `sampling.sample` that say where each row starts and ends.
+    """
+    ...
+
   def has_inputs(self, batch: Batch) -> jax.Array:
     """Whether each row holds an example, `[B]` bool; not one of padding."""
     ...
@@ -235,6 +251,30 @@ class DecodeFn(Protocol):
     Returns:
       Tokens `[B, N, T]` and scores `[B, N]` in ascending order; or, as `sample`
       does, tokens and their log-probs in nats, `[B N, T]` each.
+    """
+    ...
+
+
+class Reward(Protocol):
+  """How good outputs are, judged on the host from decoded texts."""
+
+  def __call__(
+    self,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    examples: Sequence[Mapping[str, Any]],
+    /,
+  ) -> Sequence[float]:
+    """Judges each output.
+
+    Args:
+      inputs: B decoded inputs.
+      outputs: B decoded outputs; one input may come several times.
+      examples: B examples, at least `inputs` and `targets`, decoded; a task
+        without references has an empty text there.
+
+    Returns:
+      `[B]` floats, the higher the better.
     """
     ...
 

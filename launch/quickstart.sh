@@ -56,5 +56,5 @@ echo "checkpoint  $out/gkd
 TensorBoard $out (tensorboard --logdir $out)
 decoded     $out/gkd/examples.jsonl
 table       $out/table.txt, $out/results.json
-picture     $out/wer.png
+page        $out/index.html, with its pictures beside it
 $((SECONDS - begin)) seconds"

@@ -4,7 +4,10 @@
 downloaded, the same seed gives the same examples everywhere, and md5 of the
 expression decides on its split, so no expression is in two.
 
-Task registered here: `arithmetic_cot`.
+Tasks registered here, all with the same validation and test splits:
+  arithmetic_cot: all train expressions.
+  arithmetic_cot_1k, arithmetic_cot_4k, arithmetic_cot_16k: the first 1,000,
+    4,000 and 16,000 of them, which is a random sample.
 """
 
 import functools
@@ -103,17 +106,34 @@ def generate(
   }
 
 
-def _load_columns(split: str, **options: int) -> sources.Columns:
-  return generate(**options)[split]
+def _load_columns(
+  split: str, *, num_labelled: int | None, **options: int
+) -> sources.Columns:
+  columns = generate(**options)[split]
+  if split != "train" or num_labelled is None:
+    return columns
+  number = len(columns["inputs"])
+  if not 1 <= num_labelled <= number:
+    raise ValueError(
+      f"expected between 1 and {number} labelled expressions, got "
+      f"{num_labelled}; set num_labelled"
+    )
+  return {name: texts[:num_labelled] for name, texts in columns.items()}
 
 
 def add_arithmetic_task(
-  name: str, *, seed: int = 0, max_terms: int = 5, max_operand: int = 20
+  name: str,
+  *,
+  num_labelled: int | None = None,
+  seed: int = 0,
+  max_terms: int = 5,
+  max_operand: int = 20,
 ) -> seqio.Task:
   """Registers the task with its own expressions.
 
   Args:
     name: The name of the task.
+    num_labelled: How many of the train expressions it has; None for all.
     seed: See `generate`.
     max_terms: See `generate`.
     max_operand: See `generate`.
@@ -129,7 +149,11 @@ def add_arithmetic_task(
     name,
     source=sources.ColumnsDataSource(
       functools.partial(
-        _load_columns, seed=seed, max_terms=max_terms, max_operand=max_operand
+        _load_columns,
+        num_labelled=num_labelled,
+        seed=seed,
+        max_terms=max_terms,
+        max_operand=max_operand,
       ),
       splits=tuple(SPLIT_SIZES),
     ),
@@ -143,3 +167,7 @@ def add_arithmetic_task(
 
 
 add_arithmetic_task("arithmetic_cot")
+for _thousands in (1, 4, 16):
+  add_arithmetic_task(
+    f"arithmetic_cot_{_thousands}k", num_labelled=1000 * _thousands
+  )

@@ -7,7 +7,8 @@ is first built. Words of letters and apostrophes only are used, and
 
 Tasks registered here, all with the same validation and test splits:
   g2p_cmudict: every train word with its first pronunciation.
-  g2p_cmudict_3k: a fixed random sample of 3,000 of these words.
+  g2p_cmudict_3k: a fixed random sample of 3,000 of these words;
+    g2p_cmudict_1k and g2p_cmudict_10k: of 1,000 and 10,000, each in the next.
   g2p_cmudict_unlabelled: the other train words, inputs only. The targets are
     empty (a lone EOS once tokenized), so nothing of the dictionary's answers
     can leak into a run on the student's own samples.
@@ -191,7 +192,9 @@ def add_g2p_task(
 
 
 add_g2p_task("g2p_cmudict")
+add_g2p_task("g2p_cmudict_1k", num_labelled=1_000)
 add_g2p_task("g2p_cmudict_3k", num_labelled=NUM_LABELLED_3K)
+add_g2p_task("g2p_cmudict_10k", num_labelled=10_000)
 add_g2p_task(
   "g2p_cmudict_unlabelled", num_labelled=NUM_LABELLED_3K, unlabelled=True
 )

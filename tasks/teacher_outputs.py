@@ -2,7 +2,7 @@
 
 Sequence-level distillation (Kim and Rush 2016) is then plain supervised
 training on such a task. Validation and test are those of the task that the
-outputs were made for.
+outputs were made for. `distilled` does the same with shards of whole tasks.
 """
 
 import functools
@@ -188,10 +188,36 @@ def register(name: str, path: str, base_task: str) -> seqio.Task:
     )
   base = seqio.TaskRegistry.get(base_task)
   _, tokenizers = split_preprocessors(base)
-  return seqio.TaskRegistry.add(
+  return add_like(
+    base,
     name,
     source=TeacherOutputsSource(path, base_task),
     preprocessors=tokenizers,
+  )
+
+
+def add_like(
+  base: seqio.Task,
+  name: str,
+  *,
+  source: seqio.DataSource,
+  preprocessors: Sequence[Callable],
+) -> seqio.Task:
+  """Registers a task that differs from another in its examples alone.
+
+  Args:
+    base: The task that gives vocabularies, metrics and postprocessing.
+    name: The name of the new task.
+    source: Its source.
+    preprocessors: From the source's examples to tokens.
+
+  Returns:
+    The task.
+  """
+  return seqio.TaskRegistry.add(
+    name,
+    source=source,
+    preprocessors=preprocessors,
     output_features=base.output_features,
     postprocess_fn=base.postprocessor,
     metric_fns=base.metric_fns,

@@ -36,7 +36,7 @@ def history_weights(batch_size, length, vocab, seed=0):
   return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
-def search(weights, alpha, num_decodes):
+def search(weights, alpha, num_decodes, **settings):
   batch_size, length = weights.shape[:2]
   rows = jnp.repeat(weights, num_decodes, axis=0)
   history = jnp.zeros(rows.shape[:2], jnp.int32)
@@ -47,6 +47,7 @@ def search(weights, alpha, num_decodes):
     max_decode_length=length,
     num_decodes=num_decodes,
     alpha=alpha,
+    **settings,
   )
 
 
@@ -371,6 +372,24 @@ def test_start_tokens_are_fed_first():
   np.testing.assert_array_equal(result.tokens, [[[1, 0, 0]], [[3, 1, 0]]])
 
 
+def test_each_prompt_is_searched_to_its_own_length():
+  """As alone with that length, EOS rare enough for prompts that none ends in."""
+  weights = history_weights(4, 5, 8, seed=4)
+  weights[:2, :, :, EOS] -= 9.0
+  weights[0, 1:, :, EOS] += 30.0  # what comes after its length must not count
+  room, num_decodes = (1, 3, 2, 5), 3
+  result = search(
+    weights, 0.6, num_decodes, row_lengths=jnp.repeat(jnp.array(room), 3)
+  )
+  for b, length in enumerate(room):
+    expected = [
+      (y + (0,) * (5 - length), score)
+      for y, score in narrow_search(weights[b, :length], 0.6, num_decodes)
+    ]
+    assert_outputs(result, b, expected)
+  assert not np.any(np.asarray(result.tokens[:2]) == EOS)
+
+
 # --- Mesh, gradients, caches --------------------------------------------------
 
 
@@ -475,7 +494,8 @@ def test_nan_logits_show_in_the_scores():
     ({"num_decodes": 0}, "got 0; set num_decodes"),
     ({"alpha": float("nan")}, "finite alpha, got nan; set alpha"),
     ({"alpha": float("inf")}, "finite alpha, got inf; set alpha"),
-    ({"start_tokens": jnp.zeros(4)}, r"start_tokens of shape \[2\], got \[4\]"),
+    ({"start_tokens": jnp.zeros(3)}, r"start_tokens of shape \[4\], got \[3\]"),
+    ({"row_lengths": jnp.zeros(2)}, r"row_lengths of shape \[4\], got \[2\]"),
     ({"batch_size": 3}, r"6 rows on axis 0 of .*got the shape \(4, 4\)"),
     ({"row_axes": [2, -1]}, r"4 rows on axis 2 of .* set row_axes"),
   ],

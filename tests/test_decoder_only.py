@@ -299,6 +299,63 @@ def test_the_best_of_several_decodes_of_each_prompt():
       np.testing.assert_allclose(scores[i, n], expected, rtol=1e-4)
 
 
+def best_outputs(law, room, num_decodes, alpha):
+  """The search as `beam_search` describes it: (tokens, score), the best last."""
+  live, finished = [((), 0.0)], []
+  for size in range(1, room + 1):
+    found = [
+      (log_prob + step, (*output, token))
+      for output, log_prob in live
+      for token, step in enumerate(law(output))
+    ]
+    found = sorted(found, reverse=True)[: 2 * num_decodes]
+    penalty = ((5 + size) / 6) ** alpha
+    finished += [(p / penalty, y) for p, y in found if y[-1] == 1]
+    finished = sorted(finished, reverse=True)[:num_decodes]
+    live = [(y, p) for p, y in found if y[-1] != 1][:num_decodes]
+  ranked = finished or [(p, y) for y, p in live]
+  return [(y, score) for score, y in ranked[::-1]]
+
+
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
+  model = toy.model(
+    decode_fn=beam_search.beam_search,
+    inputs_bidirectional_attention=prefix_lm,
+    default_decoder_params={"alpha": 0.6, "num_decodes": 3},
+  )
+  params = toy.params(model, 3)
+  # Rooms of 2, 7 and 9 tokens.
+  prompts = [[*range(2, 11), 1], [5, 7, 3, 9, 1], [6, 4, 1]]
+  batch = toy.rows([(prompt, []) for prompt in prompts])
+  decode = jax.jit(
+    lambda *args: model.predict_batch_with_aux(*args, return_all_decodes=True)
+  )
+  tokens, aux = decode(params, batch)
+  logits = jax.jit(model.logits)
+  ended = set()
+  for i, prompt in enumerate(prompts):
+
+    def law(output, prompt=prompt):
+      row = toy.rows([(prompt, [*output, 2])])
+      # As targets they only mark what counts, a token 0 of the output too.
+      row["decoder_target_tokens"][0, : len(prompt) + len(output) + 1] = 2
+      return np.asarray(
+        jax.nn.log_softmax(logits(params, row)[0, len(prompt) + len(output)]),
+        np.float64,
+      )
+
+    expected = best_outputs(law, toy.WIDTH - len(prompt), 3, 0.6)
+    empty = 3 - len(expected)
+    np.testing.assert_array_equal(tokens[i, :empty], 0)
+    for n, (output, score) in enumerate(expected, start=empty):
+      padded = [*output] + [0] * (toy.WIDTH - len(output))
+      np.testing.assert_array_equal(tokens[i, n], padded)
+      np.testing.assert_allclose(aux["scores"][i, n], score, rtol=1e-4)
+      ended.add(output[-1] == 1)
+  assert ended == {True, False}
+
+
 # --- What has weight in the loss ------------------------------------------------------
 
 
@@ -456,7 +513,7 @@ def test_wrong_settings_name_what_to_change():
   ):
     toy.model(max_output_length=0)
   with pytest.raises(ValueError, match=r"without row_lengths; set DECODE_F"):
-    toy.model(decode_fn=beam_search.beam_search)
+    toy.model(decode_fn=lambda *args, start_tokens=None, **settings: None)
   model = toy.model()
   tokens = jnp.ones((1, 4), jnp.int32)
   lengths = jnp.ones(1, jnp.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gkd_jax import checkpoints, export, models, network
+from gkd_jax import beam_search, checkpoints, export, models, network
 
 torch = pytest.importorskip(
   "torch", reason="torch is in the extra hf: pip install gkd_jax[hf]"
@@ -141,6 +141,51 @@ def test_logits_and_greedy_tokens_are_theirs(tmp_path, family):
   # With this seed they are neither one token for ever nor all of one length.
   assert len(np.unique(tokens)) > 3
   assert family == "byt5" or len(set((tokens == 1).sum(1))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_are_theirs(tmp_path, family):
+  """Without a length penalty, where T5X's score and theirs are one: the sum.
+
+  `generate` drops an end of sequence that ranks below the N best of the 2 N
+  candidates, T5X takes it. So a row's output may be another one only where it
+  is better than theirs.
+  """
+  theirs = make(family)
+  theirs.save_pretrained(tmp_path / "theirs")
+  model, params = ours(tmp_path / "theirs")
+  length = 9
+  batch = BATCH | {"decoder_input_tokens": np.zeros((3, length), np.int32)}
+  greedy = np.asarray(model.predict_batch(params, batch))
+  model = model.with_decode_fn(
+    beam_search.beam_search, num_decodes=4, alpha=0.0
+  )
+  tokens, aux = model.predict_batch_with_aux(params, batch)
+  scores = np.asarray(aux["scores"])
+  inputs = torch.tensor(BATCH["encoder_input_tokens"], dtype=torch.long)
+  generated = theirs.generate(
+    input_ids=inputs,
+    attention_mask=(inputs > 0).long(),
+    max_new_tokens=length,
+    do_sample=False,
+    num_beams=4,
+    length_penalty=0.0,
+    output_scores=True,
+    return_dict_in_generate=True,
+  )
+  expected = np.zeros((3, length), np.int64)
+  sequences = generated.sequences.numpy()[:, 1:]
+  expected[:, : sequences.shape[1]] = sequences
+  ended = np.cumsum(expected == 1, axis=1) - (expected == 1) > 0
+  expected[ended] = 0  # `generate` fills up with ends of sequence
+  their_scores = generated.sequences_scores.numpy()
+  same = np.abs(scores - their_scores) < 1e-4
+  np.testing.assert_array_equal(np.asarray(tokens)[same], expected[same])
+  assert np.all(scores[~same] > their_scores[~same])
+  assert np.all(np.asarray(tokens)[~same, -1] == 0), "one that ended early"
+  assert same.sum() == {"t5_1_0": 3, "byt5": 3}.get(family, 2)
+  # A search that is greedy would not do.
+  assert family == "byt5" or not np.array_equal(tokens, greedy)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -184,10 +184,15 @@ def test_each_device_reads_its_part(expected, tmp_path):
     mesh,
     partitioning.FULLY_SHARDED_RULES,
   )
+  like = jax.tree.map(
+    lambda x, h: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h),
+    params,
+    shardings,
+  )
   export.import_checkpoint(LEGACY, tmp_path / "gkd", dtype="bfloat16")
   export.export_checkpoint(LEGACY, tmp_path / "hf", format="hf")
   for path in (LEGACY, ORBAX, tmp_path / "hf", tmp_path / "gkd"):
-    placed = checkpoints.load_params(path, shardings=shardings)
+    placed = checkpoints.load_params(path, like=like)
     for got, want, sharding in zip(
       *map(jax.tree.leaves, (placed, params, shardings)), strict=True
     ):

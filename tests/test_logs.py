@@ -10,7 +10,7 @@ import rich.console
 from gkd_jax import logs
 
 INPUTS = np.array([[5, 6, 1, 0], [7, 1, 0, 0]])
-BATCH = {"encoder_input_tokens": INPUTS}
+BATCH = {"encoder_input_tokens": INPUTS, "decoder_target_tokens": INPUTS}
 
 
 @pytest.fixture

@@ -92,3 +92,18 @@ def test_the_task_through_seqio():
   assert result["valid_steps"] == pytest.approx(
     100 * sum(steps[10:]) / (sum(steps[10:]) + 10)
   )
+
+
+def test_labelled_parts_are_the_first_train_expressions():
+  column = lambda name, split: [
+    example["inputs_pretokenized"].decode()
+    for example in seqio.get_mixture_or_task(name)
+    .get_dataset({"inputs": 16, "targets": 48}, split, shuffle=False)
+    .as_numpy_iterator()
+  ]
+  assert column("arithmetic_cot_1k", "train") == DATA["train"]["inputs"][:1000]
+  assert column("arithmetic_cot_4k", "test") == DATA["test"]["inputs"]
+  with pytest.raises(ValueError, match="got 50001; set num_labelled"):
+    arithmetic._load_columns(
+      "train", num_labelled=50_001, seed=0, max_terms=5, max_operand=20
+    )

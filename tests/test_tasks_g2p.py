@@ -69,6 +69,9 @@ def test_labelled_and_unlabelled_words_divide_train():
   assert not labelled & unlabelled
   assert labelled | unlabelled == train
   assert g2p.labelled_words(1000) < labelled
+  assert set(column("g2p_cmudict_1k", "train", "inputs")) == g2p.labelled_words(
+    1000
+  )
   # A random sample: its words are as long as the others, within 5 standard
   # errors of the mean of 3,000.
   lengths = [len(w) for w in train]

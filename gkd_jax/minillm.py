@@ -1,0 +1,237 @@
+"""MiniLLM: the reverse KL of whole sequences, by policy gradient.
+
+Gu et al. (arXiv 2306.08543) minimise KL(q ‖ p) between the laws of whole
+outputs y, q the student's and p the teacher's. With r_t = log p(y_t | y_<t) -
+log q(y_t | y_<t) its gradient is, after their single-step decomposition,
+
+  E_y[ Σ_t ∇ KL(q(. | y_<t) ‖ p(. | y_<t)) - Σ_t R_{t+1} ∇ log q(y_t | y_<t) ],
+
+R_{t+1} = Σ_{s>t} r_s: the first sum is exact at each position of y, the second
+is what a token does to those after it. Outputs are drawn from a mixture with
+the teacher, 0.2 p + 0.8 q token by token, and importance weights make up for
+it. R_{t+1} is divided by the number of its terms, against a preference for
+short outputs.
+
+One update per sample: no replay and no ratio to an older policy, so the
+paper's PPO clipping has nothing to do here. Its language-modelling loss on a
+pre-training corpus is left out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import (
+  base_model,
+  divergences,
+  models,
+  reinforce,
+  rewards,
+  sampling,
+  types,
+)
+
+IMPORTANCE = ("token", "exact")
+
+
+class MiniLLMModel(models.GKDModel):
+  """A student, a teacher, and the reverse KL between their sequences' laws.
+
+  Args:
+    student: the model that is trained.
+    teacher: the frozen model, of the student's kind.
+    teacher_mix: the teacher's share in each token's law while sampling.
+    importance: see `minillm_loss`.
+    normalize_returns: see `minillm_loss`.
+    teacher_temperature: of p.
+    sampling_temperature: of q, in sampling and in the loss alike.
+    student_data_fraction: λ, 1.
+
+  Raises:
+    ValueError: a setting is out of range, or student and teacher do not fit.
+  """
+
+  def __init__(
+    self,
+    student: types.TransformerModel,
+    teacher: types.TransformerModel,
+    *,
+    teacher_mix: float = 0.2,
+    importance: str = "token",
+    normalize_returns: bool = True,
+    teacher_temperature: float = 1.0,
+    sampling_temperature: float = 1.0,
+    student_data_fraction: float = 1.0,
+  ):
+    super().__init__(
+      student,
+      teacher,
+      divergence="reverse_kl",
+      student_data_fraction=student_data_fraction,
+      teacher_temperature=teacher_temperature,
+      student_temperature=sampling_temperature or 1.0,
+      sampling_temperature=sampling_temperature,
+    )
+    reinforce.check_on_policy(self)
+    self.teacher_mix = teacher_mix
+    self.importance = importance
+    self.normalize_returns = normalize_returns
+    if not 0 <= teacher_mix < 1:
+      raise ValueError(
+        f"expected a teacher_mix in [0, 1), got {teacher_mix}; set TEACHER_MIX"
+      )
+    if importance not in IMPORTANCE:
+      raise ValueError(
+        f"expected importance weights of {', '.join(IMPORTANCE)}, got"
+        f" {importance!r}; set IMPORTANCE"
+      )
+    law = functools.partial(
+      reinforce.sampling_law,
+      num_real_tokens=student.num_real_tokens,
+      suppress_ids=self.sampling["suppress_ids"],
+    )
+    self._teacher_law = functools.partial(law, temperature=teacher_temperature)
+    self._student_law = functools.partial(law, temperature=sampling_temperature)
+
+  def _sample(
+    self, params, encoded, batch, key, row_ids, chosen, teacher_params=None
+  ):
+    """As `GKDModel._sample`, each token from the mixture of both laws.
+
+    Without the teacher's parameters, as when sampling is timed, by the student.
+    """
+    if teacher_params is None or self.teacher_mix == 0:
+      return super()._sample(params, encoded, batch, key, row_ids, chosen)
+    teacher_step, teacher_cache, rows = self.teacher.start_decoding(
+      teacher_params, self.teacher.encode(teacher_params, batch), batch
+    )
+    student_step, student_cache, _ = self.student.start_decoding(
+      params, encoded, batch
+    )
+
+    def step(tokens, caches):
+      teacher_logits, teacher_cache = teacher_step(tokens, caches[0])
+      student_logits, student_cache = student_step(tokens, caches[1])
+      law = mixture(
+        self._teacher_law(teacher_logits),
+        self._student_law(student_logits),
+        self.teacher_mix,
+      )
+      return law, (teacher_cache, student_cache)
+
+    batch_size, length = batch["decoder_target_tokens"].shape
+    tokens = sampling.sample(
+      step,
+      (teacher_cache, student_cache),
+      key,
+      batch_size=batch_size,
+      max_decode_length=length,
+      eos_id=base_model.EOS_ID,
+      row_ids=row_ids,
+      active=chosen,
+      **rows,
+    ).tokens
+    # PAD is suppressed, so that zeros stand after an output's end alone.
+    return tokens, (tokens != sampling.PAD_ID).astype(jnp.float32)
+
+  def _loss(self, batch, teacher_logits, student_logits, step):
+    _, _, aux = super()._loss(batch, teacher_logits, student_logits, step)
+    weights = self.student.loss_weights(batch)
+    loss, weight, more = minillm_loss(
+      self._teacher_law(teacher_logits, weights),
+      self._student_law(student_logits, weights),
+      batch["decoder_target_tokens"],
+      weights,
+      teacher_mix=self.teacher_mix,
+      importance=self.importance,
+      normalize_returns=self.normalize_returns,
+    )
+    return loss, weight, aux | more
+
+
+def mixture(
+  teacher_log_probs: jax.Array, student_log_probs: jax.Array, share: float
+) -> jax.Array:
+  """log(share p + (1-share) q), for a share below 1.
+
+  Args:
+    teacher_log_probs: log p, any shape.
+    student_log_probs: log q, of the same shape.
+    share: the teacher's, in [0, 1).
+  """
+  student = student_log_probs + jnp.log1p(-share)
+  if share == 0:
+    return student
+  return jnp.logaddexp(teacher_log_probs + jnp.log(share), student)
+
+
+def minillm_loss(
+  teacher_log_probs: jax.Array,
+  student_log_probs: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  teacher_mix: float = 0.2,
+  importance: str = "token",
+  normalize_returns: bool = True,
+) -> tuple[jax.Array, jax.Array, types.Metrics]:
+  """A loss whose gradient is the paper's estimate; its value means nothing.
+
+  Importance weights w_t, with m the mixture that the outputs were drawn from:
+  "token": q(y_t) / m(y_t) on both terms of position t, the paper's
+  approximation, which varies little. "exact": the estimate without bias; a term
+  is weighted by the product of the ratios of all tokens that it depends on,
+  r_s by that of y_1 to y_s. It varies exponentially with the length.
+
+  Args:
+    teacher_log_probs: `[B, T, V]` log p; -inf only where log q is.
+    student_log_probs: `[B, T, V]` log q, which the gradient is of.
+    targets: `[B, T]` int32, drawn from the mixture.
+    weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
+    teacher_mix: the teacher's share in the mixture.
+    importance: "token" or "exact".
+    normalize_returns: divide R_{t+1} by the number of its terms. (The paper has
+      one term fewer there, which is 0 for the last but one token.)
+
+  Returns:
+    `loss_sum`, over outputs, of the sum over tokens of each; `weight_sum`, the
+    number of outputs; and metrics: `sequence_reverse_kl`, the mean of
+    log q(y) - log p(y) (of outputs of the mixture, not weighted),
+    `importance_weight` per token, and `policy_gradient`, the second term.
+
+  Raises:
+    ValueError: another `importance`.
+  """
+  if importance not in IMPORTANCE:
+    raise ValueError(
+      f"expected importance weights of {', '.join(IMPORTANCE)}, got"
+      f" {importance!r}; set IMPORTANCE"
+    )
+  weights = weights.astype(jnp.float32)
+  log_p = reinforce.target_log_probs(teacher_log_probs, targets, weights)
+  log_q = reinforce.target_log_probs(student_log_probs, targets, weights)
+  p, q = jax.lax.stop_gradient((log_p, log_q))
+  ratios = q - mixture(p, q, teacher_mix)  # log q - log m, at most -log(1-mix)
+  ratios = jnp.where(weights > 0, ratios, 0.0)
+  token_rewards = p - q
+  if importance == "exact":
+    ratios = jnp.cumsum(ratios, axis=1)
+    token_rewards = jnp.exp(ratios) * token_rewards
+  token_rewards = weights * token_rewards
+  later = rewards.reward_to_go(token_rewards) - token_rewards
+  if normalize_returns:
+    terms = rewards.reward_to_go(weights) - weights
+    later = later / jnp.maximum(terms, 1.0)
+  shares = weights * jnp.exp(ratios)
+  advantages = later if importance == "exact" else shares * later
+  long, number, _ = rewards.policy_gradient_loss(log_q, advantages, weights)
+  single = divergences.reverse_kl(teacher_log_probs, student_log_probs)
+  # The law at a padded position may hold anything.
+  single = jnp.sum(shares * jnp.where(weights > 0, single, 0.0))
+  aux = {
+    "sequence_reverse_kl": (jnp.sum(q - p), number),
+    "importance_weight": (jnp.sum(shares), jnp.sum(weights)),
+    "policy_gradient": (long, number),
+  }
+  return single + long, number, jax.lax.stop_gradient(aux)

@@ -1,0 +1,189 @@
+"""Tables of a report: scores with intervals, the paper's numbers, examples."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from gkd_jax import figures, report_data
+
+_EXAMPLES = 6
+_SCORES = 3  # that a table shows of each way of decoding
+_RESULTS_CAPTION = (
+  "Scores of the whole final split, greedy and sampled at temperature 1. In"
+  " brackets the 95 % t-interval of the mean over seeds; with one seed there is"
+  " none."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Rows of texts under a heading; the first row names the columns."""
+
+  title: str
+  caption: str
+  rows: Sequence[Sequence[str]]
+
+
+def results(study: report_data.Study) -> list[Table]:
+  """Scores of every place of the grid, means over seeds, and intervals.
+
+  The methods are one table; points of further axes are one for each.
+  """
+  runs = [run for run in study.runs if figures.has_score(study, run)]
+  kinds = report_data.groups(
+    runs, lambda run: () if run.on_grid else tuple(run.place)
+  )
+  tables = []
+  for kind, members in sorted(kinds.items(), key=lambda pair: bool(pair[0])):
+    more = [axis for axis in kind if axis != "method"]
+    title = f"Results by {', '.join(more)}" if more else "Results"
+    tables.append(Table(title, _RESULTS_CAPTION, _result_rows(study, members)))
+  return tables
+
+
+def _result_rows(study, runs):
+  axes = [a for a in study.axes if any(a in run.place for run in runs)]
+  axes.sort(key=lambda axis: axis != "method")
+  names = score_names(study, runs)
+  seconds = any("seconds" in run.scores for run in runs)
+  heads = [*axes, "seeds", *(n.replace("/", " ") for n in names), "parameters"]
+  rows = [[*heads, *(["seconds"] if seconds else [])]]
+  for members in _places(study, runs, axes):
+    row = [members[0].place.get(axis, "") for axis in axes]
+    row.append(str(len(members)))
+    for name in names:
+      values = report_data.scores(members, name)
+      row.append(show(report_data.estimate(values)) if values else "")
+    for name in ("params", "seconds"):
+      values = report_data.scores(members, name)
+      if name == "params" or seconds:
+        row.append(f"{sum(values) / len(values):,.0f}" if values else "")
+    rows.append(row)
+  return rows
+
+
+def paper(study: report_data.Study) -> Table | None:
+  """The paper's numbers beside ours, where the task is the paper's."""
+  if not study.paper:
+    return None
+  methods = study.paper["methods"]
+  sizes = ("small", "base", "large")
+  rows = [["method", *(f"{s}, {w}" for s in sizes for w in ("paper", "ours"))]]
+  for method in study.axes["method"]:
+    theirs = methods.get(report_data.method_key(method))
+    if theirs is None:
+      continue
+    row = [method]
+    for size in sizes:
+      values = report_data.scores(
+        (
+          run
+          for run in study.runs
+          if run.on_grid
+          and run.place["method"] == method
+          and run.place.get("size", "").removeprefix("t5-") == size
+          and figures.most_labelled(study, run.place)
+        ),
+        f"greedy/{study.metric}",
+      )
+      row.append(f"{theirs[size]:.2f}" if size in theirs else "")
+      row.append(show(report_data.estimate(values)) if values else "")
+    rows.append(row)
+  rows.append(["teacher", f"{study.paper['teacher']:.2f}", *[""] * 5])
+  caption = (
+    f"{study.paper['task']}. Ours are greedy, with all the labelled examples"
+    " that there are, and intervals as above."
+  )
+  return Table("The paper's numbers", caption, rows)
+
+
+def examples(study: report_data.Study) -> Table | None:
+  """Outputs of each method for the same inputs, side by side."""
+  found: dict[str, dict[str, dict]] = {}
+  taken = []
+  for run in study.runs:
+    method = run.place["method"]
+    if method in found or not run.on_grid:
+      continue
+    lines = report_data.read_lines(os.path.join(run.folder, "examples.jsonl"))
+    if lines:
+      last = max(line["step"] for line in lines)
+      found[method] = {x["input"]: x for x in lines if x["step"] == last}
+      taken.append(run)
+  if not found:
+    return None
+  inputs = list(next(iter(found.values())))[:_EXAMPLES]
+  methods = [m for m in study.axes["method"] if m in found]
+  rows = [["input", "reference", "teacher", *methods]]
+  for text in inputs:
+    seen = [found[m][text] for m in methods if text in found[m]]
+    teacher = next((x["teacher"] for x in seen if x.get("teacher")), "")
+    rows.append(
+      [
+        text,
+        _text(seen[0]["reference"]),
+        _text(teacher),
+        *(_text(found[m].get(text, {}).get("student", "")) for m in methods),
+      ]
+    )
+  where = {k: v for k, v in taken[0].place.items() if k != "method"}
+  note = f" ({', '.join(where.values())})" if where else ""
+  return Table(
+    "Decoded examples",
+    "Greedy outputs for validation examples at the last step, of the first"
+    f" seed{note}.",
+    rows,
+  )
+
+
+def text(table: Table) -> str:
+  """A table in columns of spaces."""
+  widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
+  lines = []
+  for row in table.rows:
+    cells = [
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append("  ".join(cells).rstrip())
+  return "\n".join(lines)
+
+
+def show(summary: report_data.Estimate) -> str:
+  """Mean, and the interval in brackets if there is one."""
+  if summary.low is None:
+    return f"{summary.mean:.1f}"
+  return f"{summary.mean:.1f} [{summary.low:.1f}, {summary.high:.1f}]"
+
+
+def score_names(study, runs) -> list[str]:
+  """The scores that a table shows: the study's metric and a few more."""
+  found = {}
+  for run in runs:
+    for name in run.scores:
+      how, slash, metric = name.partition("/")
+      if slash and how in ("greedy", "sampled"):
+        found.setdefault(metric, None)
+  metrics = sorted(found, key=lambda metric: metric != study.metric)[:_SCORES]
+  return [f"{how}/{m}" for how in ("greedy", "sampled") for m in metrics]
+
+
+def _places(study, runs, axes):
+  """Runs that differ by the seed alone, in the order of the axes' points."""
+  found = report_data.groups(runs, lambda run: tuple(run.place.items()))
+
+  def order(members):
+    place = members[0].place
+    return [
+      list(study.axes[axis]).index(place[axis]) if axis in place else -1
+      for axis in axes
+    ]
+
+  return sorted(found.values(), key=order)
+
+
+def _text(value) -> str:
+  """An output or references, one text of several."""
+  if isinstance(value, list | tuple):
+    return " | ".join(map(str, value))
+  return str(value)

@@ -1,0 +1,205 @@
+"""The files of a teacher's outputs: TFRecord shards and their manifest.
+
+`PREFIX-00000-of-00008` and so on hold one `tf.train.Example` for each output;
+`PREFIX-manifest.json` says how they were made. A file is whole or not there.
+
+| feature                | holds                                             |
+|------------------------|---------------------------------------------------|
+| `inputs`, `targets`    | token ids as the teacher read and wrote them; an  |
+|                        | output that was cut at the length has no EOS      |
+| `*_pretokenized`       | their texts, as the vocabularies decode them      |
+| `score`                | log-prob of the output in nats, or a beam's score |
+| `example_index`        | place of the example in the split                 |
+| `sample_number`        | 0 to N - 1, of the N outputs of an input          |
+| `top_k_ids`            | optional: the teacher's k likeliest tokens at     |
+|                        | each target, `[targets, k]`, raw bytes            |
+| `top_k_log_probs`      | their log-probs, and behind them that of all      |
+|                        | other tokens, `[targets, k + 1]`, raw bytes       |
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+FORMAT = "gkd_jax teacher outputs 1"
+
+_TOKENS = ("inputs", "targets")
+_TEXTS = ("inputs_pretokenized", "targets_pretokenized")
+_NUMBERS = ("example_index", "sample_number")
+_LAWS = ("top_k_ids", "top_k_log_probs")
+
+
+def shard_paths(prefix: str, num_shards: int) -> list[str]:
+  """The paths of all shards.
+
+  >>> shard_paths("out/xsum", 2)
+  ['out/xsum-00000-of-00002', 'out/xsum-00001-of-00002']
+  """
+  return [f"{prefix}-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
+
+
+def manifest_path(prefix: str) -> str:
+  """The path of the manifest."""
+  return f"{prefix}-manifest.json"
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+  """The manifest, or None where there is none.
+
+  Raises:
+    ValueError: the file is something else.
+  """
+  path = manifest_path(prefix)
+  if not tf.io.gfile.exists(path):
+    return None
+  with tf.io.gfile.GFile(path) as file:
+    text = file.read()
+  try:
+    manifest = json.loads(text)
+    known = manifest["format"] == FORMAT
+  except (ValueError, KeyError, TypeError):
+    manifest, known = None, False
+  if not known:
+    raise ValueError(
+      f"expected a manifest of format {FORMAT!r}, got {text[:80]!r} in {path};"
+      " set the path to a prefix of shards that `gkd infer` wrote"
+    )
+  return manifest
+
+
+def write_manifest(prefix: str, manifest: Mapping[str, Any]):
+  """Writes the manifest.
+
+  Args:
+    prefix: of the paths; folders are made.
+    manifest: `settings`, `num_examples`, and `laws`: None, or the storage of
+      the stored laws, `{"top_k", "ids", "log_probs"}` with numpy's dtype names.
+  """
+  tf.io.gfile.makedirs(os.path.dirname(prefix) or ".")
+  text = json.dumps({"format": FORMAT} | dict(manifest), indent=2)
+
+  def write(path):
+    with tf.io.gfile.GFile(path, "w") as file:
+      file.write(text + "\n")
+
+  _whole(manifest_path(prefix), write)
+
+
+def write_shard(path: str, records: Iterable[Mapping[str, Any]]):
+  """Writes a shard, whole or not at all.
+
+  Args:
+    path: one of `shard_paths`.
+    records: feature to value, see the table; arrays of the stored laws have the
+      dtypes of the manifest.
+  """
+
+  def write(temporary):
+    with tf.io.TFRecordWriter(temporary) as writer:
+      for record in records:
+        writer.write(_serialized(record))
+
+  _whole(path, write)
+
+
+def record_parser(
+  manifest: Mapping[str, Any],
+) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+  """What reads one record of the manifest's shards.
+
+  Returns:
+    From a serialized example `[]` to its features: tokens int32, stored laws
+    int32 and float32 whatever their storage.
+  """
+  spec = {
+    **{k: tf.io.VarLenFeature(tf.int64) for k in _TOKENS},
+    **{k: tf.io.FixedLenFeature([], tf.string) for k in _TEXTS},
+    **{k: tf.io.FixedLenFeature([], tf.int64) for k in _NUMBERS},
+    "score": tf.io.FixedLenFeature([], tf.float32),
+  }
+  laws = manifest["laws"]
+  if laws:
+    spec |= {k: tf.io.FixedLenFeature([], tf.string) for k in _LAWS}
+
+  def parse(serialized):
+    features = dict(tf.io.parse_single_example(serialized, spec))
+    for name in _TOKENS:
+      features[name] = tf.cast(tf.sparse.to_dense(features[name]), tf.int32)
+    if laws:
+      for name, stored, dtype, width in (
+        (_LAWS[0], laws["ids"], tf.int32, laws["top_k"]),
+        (_LAWS[1], laws["log_probs"], tf.float32, laws["top_k"] + 1),
+      ):
+        flat = tf.io.decode_raw(features[name], tf.as_dtype(stored))
+        features[name] = tf.cast(tf.reshape(flat, [-1, width]), dtype)
+    return features
+
+  return parse
+
+
+def _serialized(record):
+  features = {}
+  for name, value in record.items():
+    if name in _LAWS:
+      # `decode_raw` reads little-endian.
+      value = np.asarray(value)
+      raw = value.astype(value.dtype.newbyteorder("<")).tobytes()
+      features[name] = _bytes(raw)
+    elif name in _TEXTS:
+      features[name] = _bytes(value.encode())
+    elif name == "score":
+      values = tf.train.FloatList(value=[float(value)])
+      features[name] = tf.train.Feature(float_list=values)
+    else:
+      values = tf.train.Int64List(value=np.atleast_1d(value))
+      features[name] = tf.train.Feature(int64_list=values)
+  example = tf.train.Example(features=tf.train.Features(feature=features))
+  return example.SerializeToString(deterministic=True)
+
+
+def _bytes(value):
+  return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def _whole(path: str, write: Callable[[str], None]):
+  """Writes beside the path, and gives the file its name when it is whole."""
+  # What a process left that was killed while it wrote this file.
+  for left in tf.io.gfile.glob(f"{path}.tmp-*"):
+    tf.io.gfile.remove(left)
+  temporary = f"{path}.tmp-{os.getpid()}"
+  write(temporary)
+  if "://" not in path:
+    # A renamed file must not turn out empty after a power failure.
+    with open(temporary, "rb") as file:
+      os.fsync(file.fileno())
+  tf.io.gfile.rename(temporary, path, overwrite=True)
+
+
+def check_shards(prefix: str) -> tuple[dict[str, Any], Sequence[str]]:
+  """The manifest and the shards, which must all be there.
+
+  Args:
+    prefix: of the paths.
+
+  Raises:
+    ValueError: no manifest, or a shard is missing.
+  """
+  manifest = read_manifest(prefix)
+  if manifest is None:
+    raise ValueError(
+      f"expected shards of a teacher's outputs, got {prefix!r}, beside which"
+      f" there is no {manifest_path(prefix)}; set TEACHER_DATA_PATH"
+    )
+  paths = shard_paths(prefix, manifest["settings"]["NUM_SHARDS"])
+  missing = [p for p in paths if not tf.io.gfile.exists(p)]
+  if missing:
+    raise ValueError(
+      f"expected {len(paths)} shards at {prefix!r}, got"
+      f" {len(paths) - len(missing)}; run `gkd infer` again to finish them, or"
+      " set TEACHER_DATA_PATH"
+    )
+  return manifest, paths
