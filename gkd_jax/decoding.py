@@ -127,5 +127,5 @@ def _check_options(decode_fn, options):
     name = getattr(function, "__name__", function)
     raise ValueError(
       f"expected options of the decode function {name}, got"
-      f" {', '.join(unknown)}; set DECODE_FN, or leave them out"
+      f" {', '.join(unknown)}; set DECODE_FN or DECODER_PARAMS"
     )

@@ -1,6 +1,7 @@
 """Decoding a split of a task and scoring it with the task's metrics."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import seqio
 
 from gkd_jax import data, partitioning
+from gkd_jax.tasks import example_statistics
 
 
 class Predictions(NamedTuple):
@@ -135,6 +137,39 @@ class Evaluator:
       parts.append(jax.tree.map(np.asarray, compiled(params, batch, key)))
     return [np.concatenate(x)[:count] for x in zip(*parts, strict=True)]
 
+  def batches(self) -> Iterator[tuple[int, Mapping[str, jax.Array]]]:
+    """All tasks' examples, one task after the other; see `batches`."""
+    first = 0
+    for _, examples, features in self._tasks.values():
+      if examples:
+        size = min(self._batch_size, len(examples))
+        for start, batch in batches(features, size, self._mesh):
+          yield first + start, batch
+        first += len(examples)
+
+  def example_statistics(
+    self, results: Mapping[str, Predictions]
+  ) -> list[dict[str, list[float]]]:
+    """What each example adds to the tasks' metrics of predictions.
+
+    Args:
+      results: from `predict`.
+
+    Returns:
+      For each example, in the order of `results`, the metrics' names as `score`
+      gives them and `example_statistics.of_example`.
+    """
+    rows = []
+    for name, result in results.items():
+      prefix = f"{name}/" if len(results) > 1 else ""
+      functions = self._tasks[name][0].predict_metric_fns
+      for pair in zip(result.targets, result.predictions, strict=True):
+        parts: dict[str, list[float]] = {}
+        for function in functions:
+          parts |= example_statistics.of_example(function, *pair)
+        rows.append({prefix + key: part for key, part in parts.items()})
+    return rows
+
   def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
     """The tasks' metrics; with several tasks, names start with the task's."""
     metrics = {}
@@ -157,6 +192,13 @@ class Evaluator:
         for key, value in values.items():
           metrics[prefix + key] = float(getattr(value, "value", value))
     return metrics
+
+
+def pool(samples: Sequence[Predictions]) -> Predictions:
+  """Several outputs for each example as one list of examples and outputs."""
+  return Predictions(
+    *(list(itertools.chain(*lists)) for lists in zip(*samples, strict=True))
+  )
 
 
 def batches(

@@ -1,20 +1,24 @@
 """Batch prediction and evaluation from a checkpoint."""
 
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gkd_jax import (
   checkpoints,
   data,
   evaluate,
+  measurements,
   partitioning,
   teacher_data,
   teacher_records,
 )
+from gkd_jax.tasks import text_metrics
 
 
 def infer(
@@ -117,11 +121,17 @@ def evaluate_checkpoint(
   temperature: float = 0.0,
   use_cached_tasks: bool = False,
   seed: int = 0,
+  num_samples: int = 1,
+  instruments: bool = False,
+  teacher_checkpoint_path: str | None = None,
 ) -> Mapping[str, float]:
   """Decodes a split and scores it with the task's metrics.
 
   Writes `EVAL_OUTPUT_DIR/metrics.json` and `predictions.jsonl`: input, target
-  and prediction as the metrics saw them, and the prediction's log-prob.
+  and prediction as the metrics saw them, the prediction's log-prob, and
+  `statistics`, what the example adds to each metric (`comparisons` reads them).
+  With several samples the first is the prediction, `samples` holds all, and the
+  statistics are their means, so that runs of other numbers can be compared. With `instruments` also `by_position.json`.
 
   Args:
     model: the model, or a `GKDModel`, whose student is used.
@@ -136,11 +146,21 @@ def evaluate_checkpoint(
     temperature: 0 is greedy, or as the model's `decode_fn` has it.
     use_cached_tasks: read seqio's cache.
     seed: of sampling.
+    num_samples: outputs for each input, drawn independently. The metrics are
+      then those of all outputs together, and `self_bleu` says how alike the
+      outputs of an input are (`text_metrics.self_bleu`).
+    instruments: measure calibration, and with a `GKDModel` the distance to its
+      teacher; see `measurements.measure`.
+    teacher_checkpoint_path: of the instruments; see `checkpoints.load_params`.
 
   Returns:
-    The metrics, those of seqio's `metric_fns`.
+    The metrics, those of seqio's `metric_fns`, and what else was asked for.
   """
-  evaluator, results = _predict(
+  if num_samples < 1:
+    raise ValueError(
+      f"expected at least 1 sample, got {num_samples}; set NUM_SAMPLES"
+    )
+  run, results = _predict(
     model,
     checkpoint_path,
     mixture_or_task_name,
@@ -153,20 +173,22 @@ def evaluate_checkpoint(
     temperature=temperature,
     seed=seed,
   )
-  scores = evaluator.score(results)
-  rows = [
-    {"inputs": i, "target": t, "prediction": p, "score": s}
-    for result in results.values()
-    for i, t, p, s in zip(
-      result.inputs,
-      result.targets,
-      result.predictions,
-      result.scores,
-      strict=True,
+  samples = [results, *map(run.predict, _more_seeds(seed, num_samples))]
+  scores, rows = _scores_and_rows(run.evaluator, samples)
+  write = functools.partial(_write_in, eval_output_dir)
+  write("predictions.jsonl", rows)
+  if instruments:
+    teacher_params = None
+    if model.teacher is not None:
+      teacher_params = measurements.load_teacher(
+        model, teacher_checkpoint_path, run.mesh
+      )
+    measured, tables = measurements.measure(
+      run.evaluator, run.mesh, model, run.params, teacher_params, seed=seed
     )
-  ]
-  _write(os.path.join(eval_output_dir, "predictions.jsonl"), rows)
-  _write(os.path.join(eval_output_dir, "metrics.json"), [scores])
+    scores |= measured
+    write("by_position.json", [tables])
+  write("metrics.json", [scores])
   shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
   print(f"{len(rows):,} examples of {split}: {shown}", flush=True)
   return scores
@@ -187,13 +209,66 @@ def _predict(
   )
   params = checkpoints.load_params(checkpoint_path, setting="CHECKPOINT_PATH")
   params = jax.device_put(params, partitioning.replicated(mesh))
-  results = evaluator.predict(
-    model.student,
-    params,
-    seed=seed,
-    decoder_params={"temperature": temperature} if temperature else None,
+  options = {"temperature": temperature} if temperature else None
+  predict = lambda seed: evaluator.predict(
+    model.student, params, seed=seed, decoder_params=options
   )
-  return evaluator, results
+  return _Run(evaluator, params, mesh, predict), predict(seed)
+
+
+class _Run(NamedTuple):
+  """What decoded a split, to go on with: `predict` takes another seed."""
+
+  evaluator: evaluate.Evaluator
+  params: Any
+  mesh: Any
+  predict: Callable[[int], Mapping[str, evaluate.Predictions]]
+
+
+def _more_seeds(seed: int, number: int) -> list[int]:
+  """Seeds of the second to the last sample, of a stream of this seed's own."""
+  return [
+    int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+    for i in range(1, number)
+  ]
+
+
+def _scores_and_rows(evaluator, samples):
+  """The metrics, and `predictions.jsonl`, of one or more outputs each."""
+  pooled = {
+    name: evaluate.pool([sample[name] for sample in samples])
+    for name in samples[0]
+  }
+  scores = evaluator.score(pooled)
+  statistics = [evaluator.example_statistics(sample) for sample in samples]
+  rows = []
+  for name, first in samples[0].items():
+    of_task = [sample[name] for sample in samples]
+    if len(samples) > 1:
+      outputs = list(zip(*(s.outputs for s in of_task), strict=True))
+      prefix = f"{name}/" if len(pooled) > 1 else ""
+      for key, value in text_metrics.self_bleu(outputs).items():
+        scores[prefix + key] = value
+    for i, text in enumerate(first.inputs):
+      row = {
+        "inputs": text,
+        "target": first.targets[i],
+        "prediction": first.predictions[i],
+        "score": first.scores[i],
+      }
+      if len(samples) > 1:
+        row["samples"] = [s.predictions[i] for s in of_task]
+      parts = [of_sample[len(rows)] for of_sample in statistics]
+      row["statistics"] = {
+        key: np.mean([part[key] for part in parts], axis=0).tolist()
+        for key in parts[0]
+      }
+      rows.append(row)
+  return scores, rows
+
+
+def _write_in(folder: str, name: str, rows: Sequence[Mapping[str, Any]]):
+  _write(os.path.join(folder, name), rows)
 
 
 def _check_temperature(temperature):

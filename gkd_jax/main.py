@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|sweep|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ MODES = (
   "train",
   "eval",
   "infer",
+  "compare",
   "sweep",
   "import",
   "export",
@@ -92,6 +93,11 @@ def _run(argv):
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
   if mode in ("import", "export"):
     _convert(mode)
+    return
+  if mode == "compare":
+    from gkd_jax import comparisons
+
+    print(comparisons.report(argv[2:]))
     return
   if mode == "path":
     from gkd_jax.tasks import shipped

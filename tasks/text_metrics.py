@@ -61,21 +61,41 @@ def phoneme_error_rates(
   _check_pairs(targets, predictions)
   errors = phonemes = wrong = 0
   for references, prediction in zip(targets, predictions, strict=True):
-    spoken = [reference.split() for reference in references]
-    if not spoken or not all(spoken):
-      raise ValueError(
-        f"expected at least one pronunciation of a word, got {references!r}; "
-        "set the split to one with references"
-      )
-    distances = [edit_distance(s, prediction.split()) for s in spoken]
-    best = min(range(len(distances)), key=distances.__getitem__)
-    errors += distances[best]
-    phonemes += len(spoken[best])
-    wrong += distances[best] > 0
+    distance, length = count_phoneme_errors(references, prediction)
+    errors += distance
+    phonemes += length
+    wrong += distance > 0
   return {
     "per": 100.0 * errors / phonemes,
     "wer": 100.0 * wrong / len(predictions),
   }
+
+
+def count_phoneme_errors(
+  references: Sequence[str], prediction: str
+) -> tuple[int, int]:
+  """Edits to the nearest pronunciation, and its phonemes.
+
+  Args:
+    references: A word's pronunciations; see `phoneme_error_rates`.
+    prediction: One pronunciation.
+
+  Raises:
+    ValueError: If the word has no pronunciation.
+
+  Example:
+    >>> count_phoneme_errors(["K AE T", "K AA T"], "K AA D")
+    (1, 3)
+  """
+  spoken = [reference.split() for reference in references]
+  if not spoken or not all(spoken):
+    raise ValueError(
+      f"expected at least one pronunciation of a word, got {references!r}; "
+      "set the split to one with references"
+    )
+  distances = [edit_distance(s, prediction.split()) for s in spoken]
+  best = min(range(len(distances)), key=distances.__getitem__)
+  return distances[best], len(spoken[best])
 
 
 def _check_pairs(targets: Sequence, predictions: Sequence) -> None:
@@ -119,21 +139,40 @@ def chain_accuracy(
   _check_pairs(targets, predictions)
   right = valid = total = 0
   for target, prediction in zip(targets, predictions, strict=True):
-    _, mark, wanted = target.rpartition("#")
-    if not mark:
-      raise ValueError(
-        f"expected a reference with '#' before its answer, got {target!r}; "
-        "set the task"
-      )
-    _, mark, answer = prediction.rpartition("#")
-    right += bool(mark) and answer == wanted
-    steps = [s for s in prediction.partition("#")[0].split(";") if s]
-    total += max(len(steps), 1)
-    valid += _count_valid_steps(steps)
+    is_right, valid_steps, steps = check_chain(target, prediction)
+    right += is_right
+    valid += valid_steps
+    total += steps
   return {
     "answer_accuracy": 100.0 * right / len(predictions),
     "valid_steps": 100.0 * valid / total,
   }
+
+
+def check_chain(target: str, prediction: str) -> tuple[bool, int, int]:
+  """Whether a chain's answer is right, its valid steps, and its steps.
+
+  Args:
+    target: The reference chain; see `chain_accuracy`.
+    prediction: The generated chain.
+
+  Raises:
+    ValueError: If the reference has no answer.
+
+  Example:
+    >>> check_chain("1+2=3;3-1=2;#2", "1+2=4;4-1=3;#2")
+    (True, 1, 2)
+  """
+  _, mark, wanted = target.rpartition("#")
+  if not mark:
+    raise ValueError(
+      f"expected a reference with '#' before its answer, got {target!r}; "
+      "set the task"
+    )
+  _, mark, answer = prediction.rpartition("#")
+  steps = [s for s in prediction.partition("#")[0].split(";") if s]
+  is_right = bool(mark) and answer == wanted
+  return is_right, _count_valid_steps(steps), max(len(steps), 1)
 
 
 def _count_valid_steps(steps: Sequence[str]) -> int:
@@ -209,3 +248,72 @@ def bleu(
     list(predictions), [list(targets)], tokenize="intl"
   )
   return {"bleu": score.score}
+
+
+def chrf(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Corpus chrF by sacrebleu: character 6-grams, no words, beta 2.
+
+  Args:
+    targets: One reference translation each.
+    predictions: The generated translations.
+
+  Returns:
+    `chrf`, from 0 to 100.
+
+  Raises:
+    ValueError: If the two differ in length or are empty.
+  """
+  import sacrebleu
+
+  _check_pairs(targets, predictions)
+  score = sacrebleu.corpus_chrf(list(predictions), [list(targets)])
+  return {"chrf": score.score}
+
+
+def self_bleu(outputs: Sequence[Sequence[str]]) -> dict[str, float]:
+  """How alike several outputs for one input are: 100 if all are equal.
+
+  Self-BLEU of Zhu et al. (arXiv 1802.01886), among the outputs of each input, as
+  the paper draws quality against diversity (its figure 4): sentence BLEU of each
+  output with the other outputs of its input as references, mean over outputs,
+  then over inputs. BLEU is sacrebleu's, of up to 4-grams (fewer in outputs of
+  fewer tokens), tokenizer `intl`. Values depend on the number of outputs, since
+  more references are easier to match: compare at one number.
+
+  Args:
+    outputs: For each input its outputs, at least two.
+
+  Returns:
+    `self_bleu`, from 0 to 100; less is more diverse.
+
+  Raises:
+    ValueError: If there are no inputs, or an input has fewer than two outputs.
+
+  Example:
+    >>> self_bleu([["a b", "a b"], ["c", "d"]])
+    {'self_bleu': 50.0}
+  """
+  import sacrebleu
+
+  if not outputs or min(map(len, outputs)) < 2:
+    raise ValueError(
+      "expected at least two outputs of each input, got "
+      f"{min(map(len, outputs), default=0)}; set NUM_SAMPLES"
+    )
+  metric = sacrebleu.BLEU(
+    tokenize="intl", effective_order=True, smooth_method="none"
+  )
+  total = 0.0
+  for texts in outputs:
+    of_text = {}  # Equal outputs have equal references, as far as BLEU goes.
+    for i, text in enumerate(texts):
+      if text not in of_text:
+        others = [*texts[:i], *texts[i + 1 :]]
+        # sacrebleu gives an empty text 0, even next to an empty reference.
+        of_text[text] = (
+          100.0 if text in others else metric.sentence_score(text, others).score
+        )
+    total += sum(of_text[text] for text in texts) / len(texts)
+  return {"self_bleu": total / len(outputs)}

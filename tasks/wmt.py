@@ -27,7 +27,7 @@ def add_wmt_task(
     vocabulary: Of inputs and targets; None for T5's SentencePiece.
 
   Returns:
-    The task. Its metric is `bleu`, from 0 to 100.
+    The task. Its metrics are `bleu` and `chrf`, from 0 to 100.
 
   Raises:
     ValueError: If the name is taken.
@@ -48,7 +48,7 @@ def add_wmt_task(
     ],
     output_features={"inputs": feature, "targets": feature},
     postprocess_fn=preprocessors.whole_target,
-    metric_fns=[text_metrics.bleu],
+    metric_fns=[text_metrics.bleu, text_metrics.chrf],
   )
 
 

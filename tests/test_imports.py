@@ -14,6 +14,8 @@ LAYERS = (
     "rewards",
     "stored_targets",
     "sampling",
+    "instruments",
+    "significance",
     "beam_search",
     "decoding",
     "schedules",
@@ -52,6 +54,8 @@ LAYERS = (
   (
     "trainer",
     "evaluate",
+    "measurements",
+    "comparisons",
     "infer",
     "rollouts",
     "teacher_data",

@@ -4,9 +4,10 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
-from gkd_jax.tasks import text_metrics
+from gkd_jax.tasks import calculator, example_statistics, text_metrics
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,76 @@ def test_bleu_tokenizes_internationally():
   result = text_metrics.bleu(["er sagt „ja“ zu mir"], ["er sagt „ja“ zu dir"])
   expected = 100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25
   assert result["bleu"] == pytest.approx(expected)
+
+
+def test_chrf_by_hand():
+  # Character n-grams without spaces of "abcd" against "abce": 3 of 4, 2 of 3, 1
+  # of 2, 0 of 1, and none longer; precision and recall are equal, so is F.
+  result = text_metrics.chrf(["ab ce"], ["ab cd"])
+  assert result["chrf"] == pytest.approx(100 * (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4)
+
+
+def test_self_bleu_by_hand():
+  # "a b c d" has a copy among its two references, and so has "".
+  outputs = [["a b c d", "a b c d", "a b x"], ["", ""]]
+  # "a b x" has 3 tokens: 2/3, 1/2, and no trigram, so BLEU without smoothing
+  # is 0.
+  expected = ((100 + 100 + 0) / 3 + 100) / 2
+  assert text_metrics.self_bleu(outputs)["self_bleu"] == pytest.approx(expected)
+
+
+def test_self_bleu_of_partly_equal_outputs_by_hand():
+  # Both ways: 5/6, 4/5, 3/4, 2/3 of the n-grams, and the same length.
+  pair = ["a b c d e f", "a b c d e g"]
+  expected = 100 * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+  result = text_metrics.self_bleu([pair])["self_bleu"]
+  assert result == pytest.approx(expected)
+  # The second reference holds what the first one lacks: each n-gram but the
+  # last of every order is in one of the others.
+  three = text_metrics.self_bleu([[*pair, "x b c d e f"]])["self_bleu"]
+  assert three > expected
+
+
+def test_self_bleu_needs_two_outputs():
+  with pytest.raises(ValueError, match="got 1; set NUM_SAMPLES"):
+    text_metrics.self_bleu([["a", "b"], ["a"]])
+  with pytest.raises(ValueError, match="got 0"):
+    text_metrics.self_bleu([])
+
+
+PAIRS = {
+  text_metrics.phoneme_error_rates: (
+    [["T AH M EY", "T AH M AA T"], ["K AE T"], ["AH"]],
+    ["T AH M AA T", "K T", "B AH B B"],
+  ),
+  text_metrics.chain_accuracy: (
+    ["1+1=2;#2", "1+2=3;3+3=6;#6", "2+2=4;#4"],
+    ["1+1=3;#2", "1+2=3;3+3=5;#5", ""],
+  ),
+  text_metrics.bleu: (
+    ["ein Haus am See heute", "er sagt „ja“ zu mir", "gut"],
+    ["ein Haus am See", "er sagt „ja“ zu dir und mir", "nein"],
+  ),
+  text_metrics.rouge: (["a b c", "d e f"], ["a b", "d x f"]),
+  calculator.final_number_accuracy: (
+    ["The answer is 14.", "The answer is 2.", "The answer is 5."],
+    ["3 * 4 = 13. 13 + 2 = 15. The answer is 15.", "2", "6"],
+  ),
+}
+
+
+@pytest.mark.parametrize("metric", PAIRS, ids=lambda f: f.__name__)
+def test_summed_statistics_of_examples_are_the_metric(metric):
+  targets, predictions = PAIRS[metric]
+  whole = metric(targets, predictions)
+  parts = [
+    example_statistics.of_example(metric, t, p)
+    for t, p in zip(targets, predictions, strict=True)
+  ]
+  for name, value in whole.items():
+    assert 0 < value < 100, name
+    stats = np.array([part[name] for part in parts])
+    combine = example_statistics.metric_of(stats)
+    assert combine(stats.sum(0)[None])[0] == pytest.approx(value), name
+    # Examples of several outputs have mean statistics.
+    assert combine(stats.sum(0)[None] / 3)[0] == pytest.approx(value), name

@@ -186,15 +186,15 @@ def test_wmt_metric():
   lengths = {"inputs": 80, "targets": 8}
   name = "wmt14_en_de_bytes"
   assert evaluate(name, "validation", german.get, lengths) == {
-    "bleu": pytest.approx(100.0)
+    "bleu": pytest.approx(100.0),
+    "chrf": pytest.approx(100.0),
   }
   one_wrong = {k: v.replace("tief", "lang") for k, v in german.items()}
   # 7 tokens and 8 tokens („ and “ are tokens): matches 14/15, 11/13, 9/11,
   # 7/9 of the n-grams.
   expected = 100 * (14 / 15 * 11 / 13 * 9 / 11 * 7 / 9) ** 0.25
-  assert evaluate(name, "validation", one_wrong.get, lengths) == {
-    "bleu": pytest.approx(expected)
-  }
+  result = evaluate(name, "validation", one_wrong.get, lengths)
+  assert result["bleu"] == pytest.approx(expected)
 
 
 def test_gsm8k_splits_of_the_real_lines():
