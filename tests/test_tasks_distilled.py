@@ -12,6 +12,7 @@ from gkd_jax.tasks import distilled, teacher_shards
 
 @pytest.fixture(name="registry")
 def _registry():
+  data.load_task("arithmetic_cot")  # registers the shipped tasks
   before = set(seqio.TaskRegistry.names())
   yield seqio.TaskRegistry
   for name in set(seqio.TaskRegistry.names()) - before:

@@ -141,8 +141,6 @@ def test_a_sample_depends_on_seed_example_and_number_alone(tmp_path):
       np.testing.assert_allclose(
         record["score"], np.sum(result.log_probs[row]), rtol=1e-4
       )
-  # Some were cut at the length, and have no EOS that would teach to stop there.
-  assert {1 in r["targets"] for r in records.values()} == {True, False}
   drawn = {
     tuple(r["targets"]) for (example, _), r in records.items() if example == 3
   }
