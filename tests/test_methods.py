@@ -180,7 +180,8 @@ def outputs_of_a_teacher(folder):
   rows = [{"inputs": f"{i}+1", "prediction": f"#{i + 1}"} for i in range(9)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   name = f"arithmetic_cot_of_{folder.name}"
-  teacher_outputs.register(name, str(path), "arithmetic_cot")
+  base = data.load_task("arithmetic_cot").name
+  teacher_outputs.register(name, str(path), base)
   return name
 
 
