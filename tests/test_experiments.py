@@ -6,6 +6,7 @@ its section 4, written down apart from the gin files.
 """
 
 import functools
+import inspect
 import pathlib
 import re
 
@@ -92,10 +93,13 @@ def names(file):
 
 def built(file, tmp_path):
   """What a user's command makes; with those paths that it has to name."""
-  text = (ROOT / file).read_text()
-  given = {"MODEL_DIR": "'runs/a'"}
-  for name in re.findall(r"--gin\.([A-Z_]+)=", text):
-    given[name] = "'somewhere'"
+  # What the command in the header sets.
+  command = (ROOT / file).read_text().partition("#   gkd train")[2]
+  given = {
+    name: "'somewhere'"
+    for name in re.findall(r"^#     --gin\.([A-Z_]+)=", command, re.M)
+  }
+  assert "MODEL_DIR" in given
   return gin_probe.parts_of(file, tmp_path, **given)
 
 
@@ -164,7 +168,8 @@ def test_settings_are_those_of_the_tables(file, tmp_path):
   assert parts["batch_size"] == batch
   assert parts["task"] == ("somewhere" if method == "seqkd" else task)
   if folder == "wmt14_en_de":
-    assert model.student.decode_fn is beam_search.beam_search
+    decode_fn = inspect.unwrap(model.student.decode_fn)  # gin wraps it
+    assert decode_fn is beam_search.beam_search
     assert model.student.default_decoder_params == {
       "num_decodes": 4,
       "alpha": 0.6,
@@ -212,10 +217,11 @@ def test_header_says_how_to_run_it_and_what_to_expect(file):
   assert r"--gin.MODEL_DIR=\"RUNS/" in header
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(
+  "folder", ["xsum", "gsm8k"]
+)  # without dropout, with it
 def test_a_step_of_the_small_student_traces_at_full_size(folder, tmp_path):
-  name = "on_policy_rkl" if folder == "flan" else "on_policy_gkd_small"
-  parts = built(f"experiments/{folder}/{name}.gin", tmp_path)
+  parts = built(f"experiments/{folder}/on_policy_gkd_small.gin", tmp_path)
   model, optimizer, rows = (
     parts[k] for k in ("model", "optimizer", "batch_size")
   )

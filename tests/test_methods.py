@@ -5,6 +5,7 @@ the same tokens; see also the wrong constants that the comparison must refuse.
 """
 
 import dataclasses
+import functools
 import json
 
 import gin_probe
@@ -15,7 +16,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from loss_batches import log_softmax64
 
 import gin
-from gkd_jax import checkpoints, gin_utils, models, train, trainer
+from gkd_jax import (
+  checkpoints,
+  data,
+  gin_utils,
+  models,
+  train,
+  train_state,
+  trainer,
+)
 from gkd_jax.tasks import teacher_outputs
 
 LENGTHS = {"inputs": 12, "targets": 20}
@@ -170,8 +179,9 @@ def outputs_of_a_teacher(folder):
   path = folder / "outputs.jsonl"
   rows = [{"inputs": f"{i}+1", "prediction": f"#{i + 1}"} for i in range(9)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  name = "arithmetic_cot_of_a_teacher"
-  teacher_outputs.register(name, str(path), "arithmetic_cot")
+  name = f"arithmetic_cot_of_{folder.name}"
+  base = data.load_task("arithmetic_cot").name
+  teacher_outputs.register(name, str(path), base)
   return name
 
 
@@ -265,25 +275,59 @@ def test_a_self_teacher_has_the_students_size(toys, tmp_path):
   assert parts["model"].teacher.config == parts["model"].student.config
 
 
+def seed_of(method):
+  """The seed 2 draws one step of each kind at λ = 0.5."""
+  return 2 if FRACTIONS.get(method) == 0.5 else 0
+
+
+def task_of(method, folder):
+  return outputs_of_a_teacher(folder) if method == "seqkd" else "arithmetic_cot"
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_two_steps_of_training(method, toys, tmp_path):
-  size = "STUDENT" if method == "self_distillation" else "TEACHER"
-  settings = {
-    "MODEL_DIR": repr(str(tmp_path / "run")),
-    "EVAL_NUM_EXAMPLES": 8,
-    "LOG_PERIOD": 1,
-  }
-  if method not in ALONE:
-    folder = tmp_path / "teacher"
+def test_two_steps_change_the_student(method, toys, tmp_path):
+  parts = gin_probe.parts_of(toys(method), tmp_path, **macros(method))
+  model, optimizer, seed = parts["model"], parts["optimizer"], seed_of(method)
+  batches = data.TrainIterator(
+    data.load_task(task_of(method, tmp_path)), LENGTHS, 8, seed=seed
+  )
+  first = params_of(model.student, 1)
+  teacher = {} if model.teacher is None else params_of(model.teacher, 2)
+  state = train_state.create(first, optimizer.transform)
+  step_fn = jax.jit(
+    functools.partial(
+      trainer.train_step, model=model, optimizer=optimizer, seed=seed
+    ),
+    static_argnames="source",
+  )
+  sources = []
+  for step in range(2):
+    source = trainer.source_of_step(model, seed, step)
+    sources.append(source)
+    state, metrics = step_fn(state, teacher, next(batches), source=source)
+    total, weight = metrics["loss"]
+    assert np.isfinite(total) and weight > 0
+    assert metrics["gradient_norm"][0] > 0
+    assert ("forward_kl" in metrics) == (method not in ALONE)
+    assert ("sampled_length" in metrics) == (source == models.STUDENT)
+  assert sources.count(models.STUDENT) == 2 * FRACTIONS.get(method, 0.0)
+  assert (int(state.step), int(state.skipped)) == (2, 0)
+  moved = jax.tree.map(
+    lambda x, y: np.abs(x - y).max(), first, dict(state.params)
+  )
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize("method", ["seqkd", "self_distillation"])
+def test_two_steps_by_the_training_script(method, toys, tmp_path):
+  settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_NUM_EXAMPLES": 8}
+  settings["MIXTURE_OR_TASK_NAME"] = repr(task_of(method, tmp_path))
+  if method == "self_distillation":
     parts = gin_probe.parts_of(
-      toys("sft"), tmp_path, **macros("sft", STUDENT=f"%TOY_{size}")
+      toys("sft"), tmp_path, **macros("sft", STUDENT="%TOY_STUDENT")
     )
-    save(parts["model"], folder)
-    settings["TEACHER_CHECKPOINT_PATH"] = repr(str(folder))
-  if method == "seqkd":
-    settings["MIXTURE_OR_TASK_NAME"] = repr(outputs_of_a_teacher(tmp_path))
-  if method in ("imitkd", "f_distill"):
-    settings["SEED"] = 2  # one step of each kind
+    save(parts["model"], tmp_path / "teacher")
+    settings["TEACHER_CHECKPOINT_PATH"] = repr(str(tmp_path / "teacher"))
   gin_utils.parse(
     [toys(method)],
     [f"{k} = {v}" for k, v in macros(method, **settings).items()],
@@ -292,12 +336,7 @@ def test_two_steps_of_training(method, toys, tmp_path):
   gin.get_configurable(train.train)()
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   rows = [row for row in map(json.loads, lines) if "loss" in row]
-  assert [row["step"] for row in rows] == [1, 2]
-  sampled = ["sampled_length" in row for row in rows]
-  fraction = FRACTIONS.get(method, 0.0)
-  assert sum(sampled) == 2 * fraction
-  for row in rows:
-    assert np.isfinite(row["loss"]) and row["gradient_norm"] > 0
-    assert row["skipped_updates"] == 0
-    assert ("forward_kl" in row) == (method not in ALONE)
-  assert checkpoints.has_checkpoint(str(tmp_path / "run"))
+  assert [row["step"] for row in rows] == [2]
+  assert ("sampled_length" in rows[0]) == (method == "self_distillation")
+  assert np.isfinite(rows[0]["loss"]) and rows[0]["skipped_updates"] == 0
+  assert checkpoints.has_checkpoint(tmp_path / "run")
