@@ -19,6 +19,7 @@ from gkd_jax import (
   logs,
   optimizers,
   partitioning,
+  placement,
   preemption,
   rollouts,
   train_state,
@@ -95,7 +96,7 @@ def train(
   """
   # ---- mesh, data, models: what can be wrong is found here, before compiling -
   mesh = partitioning.make_mesh(num_partitions)
-  _check_batch(batch_size, num_microbatches, mesh, executor)
+  check_batch(batch_size, num_microbatches, mesh, executor)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   iterator = data.TrainIterator(
     task,
@@ -109,22 +110,16 @@ def train(
     use_cached=use_cached_tasks,
   )
   batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
-  shapes = {
-    "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
-    "decoder_input_tokens": (1, task_feature_lengths["targets"]),
-  }
-  rules = (
-    partitioning.FULLY_SHARDED_RULES
-    if shard_params_over_data
-    else partitioning.STANDARD_RULES
-  )
-  abstract_state, state_shardings = _abstract_state(
+  shapes = placement.input_shapes(task_feature_lengths)
+  rules = placement.rules(shard_params_over_data)
+  abstract_state, state_shardings = placement.state(
     model.student, optimizer, shapes, mesh, rules
   )
   teacher_params = {}
   if model.teacher is not None:
     teacher_params = load_teacher(
-      teacher_checkpoint_path, *_place(model.teacher, shapes, mesh, rules)
+      teacher_checkpoint_path,
+      *placement.params(model.teacher, shapes, mesh, rules),
     )
   _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
   if dry_run:
@@ -137,7 +132,7 @@ def train(
     params = _first_params(
       model,
       initial_checkpoint_path,
-      _with_shardings(abstract_state.params, state_shardings.params),
+      placement.with_shardings(abstract_state.params, state_shardings.params),
       seed,
       shapes,
     )
@@ -240,7 +235,8 @@ def train(
     return scores
 
 
-def _check_batch(batch_size, num_microbatches, mesh, executor):
+def check_batch(batch_size, num_microbatches, mesh, executor):
+  """Raises a ValueError for a batch that the mesh or the executor cannot take."""
   data_axis = mesh.shape[partitioning.DATA_AXIS]
   if batch_size % (data_axis * num_microbatches):
     raise ValueError(
@@ -268,27 +264,6 @@ def _check_targets(batch, source, step):
     )
 
 
-def _place(model, shapes, mesh, rules):
-  """Shapes of a model's parameters and their shardings."""
-  variables = jax.eval_shape(
-    lambda: model.get_initial_variables(jax.random.key(0), shapes)
-  )
-  axes = partitioning.logical_axes(variables["params_axes"])
-  shardings = partitioning.param_shardings(
-    variables["params"], axes, mesh, rules
-  )
-  return variables["params"], shardings
-
-
-def _abstract_state(student, optimizer, shapes, mesh, rules):
-  """Shapes of the train state and its shardings."""
-  params, shardings = _place(student, shapes, mesh, rules)
-  state = jax.eval_shape(
-    lambda p: train_state.create(p, optimizer.transform), params
-  )
-  return state, partitioning.state_shardings(state, shardings, mesh)
-
-
 def _print_sizes(state, shardings, teacher_params, mesh):
   print(
     f"student {logs.count(state.params):,} parameters"
@@ -302,16 +277,8 @@ def _print_sizes(state, shardings, teacher_params, mesh):
 
 def _resume(checkpointer, step, abstract_state, shardings, iterator):
   """The state that was saved, and the iterator at its place."""
-  abstract = _with_shardings(abstract_state, shardings)
+  abstract = placement.with_shardings(abstract_state, shardings)
   return checkpointer.restore(step, abstract, iterator)
-
-
-def _with_shardings(shapes, shardings):
-  return jax.tree.map(
-    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
-    shapes,
-    shardings,
-  )
 
 
 def _first_params(model, path, abstract_params, seed, shapes):
@@ -343,7 +310,7 @@ def load_teacher(path, abstract_params, shardings):
   return checkpoints.load_params(
     path,
     setting="TEACHER_CHECKPOINT_PATH",
-    like=_with_shardings(abstract_params, shardings),
+    like=placement.with_shardings(abstract_params, shardings),
   )
 
 

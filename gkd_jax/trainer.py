@@ -186,6 +186,10 @@ class JitExecutor:
     """Global arrays from this process's rows."""
     return partitioning.put_batch(batch, self._mesh)
 
+  def lower(self, state, teacher_params, batch, source) -> jax.stages.Lowered:
+    """The step's program for shapes with shardings; nothing is allocated."""
+    return self._compiled(source).lower(state, teacher_params, batch)
+
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
     return self._compiled(source)(state, teacher_params, batch)
@@ -232,8 +236,7 @@ class SamplingClock:
 
   def __init__(self, model: Any, seed: int, mesh: Any):
     self._seed, self._mesh = seed, mesh
-    # Looked up when it is called: a model without a teacher has no such method.
-    self._sample = jax.jit(lambda *args: model.sample_batch(*args))
+    self._sample = sampler(model)
     self._compiled = False
 
   def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
@@ -251,3 +254,9 @@ class SamplingClock:
     begin = time.monotonic()
     jax.block_until_ready(self._sample(*args))
     return time.monotonic() - begin
+
+
+def sampler(model: Any) -> Any:
+  """`model.sample_batch` under jit: sampling as a program of its own."""
+  # Looked up when it is called: a model without a teacher has no such method.
+  return jax.jit(lambda *args: model.sample_batch(*args))

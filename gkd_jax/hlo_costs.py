@@ -1,0 +1,323 @@
+"""What one device does when it runs a compiled program: counted, not measured.
+
+XLA's own counts take the body of a loop once, and so miss most of a sampler.
+Here a loop's body counts as often as it runs, and the work stays apart by
+segment: what runs once, and each loop.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+from gkd_jax import hlo_text
+
+_COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+# These move nothing, or what they move is counted where it is used.
+_FREE = {
+  *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
+  *("after-all", "partition-id", "replica-id", "opt-barrier"),
+  *("optimization-barrier", "while", "conditional", "call", "async-start"),
+  *("async-update", "async-done", "domain"),
+}
+
+
+@dataclasses.dataclass
+class Collective:
+  """All collectives of one kind: how many run, and bytes of one device.
+
+  Attributes:
+    count: runs.
+    operand_bytes: of all operands.
+    sent_bytes: what the device sends at least, in a ring.
+  """
+
+  count: int = 0
+  operand_bytes: int = 0
+  sent_bytes: int = 0
+
+
+@dataclasses.dataclass
+class Segment:
+  """The work of one device in one run of a piece of the program.
+
+  Attributes:
+    name: "once", or that of the loop.
+    runs: how often this piece runs.
+    trip_count_known: False where a loop may end early, and `runs` is its most.
+    flops: of matrix products and convolutions; one multiply-add is 2.
+    hbm_bytes: read from and written to HBM.
+    collectives: by kind.
+  """
+
+  name: str
+  runs: int = 1
+  trip_count_known: bool = True
+  flops: int = 0
+  hbm_bytes: int = 0
+  collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+
+  @property
+  def sent_bytes(self) -> int:
+    """Bytes that all collectives send."""
+    return sum(c.sent_bytes for c in self.collectives.values())
+
+
+def count(text: str, *, loop_length: int) -> list[Segment]:
+  """Counts a compiled program.
+
+  Elementwise work is left out of `flops`, as in model-FLOPs utilisation. Bytes
+  are without the padding of tiled layouts, and of every branch of a condition.
+
+  Args:
+    text: `jax.stages.Compiled.as_text()`.
+    loop_length: how often a loop runs that does not say so, which may end early:
+      the sampler's, with the longest output.
+
+  Returns:
+    First what runs once, then each loop.
+
+  Raises:
+    ValueError: text of another form than is known here.
+  """
+  module = hlo_text.parse(text)
+  segments = [Segment("once")]
+  _walk(module, module.entry, segments[0], segments, loop_length)
+  return segments
+
+
+def total(segments: list[Segment], of: Callable[[Segment], int]) -> int:
+  """The whole program's sum of a number of its segments."""
+  return sum(s.runs * of(s) for s in segments)
+
+
+def collectives(segments: list[Segment]) -> dict[str, Collective]:
+  """The whole program's collectives, by kind."""
+  kinds = sorted({kind for s in segments for kind in s.collectives})
+  result = {kind: Collective() for kind in kinds}
+  for segment in segments:
+    for kind, part in segment.collectives.items():
+      result[kind].count += segment.runs * part.count
+      result[kind].operand_bytes += segment.runs * part.operand_bytes
+      result[kind].sent_bytes += segment.runs * part.sent_bytes
+  return result
+
+
+def _walk(module, name, segment, segments, loop_length, *, fused=False):
+  """Adds a computation's work to `segment`; loops get segments of their own."""
+  computation = module.computations[name]
+  for instruction in computation.values():
+    segment.flops += _flops(instruction, computation)
+    _add_collective(segment, instruction, computation, module.devices)
+    if not fused:
+      segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
+    if instruction.opcode == "while":
+      trips = instruction.trip_count
+      loop = Segment(
+        instruction.name,
+        segment.runs * (loop_length if trips is None else trips),
+        segment.trip_count_known and trips is not None,
+      )
+      segments.append(loop)
+      for part in instruction.called("condition", "body"):
+        _walk(module, part, loop, segments, loop_length, fused=fused)
+      continue
+    inside = fused or instruction.opcode == "fusion"
+    for part in instruction.called(*_callees(instruction.opcode)):
+      _walk(module, part, segment, segments, loop_length, fused=inside)
+
+
+def _callees(opcode):
+  """Attributes of the computations that run inside an instruction."""
+  if opcode in ("fusion", "async-start"):
+    return ("calls",)
+  if opcode == "call":
+    return ("to_apply", "calls")
+  if opcode == "conditional":
+    return ("branch_computations", "true_computation", "false_computation")
+  return ()  # what a reduction applies to each element is no matrix product
+
+
+def _shape(name, computation):
+  return computation[name].arrays[0]
+
+
+def _flops(instruction, computation):
+  if instruction.opcode == "dot":
+    lhs = _shape(instruction.operands[0], computation)
+    match = re.search(
+      r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes
+    )
+    axes = [int(a) for a in match[1].split(",") if a] if match else []
+    summed = math.prod(lhs.dims[a] for a in axes)
+    return 2 * math.prod(instruction.arrays[0].dims) * summed
+  if instruction.opcode == "convolution":
+    return _convolution_flops(instruction, computation)
+  return 0
+
+
+def _convolution_flops(instruction, computation):
+  """TPU programs write matrix products as convolutions, batches dilated."""
+  lhs, rhs = (_shape(name, computation) for name in instruction.operands[:2])
+  text = instruction.attributes
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+  if labels is None:
+    raise ValueError(
+      f"expected dim_labels of the convolution {instruction.name!r}, got"
+      f" {text[:80]!r}; set another version of jax"
+    )
+  size = lambda label, axis, array: array.dims[labels[label].index(axis)]
+  output = instruction.arrays[0]
+  groups = re.search(r"batch_group_count=(\d+)", text)
+  products = size(2, "i", rhs) * size(2, "o", rhs) * size(1, "b", lhs)
+  products //= int(groups[1]) if groups else 1
+  spatial = sorted(c for c in labels[1] if c.isdigit())
+  for place, axis in enumerate(spatial):
+    option = lambda name, default, place=place: int(
+      _window_option(text, name, place, default).split("_")[0]
+    )
+    products *= _window_products(
+      size(1, axis, lhs),
+      size(2, axis, rhs),
+      size(3, axis, output),
+      option("stride", "1"),
+      option("pad", "0_0"),
+      option("rhs_dilate", "1"),
+      option("lhs_dilate", "1"),
+    )
+  return 2 * products
+
+
+def _window_option(text, name, place, default):
+  match = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", text)
+  return match[1].split("x")[place] if match else default
+
+
+@functools.cache
+def _window_products(inputs, window, outputs, stride, low, step, gap):
+  """Pairs of output and window positions that meet an input, on one axis."""
+  found = 0
+  for w in range(window):
+    for o in range(outputs):
+      place, rest = divmod(o * stride - low + w * step, gap)
+      found += rest == 0 and 0 <= place < inputs
+  return found
+
+
+def _add_collective(segment, instruction, computation, devices):
+  kind = instruction.opcode.removesuffix("-start")
+  if kind not in _COLLECTIVES:
+    return
+  operand = sum(
+    a.bytes for name in instruction.operands for a in computation[name].arrays
+  )
+  sent = operand
+  if kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
+    # A ring passes each part on n - 1 times; an all-reduce goes around twice.
+    n = _group_size(instruction, devices)
+    times = {"all-reduce": 2 * (n - 1), "all-gather": n * (n - 1)}
+    sent = times.get(kind, n - 1) * operand // n
+  of_kind = segment.collectives.setdefault(kind, Collective())
+  of_kind.count += 1
+  of_kind.operand_bytes += operand
+  of_kind.sent_bytes += sent
+
+
+def _group_size(instruction, devices):
+  """Devices that take part in one group of a collective."""
+  text = instruction.attributes
+  match = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+  if match:
+    return len(match[1].split(","))
+  match = re.search(r"replica_groups=\[([\d,]+)\]<=", text)
+  if match:
+    return int(match[1].split(",")[-1])
+  if re.search(r"replica_groups=\{\}", text):
+    return devices
+  # mesh['a'=2,'b'=4], perhaps device_ids=(...), then the axes {'a'}, or a part
+  # of an axis, 'b':(1)2, of the size after the parentheses.
+  match = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+  if match:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+    used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in used)
+  raise ValueError(
+    f"expected replica_groups of {instruction.name!r} in a known form, got"
+    f" {text[:120]!r}; set another version of jax"
+  )
+
+
+def _hbm_bytes(instruction, computation, module):
+  """Bytes between HBM and the core for an instruction that is in no fusion."""
+  opcode = instruction.opcode
+  if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    return 0
+  if opcode == "fusion":
+    return _fusion_bytes(instruction, computation, module)
+  result = instruction.arrays
+  if opcode.endswith("-start"):  # its result repeats the operand
+    result = result[:1] if opcode == "copy-start" else result[-1:]
+  reads = [computation[name].arrays for name in instruction.operands]
+  if opcode in ("dynamic-slice", "slice", "gather"):
+    reads[0] = result  # of the rest of the operand nothing is read
+  if opcode == "dynamic-update-slice":
+    reads, result = reads[1:], reads[1]  # in place
+  return sum(map(_in_hbm, (result, *reads)))
+
+
+def _in_hbm(arrays):
+  return sum(a.bytes for a in arrays if not a.on_chip)
+
+
+def _fusion_bytes(fusion, computation, module):
+  """As `_hbm_bytes`, with slices read and slices updated inside it."""
+  inner = module.computations[fusion.called("calls")[0]]
+  moved = 0
+  for instruction in inner.values():
+    if instruction.opcode == "parameter":
+      outside = computation[fusion.operands[int(instruction.literal)]]
+      moved += min(
+        _in_hbm(outside.arrays), _bytes_read(instruction.name, inner)
+      )
+  root = next(i for i in inner.values() if i.is_root)
+  parts = root.operands if root.opcode == "tuple" else (root.name,)
+  if len(parts) != len(fusion.arrays):  # one instruction of several results
+    return moved + _in_hbm(fusion.arrays)
+  for name, array in zip(parts, fusion.arrays, strict=True):
+    made = _behind_bitcasts(inner[name], inner)
+    if made.opcode == "dynamic-update-slice":  # in place
+      moved += min(_in_hbm([array]), _shape(made.operands[1], inner).bytes)
+    else:
+      moved += _in_hbm([array])
+  return moved
+
+
+def _bytes_read(name, inner):
+  """Bytes that a fusion reads of its parameter `name`."""
+  read = 0
+  for user in inner.values():
+    if name not in user.operands:
+      continue
+    first_only = user.operands[0] == name and name not in user.operands[1:]
+    if user.opcode == "bitcast":
+      read += _bytes_read(user.name, inner)
+    elif first_only and user.opcode in ("dynamic-slice", "slice", "gather"):
+      read += sum(a.bytes for a in user.arrays)
+    elif not (first_only and user.opcode == "dynamic-update-slice"):
+      return sum(a.bytes for a in inner[name].arrays)
+  return read
+
+
+def _behind_bitcasts(instruction, inner):
+  while instruction.opcode == "bitcast":
+    instruction = inner[instruction.operands[0]]
+  return instruction

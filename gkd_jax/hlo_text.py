@@ -1,0 +1,160 @@
+"""Reads the text of a compiled HLO module into computations and instructions.
+
+Only what counting needs: names, shapes, operands and attributes. The text is
+that of `jax.stages.Compiled.as_text()`, of any backend.
+"""
+
+import dataclasses
+import math
+import re
+
+# Bytes of an element; a type that is not here is a token or opaque, 0 bytes.
+_BYTES = {
+  **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+  **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
+  **dict.fromkeys(("s32", "u32", "f32"), 4),
+  **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+  **dict.fromkeys(("s4", "u4"), 0.5),
+  "c128": 16,
+}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """An array's type, size and place.
+
+  Attributes:
+    dtype: such as "bf16".
+    dims: its shape.
+    on_chip: whether it lies in a memory nearer than HBM (a space above 0).
+  """
+
+  dtype: str
+  dims: tuple[int, ...]
+  on_chip: bool
+
+  @property
+  def bytes(self) -> int:
+    """Without the padding of a tiled layout."""
+    return math.ceil(math.prod(self.dims) * _BYTES.get(self.dtype, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One instruction.
+
+  Attributes:
+    name: in its computation.
+    opcode: such as "dot".
+    arrays: of its result; several of a tuple.
+    operands: their names.
+    literal: what stands in the operands' place of a parameter or a constant.
+    attributes: the rest of its text.
+    is_root: whether it is the computation's result.
+  """
+
+  name: str
+  opcode: str
+  arrays: tuple[Array, ...]
+  operands: tuple[str, ...]
+  literal: str
+  attributes: str
+  is_root: bool
+
+  def called(self, *kinds: str) -> tuple[str, ...]:
+    """Names of the computations under such attributes as "body"."""
+    found = []
+    for kind in kinds:
+      match = re.search(rf"\b{kind}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+      if match:
+        found += re.findall(r"[\w.\-]+", match[1])
+    return tuple(found)
+
+  @property
+  def trip_count(self) -> int | None:
+    """Of a loop; None where only the run decides."""
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)
+    return int(match[1]) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """Computations by name, each an ordered dict of instructions by name.
+
+  Attributes:
+    computations: all of them.
+    entry: name of the first to run.
+    devices: that run the program together.
+  """
+
+  computations: dict[str, dict[str, Instruction]]
+  entry: str
+  devices: int
+
+
+def parse(text: str) -> Module:
+  """Returns the module that `text` describes.
+
+  Raises:
+    ValueError: it holds no entry computation.
+  """
+  first = text[: text.find("\n")]
+  devices = math.prod(
+    int(n) for n in re.findall(r"num_(?:partitions|replicas)=(\d+)", first)
+  )
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    header = _HEADER.match(line)
+    if header:
+      current = computations[header[2]] = {}
+      entry = header[2] if header[1] else entry
+      continue
+    match = _INSTRUCTION.match(line)
+    if match and current is not None:
+      current[match[2]] = _instruction(match, line[match.end() :])
+  if entry is None:
+    raise ValueError(
+      "expected the text of a compiled HLO module, got one without an entry"
+      " computation; set another version of jax"
+    )
+  return Module(computations, entry, devices)
+
+
+def _instruction(match, rest):
+  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+  opening = rest.index("(", end)
+  opcode = rest[end:opening].strip()
+  closing = _closing(rest, opening)
+  inside = rest[opening + 1 : closing]
+  leaf = opcode in ("parameter", "constant")
+  return Instruction(
+    match[2],
+    opcode,
+    tuple(_array(*found) for found in _ARRAY.findall(rest[:end])),
+    () if leaf else tuple(re.findall(r"%([\w.\-]+)", inside)),
+    inside if leaf else "",
+    rest[closing + 1 :],
+    bool(match[1]),
+  )
+
+
+def _closing(text, opening):
+  """Place of the parenthesis that closes the one at `opening`."""
+  depth = 0
+  for place in range(opening, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[place], 0)
+    if depth == 0:
+      return place
+  raise ValueError(
+    f"expected closed parentheses in HLO text, got {text[:80]!r};"
+    " set another version of jax"
+  )
+
+
+def _array(dtype, dims, layout):
+  sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
+  space = re.search(r"S\((\d+)\)", layout)
+  return Array(dtype, sizes, bool(space and space[1] != "0"))

@@ -1,0 +1,89 @@
+"""Devices to compile for, which need not be there."""
+
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from gkd_jax import chips
+
+# Without these, libtpu asks a metadata server that only a TPU machine has.
+_NOT_ON_A_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5e-4",  # any; the topology's name decides
+}
+# Else a v4 chip counts as two devices; a program of today runs on both cores.
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+
+
+def devices(topology: str | None) -> tuple[list[Any], chips.Chip | None]:
+  """Devices of a topology, and the chip that they are.
+
+  Is to be called before JAX has looked for devices.
+
+  Args:
+    topology: chip and shape, such as "v5e:4x4" or "v5p:4x4x4"; "cpu:8" for
+      eight fake devices of this machine; None for the devices that there are.
+
+  Returns:
+    The devices, and the chip, or None if its rates are not known here.
+
+  Raises:
+    ValueError: no such chip or shape, too few devices, or no TPU compiler.
+  """
+  if topology is None:
+    return list(jax.devices()), None
+  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+  if not match or match[1] not in ("cpu", *chips.CHIPS):
+    raise ValueError(
+      "expected a topology such as v5e:4x4, of a chip of"
+      f" {', '.join(chips.CHIPS)}, or cpu:8, got {topology!r}; set --topology"
+    )
+  # What there is here is not used; nor is a TPU that others may be using.
+  jax.config.update("jax_platforms", "cpu")
+  shape = [int(n) for n in match[2].split("x")]
+  if match[1] == "cpu":
+    return _of_this_machine(math.prod(shape)), None
+  return _of_libtpu(topology, match[1], shape), chips.CHIPS[match[1]]
+
+
+def _of_this_machine(number):
+  try:
+    jax.config.update("jax_num_cpu_devices", number)
+  except RuntimeError:
+    pass  # JAX has its devices already; they may be enough
+  found = jax.devices("cpu")
+  if len(found) < number:
+    raise ValueError(
+      f"expected {number} CPU devices, got {len(found)}; set --topology, or"
+      f" XLA_FLAGS=--xla_force_host_platform_device_count={number}"
+    )
+  return found[:number]
+
+
+def _of_libtpu(topology, chip, shape):
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "expected the package libtpu, which holds the TPU compiler, got none;"
+      " run `pip install 'gkd_jax[tpu]'`"
+    )
+  for name, value in _NOT_ON_A_TPU.items():
+    os.environ.setdefault(name, value)
+  options = dict(_OPTIONS.get(chip, {}))
+  if math.prod(shape) == 1:  # by default a host has at least four chips
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  try:
+    description = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, **options
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"expected a shape that {chip} comes in, such as 2x2 (v5e, v6e) or 2x2x1"
+      f" (v4, v5p), got {topology!r} ({error}); set --topology"
+    ) from error
+  return description.devices
