@@ -138,24 +138,20 @@ def fused_distillation_loss(
     shares,
   )
   tokens, chunks = _real_first(layout, tokens)
-  of_token = lambda teacher_logits, student_logits: losses.token_losses(
-    teacher_logits,
-    student_logits,
-    divergence,
-    teacher_temperature,
-    student_temperature,
-    num_real_tokens,
+  of_token = functools.partial(
+    losses.token_losses,
+    divergence=_without_gradient(divergence),
+    teacher_temperature=jax.lax.stop_gradient(teacher_temperature),
+    student_temperature=jax.lax.stop_gradient(student_temperature),
+    num_real_tokens=num_real_tokens,
   )
-  # β and temperatures may be traced: custom_vjp has to be handed them.
-  logits = jnp.zeros((vocab_size,), jnp.float32)
-  of_token, settings = jax.closure_convert(of_token, logits, logits)
   sums = _loss(
     of_token,
     layout,
     tokens.student_hidden,
     layout.constrain(student_head, None, layout.model_axis),
     tokens._replace(student_hidden=None),
-    jax.lax.stop_gradient((teacher_head, settings)),
+    jax.lax.stop_gradient(teacher_head),
     chunks,
   )
   total = jnp.sum(weights)
@@ -191,6 +187,14 @@ class _Layout(NamedTuple):
   def constrain(self, x, *axes):
     """`x`, split over these axes of the mesh, where there is one."""
     return jax.lax.with_sharding_constraint(x, P(*axes)) if self.has_mesh else x
+
+
+def _without_gradient(divergence):
+  """The divergence, with β and the like as constants (custom_vjp's closure)."""
+  if not isinstance(divergence, functools.partial):
+    return divergence
+  constants = jax.lax.stop_gradient(divergence.keywords)
+  return functools.partial(divergence.func, *divergence.args, **constants)
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
@@ -246,9 +250,11 @@ def _real_first(layout, tokens):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(of_token, layout, hidden, head, tokens, constants, chunks):
+def _loss(of_token, layout, hidden, head, tokens, teacher_head, chunks):
   """Sums over tokens of the loss and of each metric, by name."""
-  return _sums(of_token, layout, hidden, head, tokens, constants, chunks, False)
+  return _sums(
+    of_token, layout, hidden, head, tokens, teacher_head, chunks, False
+  )
 
 
 def _loss_forward(*arguments):
@@ -267,14 +273,11 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _sums(
-  of_token, layout, hidden, head, tokens, constants, chunks, with_gradient
+  of_token, layout, hidden, head, tokens, teacher_head, chunks, with_gradient
 ):
   """What `_loss` returns; with the gradient, also those of its two inputs."""
-  teacher_head, settings = constants
-  # Over the second and the third axis of `[V, R, C]`.
-  lanes = jax.vmap(
-    jax.vmap(lambda *logits: of_token(*logits, *settings), 1), 1
-  )
+  # Over the last axis of logits `[V, R C]`.
+  of_tokens = jax.vmap(of_token, in_axes=1)
 
   def step(index, carry):
     part = lambda x: jax.lax.dynamic_slice_in_dim(
@@ -283,18 +286,17 @@ def _sums(
     rows, here = part(hidden), jax.tree.map(part, tokens)
     teacher_logits = _logits(layout, here.teacher_hidden, teacher_head)
     student_logits = _logits(layout, rows, head)
-    of_student = lambda logits: lanes(teacher_logits, logits)
+    of_student = functools.partial(of_tokens, teacher_logits)
+    weights, shares = here.weights.reshape(-1), here.shares.reshape(-1)
     sums, *gradients = carry
     if with_gradient:
       loss, pull, metrics = jax.vjp(of_student, student_logits, has_aux=True)
-      (d_logits,) = pull(here.shares)
-      gradients = _add_gradients(
-        layout, gradients, index, rows, head, d_logits
-      )
+      (d_logits,) = pull(shares)
+      gradients = _add_gradients(layout, gradients, index, rows, head, d_logits)
     else:
       loss, metrics = of_student(student_logits)
-    new = {name: here.weights * x for name, x in metrics.items()}
-    new[_LOSS] = here.shares * loss
+    new = {name: weights * x for name, x in metrics.items()}
+    new[_LOSS] = shares * loss
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     return sums, *gradients
 
@@ -321,30 +323,35 @@ def _sums(
 def _add_gradients(layout, gradients, index, rows, head, d_logits):
   """Gradients of hidden states and head, with those of one chunk in them."""
   d_hidden, d_head = gradients
-  d_logits = layout.constrain(
-    d_logits, layout.model_axis, layout.data_axis, None
-  )
-  of_rows = jnp.einsum("dv,vrc->rcd", head.astype(jnp.float32), d_logits)
-  of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), d_logits)
+  flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+  of_rows = jnp.einsum("dv,vn->nd", head.astype(jnp.float32), d_logits)
+  if layout.data_shards == 1:
+    of_head = jnp.einsum("nd,vn->dv", flat, d_logits)[None]
+  else:
+    by_shard = d_logits.reshape(d_logits.shape[0], *rows.shape[:2])
+    of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
   d_hidden = jax.lax.dynamic_update_slice_in_dim(
-    d_hidden, of_rows.astype(d_hidden.dtype), index * layout.chunk, axis=1
+    d_hidden,
+    of_rows.reshape(rows.shape).astype(d_hidden.dtype),
+    index * layout.chunk,
+    axis=1,
   )
   return d_hidden, d_head + of_head
 
 
 def _logits(layout, hidden, head):
-  """`[R, C, D]` and `[D, V]` -> `[V, R, C]`, float32."""
+  """`[R, C, D]` and `[D, V]` -> `[V, R C]`, float32."""
   if isinstance(head, Int8Head):
-    scales = head.scales.astype(jnp.float32)[:, None, None]
+    scales = head.scales.astype(jnp.float32)[:, None]
     return scales * _logits(layout, hidden, head.values)
   dtype = jnp.promote_types(hidden.dtype, head.dtype)
   logits = jnp.einsum(
-    "dv,rcd->vrc",
+    "dv,nd->vn",
     head.astype(dtype),
-    hidden.astype(dtype),
+    hidden.reshape(-1, hidden.shape[-1]).astype(dtype),
     preferred_element_type=jnp.float32,
   )
-  return layout.constrain(logits, layout.model_axis, layout.data_axis, None)
+  return layout.constrain(logits, layout.model_axis, layout.data_axis)
 
 
 def _check_shapes(

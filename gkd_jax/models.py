@@ -16,6 +16,7 @@ from gkd_jax import (
   decoder_only,
   divergences,
   encoder_decoder,
+  fused_loss,
   losses,
   sampling,
   schedules,
@@ -50,6 +51,9 @@ class GKDModel:
     sampling_top_k: 0 for none.
     sampling_top_p: 1.0 for none.
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
+    loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
+      `losses.distillation_loss` on whole logits; None for the former with chunks
+      of 256 where a batch has more than 2^22 logits (B T V).
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -71,6 +75,7 @@ class GKDModel:
     sampling_top_k: int = 0,
     sampling_top_p: float = 1.0,
     length_normalization: str = "sequence",
+    loss_chunk_size: int | None = None,
   ):
     self.student = student
     self.teacher = teacher
@@ -88,6 +93,7 @@ class GKDModel:
       "suppress_ids": (sampling.PAD_ID,),
     }
     self.length_normalization = length_normalization
+    self.loss_chunk_size = loss_chunk_size
     self._check()
 
   def _check(self):
@@ -142,6 +148,11 @@ class GKDModel:
       raise ValueError(
         "expected length normalisation 'sequence' or 'token', got"
         f" {self.length_normalization!r}; set LENGTH_NORMALIZATION"
+      )
+    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
+      raise ValueError(
+        "expected a loss_chunk_size of at least 0, got"
+        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
     self._divergence_at(0)
 
@@ -214,22 +225,41 @@ class GKDModel:
       batch, metrics = self._with_samples(
         params, clean, batch, chosen, sample_key, row_ids
       )
-    student_logits = self.student.decoder_logits(
-      params, encoded, batch, decoder_key
-    )
-    teacher_logits = self.teacher.logits(teacher_params, batch)
-    loss, weight, aux = losses.distillation_loss(
-      jax.lax.stop_gradient(teacher_logits),
-      student_logits,
-      self.student.loss_weights(batch),
-      divergence=self._divergence_at(step),
-      teacher_temperature=self.teacher_temperature,
-      student_temperature=self.student_temperature,
-      length_normalization=self.length_normalization,
-      segment_ids=batch.get("decoder_segment_ids"),
-      num_real_tokens=self.student.num_real_tokens,
+    loss, weight, aux = self._loss(
+      params, teacher_params, encoded, batch, decoder_key, step
     )
     return loss, weight, aux | metrics
+
+  def _loss(self, params, teacher_params, encoded, batch, key, step):
+    """The divergence on a batch's outputs: (loss_sum, weight_sum, metrics)."""
+    settings = {
+      "divergence": self._divergence_at(step),
+      "teacher_temperature": self.teacher_temperature,
+      "student_temperature": self.student_temperature,
+      "length_normalization": self.length_normalization,
+      "segment_ids": batch.get("decoder_segment_ids"),
+      "num_real_tokens": self.student.num_real_tokens,
+    }
+    weights, chunk = self.student.loss_weights(batch), self.loss_chunk_size
+    if chunk is None:
+      chunk = 256 if weights.size * self.config.vocab_size > 2**22 else 0
+    if not chunk:
+      student = self.student.decoder_logits(params, encoded, batch, key)
+      teacher = jax.lax.stop_gradient(
+        self.teacher.logits(teacher_params, batch)
+      )
+      return losses.distillation_loss(teacher, student, weights, **settings)
+    return fused_loss.fused_distillation_loss(
+      self.student.decoder_hidden(params, encoded, batch, key),
+      self.student.output_head(params),
+      self.teacher.decoder_hidden(
+        teacher_params, self.teacher.encode(teacher_params, batch), batch
+      ),
+      self.teacher.output_head(teacher_params),
+      weights,
+      chunk_size=chunk,
+      **settings,
+    )
 
   def _choose(self, source, step, key, row_ids):
     """Which rows use the student's own output, `[B]` bool, or None for all."""

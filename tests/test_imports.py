@@ -11,6 +11,7 @@ LAYERS = (
     "types",
     "divergences",
     "losses",
+    "fused_loss",
     "sampling",
     "beam_search",
     "decoding",
