@@ -138,12 +138,8 @@ def fused_distillation_loss(
     shares,
   )
   tokens, chunks = _real_first(layout, tokens)
-  of_token = functools.partial(
-    losses.token_losses,
-    divergence=_without_gradient(divergence),
-    teacher_temperature=jax.lax.stop_gradient(teacher_temperature),
-    student_temperature=jax.lax.stop_gradient(student_temperature),
-    num_real_tokens=num_real_tokens,
+  of_token, settings = _split_settings(
+    divergence, teacher_temperature, student_temperature, num_real_tokens
   )
   sums = _loss(
     of_token,
@@ -151,7 +147,7 @@ def fused_distillation_loss(
     tokens.student_hidden,
     layout.constrain(student_head, None, layout.model_axis),
     tokens._replace(student_hidden=None),
-    jax.lax.stop_gradient(teacher_head),
+    jax.lax.stop_gradient((teacher_head, settings)),
     chunks,
   )
   total = jnp.sum(weights)
@@ -189,12 +185,26 @@ class _Layout(NamedTuple):
     return jax.lax.with_sharding_constraint(x, P(*axes)) if self.has_mesh else x
 
 
-def _without_gradient(divergence):
-  """The divergence, with β and the like as constants (custom_vjp's closure)."""
-  if not isinstance(divergence, functools.partial):
-    return divergence
-  constants = jax.lax.stop_gradient(divergence.keywords)
-  return functools.partial(divergence.func, *divergence.args, **constants)
+def _split_settings(divergence, *rest):
+  """A function of settings and logits `[V]`, and the settings that are arrays.
+
+  custom_vjp has to be handed those; numbers stay numbers, which are checked.
+  """
+  hyper = {}
+  if isinstance(divergence, functools.partial):
+    hyper, divergence = divergence.keywords, divergence.func
+  fixed = [hyper, *rest]
+  leaves, tree = jax.tree.flatten(fixed, is_leaf=lambda x: x is None)
+  arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+  numbers = [None if i in arrays else x for i, x in enumerate(leaves)]
+
+  def of_token(arrays, teacher_logits, student_logits):
+    values = [arrays.get(i, x) for i, x in enumerate(numbers)]
+    hyper, *rest = jax.tree.unflatten(tree, values)
+    bound = functools.partial(divergence, **hyper)
+    return losses.token_losses(teacher_logits, student_logits, bound, *rest)
+
+  return of_token, arrays
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
@@ -250,10 +260,10 @@ def _real_first(layout, tokens):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(of_token, layout, hidden, head, tokens, teacher_head, chunks):
+def _loss(of_token, layout, hidden, head, tokens, constants, chunks):
   """Sums over tokens of the loss and of each metric, by name."""
   return _sums(
-    of_token, layout, hidden, head, tokens, teacher_head, chunks, False
+    of_token, layout, hidden, head, tokens, constants, chunks, False
   )
 
 
@@ -273,11 +283,12 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _sums(
-  of_token, layout, hidden, head, tokens, teacher_head, chunks, with_gradient
+  of_token, layout, hidden, head, tokens, constants, chunks, with_gradient
 ):
   """What `_loss` returns; with the gradient, also those of its two inputs."""
   # Over the last axis of logits `[V, R C]`.
-  of_tokens = jax.vmap(of_token, in_axes=1)
+  teacher_head, settings = constants
+  of_tokens = jax.vmap(functools.partial(of_token, settings), in_axes=1)
 
   def step(index, carry):
     part = lambda x: jax.lax.dynamic_slice_in_dim(
