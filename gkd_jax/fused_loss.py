@@ -186,7 +186,7 @@ class _Layout(NamedTuple):
 
 
 def _split_settings(divergence, *rest):
-  """A function of settings and logits `[V]`, and the settings that are arrays.
+  """A function of settings and logits `[V, N]`, and the settings that are arrays.
 
   custom_vjp has to be handed those; numbers stay numbers, which are checked.
   """
@@ -202,7 +202,9 @@ def _split_settings(divergence, *rest):
     values = [arrays.get(i, x) for i, x in enumerate(numbers)]
     hyper, *rest = jax.tree.unflatten(tree, values)
     bound = functools.partial(divergence, **hyper)
-    return losses.token_losses(teacher_logits, student_logits, bound, *rest)
+    return losses.token_losses(
+      teacher_logits, student_logits, bound, *rest, axis=0
+    )
 
   return of_token, arrays
 
@@ -262,9 +264,7 @@ def _real_first(layout, tokens):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(of_token, layout, hidden, head, tokens, constants, chunks):
   """Sums over tokens of the loss and of each metric, by name."""
-  return _sums(
-    of_token, layout, hidden, head, tokens, constants, chunks, False
-  )
+  return _sums(of_token, layout, hidden, head, tokens, constants, chunks, False)
 
 
 def _loss_forward(*arguments):
@@ -286,9 +286,7 @@ def _sums(
   of_token, layout, hidden, head, tokens, constants, chunks, with_gradient
 ):
   """What `_loss` returns; with the gradient, also those of its two inputs."""
-  # Over the last axis of logits `[V, R C]`.
   teacher_head, settings = constants
-  of_tokens = jax.vmap(functools.partial(of_token, settings), in_axes=1)
 
   def step(index, carry):
     part = lambda x: jax.lax.dynamic_slice_in_dim(
@@ -297,7 +295,7 @@ def _sums(
     rows, here = part(hidden), jax.tree.map(part, tokens)
     teacher_logits = _logits(layout, here.teacher_hidden, teacher_head)
     student_logits = _logits(layout, rows, head)
-    of_student = functools.partial(of_tokens, teacher_logits)
+    of_student = functools.partial(of_token, settings, teacher_logits)
     weights, shares = here.weights.reshape(-1), here.shares.reshape(-1)
     sums, *gradients = carry
     if with_gradient:

@@ -154,6 +154,7 @@ def token_losses(
   teacher_temperature: float | jax.Array,
   student_temperature: float | jax.Array,
   num_real_tokens: int | None,
+  axis: int = -1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The divergence and the metrics of each token, from float32 logits.
 
@@ -164,6 +165,7 @@ def token_losses(
     teacher_temperature: divides the teacher's logits.
     student_temperature: divides the student's logits.
     num_real_tokens: token ids from here on have no mass; None: there are none.
+    axis: of the vocabulary: -1, or 0 for logits `[V, N]`.
 
   Returns:
     Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
@@ -176,16 +178,19 @@ def token_losses(
   _check_temperature("student_temperature", student_temperature)
   p = teacher_logits / teacher_temperature
   q = student_logits / student_temperature
-  p, q = _without_padding(num_real_tokens, p, q)
-  p, q = _log_softmax(p), _log_softmax(q)
-  loss = divergence(p, q)
+  p, q = _without_padding(num_real_tokens, p, q, axis=axis)
+  p, q = _log_softmax(p, axis), _log_softmax(q, axis)
+  # Divergences sum over the last axis. Mapping what is pointwise but for one sum
+  # moves no data; mapping a softmax would.
+  along = (lambda f: f) if axis == -1 else (lambda f: jax.vmap(f, in_axes=1))
+  loss = along(divergence)(p, q)
   p, q = jax.lax.stop_gradient((p, q))
   metrics = (
-    divergences.forward_kl(p, q),
-    divergences.reverse_kl(p, q),
-    divergences.entropy(p),
-    divergences.entropy(q),
-    _first_of_largest(p) == _first_of_largest(q),
+    along(divergences.forward_kl)(p, q),
+    along(divergences.reverse_kl)(p, q),
+    along(divergences.entropy)(p),
+    along(divergences.entropy)(q),
+    _first_of_largest(p, axis) == _first_of_largest(q, axis),
   )
   return loss, dict(zip(TOKEN_METRICS, metrics, strict=True))
 
@@ -265,18 +270,17 @@ def cross_entropy_loss(
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
-def _log_softmax(logits: jax.Array) -> jax.Array:
-  """As `jax.nn.log_softmax`, whose own `jit` would fix the layout under `vmap`."""
-  largest = jnp.max(logits, axis=-1, keepdims=True)
+def _log_softmax(logits: jax.Array, axis: int) -> jax.Array:
+  largest = jnp.max(logits, axis=axis, keepdims=True)
   shifted = logits - jax.lax.stop_gradient(largest)
-  return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+  return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
 
 
-def _first_of_largest(x: jax.Array) -> jax.Array:
-  """As `argmax` over the last axis, in two reductions that CPUs vectorise."""
-  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-  is_largest = x == jnp.max(x, axis=-1, keepdims=True)
-  return jnp.min(jnp.where(is_largest, ids, x.shape[-1]), axis=-1)
+def _first_of_largest(x: jax.Array, axis: int) -> jax.Array:
+  """As `argmax`, in two reductions that CPUs vectorise."""
+  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
+  is_largest = x == jnp.max(x, axis=axis, keepdims=True)
+  return jnp.min(jnp.where(is_largest, ids, x.shape[axis]), axis=axis)
 
 
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
@@ -288,13 +292,13 @@ def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
 
 
-def _without_padding(num_real_tokens, *logits):
-  """Logits `[..., V]` without mass from the id `num_real_tokens` on.
+def _without_padding(num_real_tokens, *logits, axis=-1):
+  """Logits without mass from the id `num_real_tokens` on.
 
   A mask and not a slice, which would move a vocabulary that is sharded. It
   follows the temperature, so that none can undo it.
   """
-  vocab_size = logits[0].shape[-1]
+  vocab_size = logits[0].shape[axis]
   if num_real_tokens is None:
     return logits
   if not 1 <= num_real_tokens <= vocab_size:
@@ -302,8 +306,10 @@ def _without_padding(num_real_tokens, *logits):
       f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
       f" {num_real_tokens}; set NUM_REAL_TOKENS"
     )
-  is_real = jnp.arange(vocab_size) < num_real_tokens
-  is_real = is_real.reshape((1,) * (logits[0].ndim - 1) + (-1,))
+  ids = jax.lax.broadcasted_iota(
+    jnp.int32, logits[0].shape, axis % logits[0].ndim
+  )
+  is_real = ids < num_real_tokens
   # Finite, as is every log-prob that the divergences see below.
   return tuple(jnp.where(is_real, x, -1e9) for x in logits)
 

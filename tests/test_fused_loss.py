@@ -51,9 +51,7 @@ def dense(hidden, head, teacher_hidden, teacher_head, weights, **settings):
 
 
 def assert_close(got, expected, tolerance=1e-5):
-  for x, y in zip(
-    jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
-  ):
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     scale = np.max(np.abs(y)) + 1e-30
     np.testing.assert_allclose(
       np.asarray(x) / scale, np.asarray(y) / scale, rtol=0, atol=tolerance
@@ -79,9 +77,9 @@ def test_equals_the_dense_loss(name, normalization):
       )
 
     # β and the temperature are traced, as a schedule's are.
-    return jax.jit(
-      lambda b, t, *a: results(functools.partial(loss, b, t))(*a)
-    )(BETAS.get(name, 0.0), 0.9, *arguments)
+    return jax.jit(lambda b, t, *a: results(functools.partial(loss, b, t))(*a))(
+      BETAS.get(name, 0.0), 0.9, *arguments
+    )
 
   # 10 of 20 tokens are real: three chunks of four, one of them not full.
   got = of(fused_loss.fused_distillation_loss, chunk_size=4)
@@ -89,7 +87,7 @@ def test_equals_the_dense_loss(name, normalization):
 
 
 def test_forward_kl_equals_float64():
-  hidden, head, teacher_hidden, teacher_head, weights = inputs(1)
+  hidden, head, *_ = inputs(1)
   loss = functools.partial(
     fused_loss.fused_distillation_loss, divergence="forward_kl", chunk_size=3
   )
