@@ -271,13 +271,17 @@ def cross_entropy_loss(
 
 
 def _log_softmax(logits: jax.Array, axis: int) -> jax.Array:
+  if axis == -1:
+    return jax.nn.log_softmax(logits)
   largest = jnp.max(logits, axis=axis, keepdims=True)
   shifted = logits - jax.lax.stop_gradient(largest)
   return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
 
 
 def _first_of_largest(x: jax.Array, axis: int) -> jax.Array:
-  """As `argmax`, in two reductions that CPUs vectorise."""
+  """`argmax`; over the first axis in two reductions that CPUs vectorise."""
+  if axis == -1:
+    return jnp.argmax(x, axis=-1)
   ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
   is_largest = x == jnp.max(x, axis=axis, keepdims=True)
   return jnp.min(jnp.where(is_largest, ids, x.shape[axis]), axis=axis)
