@@ -13,6 +13,7 @@ LAYERS = (
     "losses",
     "rewards",
     "stored_targets",
+    "fused_loss",
     "sampling",
     "instruments",
     "significance",
