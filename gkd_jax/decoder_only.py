@@ -112,6 +112,20 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   ) -> jax.Array:
     """Teacher-forced logits `[B, T, V]` of whole rows."""
     del encoded
+    return self._decoder(params, batch, dropout_rng)
+
+  def decoder_hidden(
+    self,
+    params: Any,
+    encoded: tuple,
+    batch: types.Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """See `types.TransformerModel.decoder_hidden`."""
+    del encoded
+    return self._decoder(params, batch, dropout_rng, return_hidden=True)
+
+  def _decoder(self, params, batch, dropout_rng, **options):
     return self.module.apply(
       {"params": params},
       batch["decoder_input_tokens"],
@@ -121,7 +135,15 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       self._causal_attention(batch),
       enable_dropout=dropout_rng is not None,
       rngs=base_model.rngs(dropout_rng),
+      **options,
     )
+
+  def output_head(self, params: Any) -> jax.Array:
+    """See `types.TransformerModel.output_head`."""
+    decoder = params["decoder"]
+    if self.config.logits_via_embedding:
+      return decoder["token_embedder"]["embedding"].T
+    return decoder["logits_dense"]["kernel"]
 
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None

@@ -98,6 +98,7 @@ class Decoder(nn.Module):
     deterministic: bool,
     decode: bool = False,
     prefill_lengths: jax.Array | None = None,
+    return_hidden: bool = False,
   ) -> jax.Array:
     """Returns logits `[B, T, V]`, float32.
 
@@ -108,6 +109,7 @@ class Decoder(nn.Module):
       decode: read the cache, and write one position into it.
       prefill_lengths: int32 `[B]`: make the cache of these T positions, and go
         on from this one in each row. Not with `decode`.
+      return_hidden: return what is multiplied with the head, `[B, T, D]`.
     """
     config = self.config
     relative = layers.RelativePositionBiases(
@@ -139,6 +141,8 @@ class Decoder(nn.Module):
       )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
     x = network.dropout(config)(x, deterministic=deterministic)
+    if return_hidden:
+      return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
     return layers.Dense(
@@ -179,6 +183,7 @@ class DecoderWrapper(nn.Module):
     max_decode_length: int | None = None,
     prefill: bool = False,
     prefill_lengths: jax.Array | None = None,
+    return_hidden: bool = False,
   ) -> jax.Array:
     """Logits of the token after each position.
 
@@ -205,9 +210,11 @@ class DecoderWrapper(nn.Module):
         rows that it was made of.
       prefill: make the cache.
       prefill_lengths: int32 `[B]`, position at which each row goes on.
+      return_hidden: see Returns.
 
     Returns:
-      float32 logits `[B, T, V]`.
+      float32 logits `[B, T, V]`, or the `[B, T, D]` that the head turns into
+      them.
 
     Raises:
       ValueError: `prefill` together with `decode`, or without lengths.
@@ -236,4 +243,5 @@ class DecoderWrapper(nn.Module):
       deterministic=not enable_dropout,
       decode=decode,
       prefill_lengths=prefill_lengths if prefill else None,
+      return_hidden=return_hidden,
     )

@@ -59,6 +59,21 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
     """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
+    return self._decoder(params, encoded, batch, dropout_rng)
+
+  def decoder_hidden(
+    self,
+    params: Any,
+    encoded: jax.Array,
+    batch: types.Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """See `types.TransformerModel.decoder_hidden`."""
+    return self._decoder(
+      params, encoded, batch, dropout_rng, return_hidden=True
+    )
+
+  def _decoder(self, params, encoded, batch, dropout_rng, **options):
     return self.module.apply(
       {"params": params},
       encoded,
@@ -71,7 +86,14 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       dropout_rng is not None,
       rngs=base_model.rngs(dropout_rng),
       method="decode",
+      **options,
     )
+
+  def output_head(self, params: Any) -> jax.Array:
+    """See `types.TransformerModel.output_head`."""
+    if self.config.logits_via_embedding:
+      return params["token_embedder"]["embedding"].T
+    return params["decoder"]["logits_dense"]["kernel"]
 
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None

@@ -355,3 +355,10 @@ class Attention(nn.Module):
       weights, deterministic=deterministic
     )
     return jnp.einsum("bhts,bshk->bthk", weights, value)
+
+
+def scaled_hidden(config: Any, x: jax.Array) -> jax.Array:
+  """What times the head is the logits: a tied head's logits are rescaled."""
+  if config.logits_via_embedding:
+    return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim)
+  return x

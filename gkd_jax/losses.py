@@ -125,26 +125,74 @@ def distillation_loss(
   _check_shape("weights", weights, student_logits.shape[:-1])
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
+  loss, per_token = token_losses(
+    _masked(teacher_logits, weights),
+    _masked(student_logits, weights),
+    divergence,
+    teacher_temperature,
+    student_temperature,
+    num_real_tokens,
+  )
+  shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
+  loss_sum = jnp.sum(shares * loss)
+  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+
+
+TOKEN_METRICS = (
+  "forward_kl",
+  "reverse_kl",
+  "teacher_entropy",
+  "student_entropy",
+  "top1_agreement",
+)
+
+
+def token_losses(
+  teacher_logits: jax.Array,
+  student_logits: jax.Array,
+  divergence: types.Divergence,
+  teacher_temperature: float | jax.Array,
+  student_temperature: float | jax.Array,
+  num_real_tokens: int | None,
+  axis: int = -1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The divergence and the metrics of each token, from float32 logits.
+
+  Args:
+    teacher_logits: `[..., V]`, finite.
+    student_logits: `[..., V]`, finite.
+    divergence: see `distillation_loss`, as the other arguments.
+    teacher_temperature: divides the teacher's logits.
+    student_temperature: divides the student's logits.
+    num_real_tokens: token ids from here on have no mass; None: there are none.
+    axis: of the vocabulary: -1, or 0 for logits `[V, N]`.
+
+  Returns:
+    Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
+
+  Raises:
+    ValueError: a temperature not above 0, or a `num_real_tokens` outside of
+      1..V.
+  """
   _check_temperature("teacher_temperature", teacher_temperature)
   _check_temperature("student_temperature", student_temperature)
-
-  p = _masked(teacher_logits, weights) / teacher_temperature
-  q = _masked(student_logits, weights) / student_temperature
-  p, q = _without_padding(num_real_tokens, p, q)
-  p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
-  shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
-  loss_sum = jnp.sum(shares * divergence(p, q))
-
+  p = teacher_logits / teacher_temperature
+  q = student_logits / student_temperature
+  p, q = _without_padding(num_real_tokens, p, q, axis=axis)
+  p, q = _log_softmax(p, axis), _log_softmax(q, axis)
+  # Divergences sum over the last axis. Mapping what is pointwise but for one sum
+  # moves no data; mapping a softmax would.
+  along = (lambda f: f) if axis == -1 else (lambda f: jax.vmap(f, in_axes=1))
+  loss = along(divergence)(p, q)
   p, q = jax.lax.stop_gradient((p, q))
-  agrees = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
-  per_token = {
-    "forward_kl": divergences.forward_kl(p, q),
-    "reverse_kl": divergences.reverse_kl(p, q),
-    "teacher_entropy": divergences.entropy(p),
-    "student_entropy": divergences.entropy(q),
-    "top1_agreement": agrees,
-  }
-  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+  metrics = (
+    along(divergences.forward_kl)(p, q),
+    along(divergences.reverse_kl)(p, q),
+    along(divergences.entropy)(p),
+    along(divergences.entropy)(q),
+    _first_of_largest(p, axis) == _first_of_largest(q, axis),
+  )
+  return loss, dict(zip(TOKEN_METRICS, metrics, strict=True))
 
 
 def cross_entropy_loss(
@@ -222,6 +270,23 @@ def cross_entropy_loss(
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
+def _log_softmax(logits: jax.Array, axis: int) -> jax.Array:
+  if axis == -1:
+    return jax.nn.log_softmax(logits)
+  largest = jnp.max(logits, axis=axis, keepdims=True)
+  shifted = logits - jax.lax.stop_gradient(largest)
+  return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
+
+
+def _first_of_largest(x: jax.Array, axis: int) -> jax.Array:
+  """`argmax`; over the first axis in two reductions that CPUs vectorise."""
+  if axis == -1:
+    return jnp.argmax(x, axis=-1)
+  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
+  is_largest = x == jnp.max(x, axis=axis, keepdims=True)
+  return jnp.min(jnp.where(is_largest, ids, x.shape[axis]), axis=axis)
+
+
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   """Float32 logits, 0 where the weight is.
 
@@ -231,13 +296,13 @@ def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
 
 
-def _without_padding(num_real_tokens, *logits):
-  """Logits `[B, T, V]` without mass from the id `num_real_tokens` on.
+def _without_padding(num_real_tokens, *logits, axis=-1):
+  """Logits without mass from the id `num_real_tokens` on.
 
   A mask and not a slice, which would move a vocabulary that is sharded. It
   follows the temperature, so that none can undo it.
   """
-  vocab_size = logits[0].shape[-1]
+  vocab_size = logits[0].shape[axis]
   if num_real_tokens is None:
     return logits
   if not 1 <= num_real_tokens <= vocab_size:
@@ -245,7 +310,10 @@ def _without_padding(num_real_tokens, *logits):
       f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
       f" {num_real_tokens}; set NUM_REAL_TOKENS"
     )
-  is_real = (np.arange(vocab_size) < num_real_tokens)[None, None]
+  ids = jax.lax.broadcasted_iota(
+    jnp.int32, logits[0].shape, axis % logits[0].ndim
+  )
+  is_real = ids < num_real_tokens
   # Finite, as is every log-prob that the divergences see below.
   return tuple(jnp.where(is_real, x, -1e9) for x in logits)
 

@@ -61,6 +61,8 @@ class MiniLLMModel(models.GKDModel):
     ValueError: a setting is out of range, or student and teacher do not fit.
   """
 
+  NEEDS_LOGITS = True  # of the teacher's and the student's law of each token
+
   def __init__(
     self,
     student: types.TransformerModel,

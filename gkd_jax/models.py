@@ -16,6 +16,7 @@ from gkd_jax import (
   decoder_only,
   divergences,
   encoder_decoder,
+  fused_loss,
   losses,
   sampling,
   schedules,
@@ -50,10 +51,16 @@ class GKDModel:
     sampling_top_k: 0 for none.
     sampling_top_p: 1.0 for none.
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
+    loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
+      `losses.distillation_loss` on whole logits; None for the former with chunks
+      of 256 where a batch has more than 2^22 logits (B T V).
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
   """
+
+  # Whether the loss of a subclass is a function of whole logits.
+  NEEDS_LOGITS = False
 
   def __init__(
     self,
@@ -71,6 +78,7 @@ class GKDModel:
     sampling_top_k: int = 0,
     sampling_top_p: float = 1.0,
     length_normalization: str = "sequence",
+    loss_chunk_size: int | None = None,
   ):
     self.student = student
     self.teacher = teacher
@@ -88,6 +96,7 @@ class GKDModel:
       "suppress_ids": (sampling.PAD_ID,),
     }
     self.length_normalization = length_normalization
+    self.loss_chunk_size = loss_chunk_size
     self._check()
 
   def _check(self):
@@ -142,6 +151,11 @@ class GKDModel:
       raise ValueError(
         "expected length normalisation 'sequence' or 'token', got"
         f" {self.length_normalization!r}; set LENGTH_NORMALIZATION"
+      )
+    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
+      raise ValueError(
+        "expected a loss_chunk_size of at least 0, got"
+        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
     self._divergence_at(0)
 
@@ -219,27 +233,52 @@ class GKDModel:
       batch, metrics = self._with_samples(
         params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
-    student_logits = self.student.decoder_logits(
-      params, encoded, batch, decoder_key
-    )
-    teacher_logits = self.teacher.logits(teacher_params, batch)
-    loss, weight, aux = self._loss(
-      batch, jax.lax.stop_gradient(teacher_logits), student_logits, step
-    )
+    chunk = self._loss_chunk(batch)
+    if chunk:
+      loss, weight, aux = fused_loss.fused_distillation_loss(
+        self.student.decoder_hidden(params, encoded, batch, decoder_key),
+        self.student.output_head(params),
+        self.teacher.decoder_hidden(
+          teacher_params, self.teacher.encode(teacher_params, batch), batch
+        ),
+        self.teacher.output_head(teacher_params),
+        chunk_size=chunk,
+        **self._loss_settings(batch, step),
+      )
+    else:
+      student_logits = self.student.decoder_logits(
+        params, encoded, batch, decoder_key
+      )
+      teacher_logits = self.teacher.logits(teacher_params, batch)
+      loss, weight, aux = self._loss(
+        batch, jax.lax.stop_gradient(teacher_logits), student_logits, step
+      )
     return loss, weight, aux | metrics
+
+  def _loss_chunk(self, batch):
+    """Tokens of a chunk of the fused loss; 0 where logits are needed whole."""
+    if self.NEEDS_LOGITS:
+      return 0
+    if self.loss_chunk_size is not None:
+      return self.loss_chunk_size
+    logits = batch["decoder_target_tokens"].size * self.config.vocab_size
+    return 256 if logits > 2**22 else 0
+
+  def _loss_settings(self, batch, step):
+    return {
+      "weights": self.student.loss_weights(batch),
+      "divergence": self._divergence_at(step),
+      "teacher_temperature": self.teacher_temperature,
+      "student_temperature": self.student_temperature,
+      "length_normalization": self.length_normalization,
+      "segment_ids": batch.get("decoder_segment_ids"),
+      "num_real_tokens": self.student.num_real_tokens,
+    }
 
   def _loss(self, batch, teacher_logits, student_logits, step):
     """The divergence on a batch whose outputs are chosen, and its metrics."""
     return losses.distillation_loss(
-      teacher_logits,
-      student_logits,
-      self.student.loss_weights(batch),
-      divergence=self._divergence_at(step),
-      teacher_temperature=self.teacher_temperature,
-      student_temperature=self.student_temperature,
-      length_normalization=self.length_normalization,
-      segment_ids=batch.get("decoder_segment_ids"),
-      num_real_tokens=self.student.num_real_tokens,
+      teacher_logits, student_logits, **self._loss_settings(batch, step)
     )
 
   def _choose(self, source, step, key, row_ids):

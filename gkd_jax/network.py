@@ -236,6 +236,7 @@ class Decoder(nn.Module):
     deterministic: bool,
     decode: bool = False,
     max_decode_length: int | None = None,
+    return_hidden: bool = False,
   ) -> jax.Array:
     """Returns logits `[B, T, V]`, float32.
 
@@ -247,6 +248,7 @@ class Decoder(nn.Module):
       deterministic: no dropout.
       decode: use the cache. The first call creates it and decodes nothing.
       max_decode_length: cache length, needed by the call that creates it.
+      return_hidden: return what is multiplied with the head, `[B, T, D]`.
     """
     config = self.config
     relative = layers.RelativePositionBiases(
@@ -268,6 +270,8 @@ class Decoder(nn.Module):
       )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
     x = dropout(config)(x, deterministic=deterministic)
+    if return_hidden:
+      return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
       return self.embed.attend(x) / jnp.sqrt(config.emb_dim)
     return layers.Dense(
@@ -341,6 +345,7 @@ class Transformer(nn.Module):
     enable_dropout: bool = True,
     decode: bool = False,
     max_decode_length: int | None = None,
+    return_hidden: bool = False,
   ) -> jax.Array:
     """Logits of the decoder.
 
@@ -361,9 +366,11 @@ class Transformer(nn.Module):
       enable_dropout: needs the "dropout" rng.
       decode: use the key-value cache.
       max_decode_length: cache length, needed when the cache is created.
+      return_hidden: see Returns.
 
     Returns:
-      float32 logits `[B, T, V]`.
+      float32 logits `[B, T, V]`, or the `[B, T, D]` that `output_head` turns into
+      them.
 
     Raises:
       ValueError: packing was asked for together with `decode`.
@@ -394,6 +401,7 @@ class Transformer(nn.Module):
       deterministic=not enable_dropout,
       decode=decode,
       max_decode_length=max_decode_length,
+      return_hidden=return_hidden,
     )
 
   def __call__(

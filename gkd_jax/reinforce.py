@@ -92,6 +92,11 @@ class RLGKDModel(models.GKDModel):
         )
 
   @property
+  def NEEDS_LOGITS(self) -> bool:
+    """With a reward: of the log-probs of the outputs."""
+    return self.needs_rewards
+
+  @property
   def needs_rewards(self) -> bool:
     """Whether outputs are sampled and judged before the step."""
     return self.alpha != 1 or self.samples_per_prompt != 1

@@ -1,5 +1,6 @@
 """Devices to compile for, which need not be there."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -53,10 +54,9 @@ def devices(topology: str | None) -> tuple[list[Any], chips.Chip | None]:
 
 
 def _of_this_machine(number):
-  try:
+  # JAX may have its devices already; they may be enough.
+  with contextlib.suppress(RuntimeError):
     jax.config.update("jax_num_cpu_devices", number)
-  except RuntimeError:
-    pass  # JAX has its devices already; they may be enough
   found = jax.devices("cpu")
   if len(found) < number:
     raise ValueError(

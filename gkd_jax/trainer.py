@@ -192,7 +192,8 @@ class JitExecutor:
 
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
-    return self._compiled(source)(state, teacher_params, batch)
+    with jax.set_mesh(self._mesh):  # for what is traced: `fused_loss`
+      return self._compiled(source)(state, teacher_params, batch)
 
 
 class PmapExecutor:

@@ -115,6 +115,20 @@ class TransformerModel(Protocol):
     """Teacher-forced logits `[B, T, V]`, `encode` included."""
     ...
 
+  def decoder_hidden(
+    self,
+    params: Any,
+    encoded: Any,
+    batch: Batch,
+    dropout_rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Hidden states `[B, T, D]`; times `output_head` they are `decoder_logits`."""
+    ...
+
+  def output_head(self, params: Any) -> Any:
+    """The head `[D, V]`, of the parameters or made of them."""
+    ...
+
   def sample_outputs(
     self,
     params: Any,

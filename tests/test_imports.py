@@ -16,6 +16,7 @@ LAYERS = (
     "chips",
     "hlo_text",
     "hlo_costs",
+    "fused_loss",
     "sampling",
     "instruments",
     "significance",

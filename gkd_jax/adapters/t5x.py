@@ -179,7 +179,10 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """The student, the teacher and the divergence between them."""
     # Made anew: T5X may replace `module` (of scanned layers) after the start.
     return models.GKDModel(
-      Network(self.module), self.teacher, **self._gkd_options
+      Network(self.module),
+      self.teacher,
+      # T5X's networks return logits and not what they are made of.
+      **{"loss_chunk_size": 0} | self._gkd_options,
     )
 
   def loss_fn(

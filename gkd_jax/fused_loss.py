@@ -1,0 +1,389 @@
+"""The distillation loss from hidden states and output heads.
+
+Same value, gradient and metrics as `losses.distillation_loss`, without the
+logits `[B, T, V]` of either model: tokens go through in chunks, and while a chunk's
+loss is computed, so is its gradient with respect to the student's hidden states
+and head. The backward pass only scales them. The idea is that of Liger's chunked
+losses (arXiv 2410.10989, section 3.2).
+
+Padding is left out: tokens of weight 0 are moved behind the others, and chunks
+that hold nothing else are not computed.
+
+Within a chunk the vocabulary is the first axis and tokens are the last: sums
+over the vocabulary then run over whole vectors of tokens, which XLA's CPU
+backend needs to vectorise them. C stands for the tokens of a chunk, R for the
+shards of the data axis (1 without a mesh).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gkd_jax import divergences, losses, types
+
+
+class Int8Head(NamedTuple):
+  """A teacher's head in a quarter of the memory; see `quantize_head`.
+
+  Attributes:
+    values: `[D, V]` int8.
+    scales: `[V]` float32; a column of the head is `values[:, v] * scales[v]`.
+  """
+
+  values: jax.Array
+  scales: jax.Array
+
+
+def quantize_head(head: jax.Array) -> Int8Head:
+  """Rounds each column of a head to multiples of 1/127 of its largest entry.
+
+  >>> head = quantize_head(jnp.array([[1.27, 0.0], [-0.5, 0.0]]))
+  >>> head.values.tolist(), head.scales.shape
+  ([[127, 0], [-50, 0]], (2,))
+
+  Args:
+    head: `[D, V]`.
+
+  Returns:
+    The head; its product with hidden states is off by at most half a step of
+    each column, |hidden|₁ · scale / 2.
+  """
+  head = head.astype(jnp.float32)
+  scales = jnp.max(jnp.abs(head), axis=0) / 127
+  steps = head / jnp.where(scales > 0, scales, 1.0)[None]
+  return Int8Head(jnp.round(steps).astype(jnp.int8), scales)
+
+
+def fused_distillation_loss(
+  student_hidden: jax.Array,
+  student_head: jax.Array,
+  teacher_hidden: jax.Array,
+  teacher_head: jax.Array | Int8Head,
+  weights: jax.Array,
+  *,
+  divergence: str | types.Divergence,
+  teacher_temperature: float | jax.Array = 1.0,
+  student_temperature: float | jax.Array = 1.0,
+  length_normalization: str = "sequence",
+  segment_ids: jax.Array | None = None,
+  num_real_tokens: int | None = None,
+  chunk_size: int = 256,
+  data_axis: str = "data",
+  model_axis: str = "model",
+) -> tuple[jax.Array, jax.Array, types.Metrics]:
+  """`losses.distillation_loss` of `hidden @ head`, without whole logits.
+
+  A gradient flows into the student's hidden states and head alone; the teacher
+  and all settings are constants. Products are taken in the wider type of hidden
+  states and head and summed in float32; all else is float32.
+
+  On a mesh that is set while tracing (`jax.set_mesh`) each data shard goes
+  through its own tokens, and the head's gradient is summed over shards once. A
+  head split over its vocabulary stays split: what is exchanged of the logits is
+  a few numbers per token.
+
+  >>> hidden, weights = jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), jnp.ones((1, 2))
+  >>> heads = jnp.log(jnp.array([[[0.75, 0.25]] * 2, [[0.5, 0.5]] * 2]))
+  >>> loss, weight, _ = fused_distillation_loss(
+  ...     hidden, heads[0], hidden, heads[1], weights, divergence="forward_kl")
+  >>> round(float(loss / weight), 4)
+  0.1438
+
+  Args:
+    student_hidden: `[B, T, D]`, what the head is multiplied with.
+    student_head: `[D, V]`.
+    teacher_hidden: `[B, T, D']`; the teacher may be wider.
+    teacher_head: `[D', V]` in any float type, or int8 with scales.
+    weights: `[B, T]`, 0 at padding.
+    divergence: see `losses.distillation_loss`.
+    teacher_temperature: divides the teacher's logits.
+    student_temperature: divides the student's logits.
+    length_normalization: see `losses.token_weights`.
+    segment_ids: `[B, T]` int for packed rows, see `losses.token_weights`.
+    num_real_tokens: see `losses.distillation_loss`.
+    chunk_size: most tokens of a chunk, on each data shard. Temporary memory is
+      about 4 to 8 times V · chunk_size float32, and twice the head's gradient.
+    data_axis: of the mesh, over which rows are split.
+    model_axis: of the mesh, over which a vocabulary that it divides is split.
+
+  Returns:
+    `loss_sum`, `weight_sum` and metrics, as `losses.distillation_loss`.
+
+  Raises:
+    ValueError: as `losses.distillation_loss`, a `chunk_size` below 1, or hidden
+      states that do not fit their head.
+  """
+  vocab_size = _check_shapes(
+    student_hidden, student_head, teacher_hidden, teacher_head, weights
+  )
+  if chunk_size < 1:
+    raise ValueError(
+      f"expected a chunk_size of at least 1, got {chunk_size};"
+      " set LOSS_CHUNK_SIZE"
+    )
+  if isinstance(divergence, str):
+    divergence = divergences.get(divergence)
+  shares, weight_sum = losses.token_weights(
+    weights, length_normalization, segment_ids
+  )
+  weights = weights.astype(jnp.float32)
+  layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
+  tokens = _Tokens(
+    jax.lax.stop_gradient(_where_real(teacher_hidden, weights)),
+    _where_real(student_hidden, weights),
+    weights,
+    shares,
+  )
+  tokens, chunks = _real_first(layout, tokens)
+  of_token, settings = _split_settings(
+    divergence, teacher_temperature, student_temperature, num_real_tokens
+  )
+  sums: Any = _loss(
+    of_token,
+    layout,
+    tokens.student_hidden,
+    layout.constrain(student_head, None, layout.model_axis),
+    tokens._replace(student_hidden=None),
+    jax.lax.stop_gradient((teacher_head, settings)),
+    chunks,
+  )
+  total = jnp.sum(weights)
+  metrics = {
+    name: (jax.lax.stop_gradient(value), total)
+    for name, value in sums.items()
+    if name != _LOSS
+  }
+  return sums[_LOSS], weight_sum, metrics
+
+
+_LOSS = "loss"  # beside the names of the metrics
+
+
+class _Tokens(NamedTuple):
+  """Tokens of a batch: `[B, T, ...]`, then `[R, tokens of a shard, ...]`."""
+
+  teacher_hidden: jax.Array
+  student_hidden: jax.Array | None
+  weights: jax.Array
+  shares: jax.Array
+
+
+class _Layout(NamedTuple):
+  """How the tokens are cut, and on which axes of the mesh things lie."""
+
+  chunk: int
+  data_shards: int
+  data_axis: str | None
+  model_axis: str | None
+  has_mesh: bool
+
+  def constrain(self, x, *axes):
+    """`x`, split over these axes of the mesh, where there is one."""
+    return jax.lax.with_sharding_constraint(x, P(*axes)) if self.has_mesh else x
+
+
+def _split_settings(divergence, *rest):
+  """A function of settings and logits `[V, N]`, and the settings that are arrays.
+
+  custom_vjp has to be handed those; numbers stay numbers, which are checked.
+  """
+  hyper = {}
+  if isinstance(divergence, functools.partial):
+    hyper, divergence = divergence.keywords, divergence.func
+  fixed = [hyper, *rest]
+  leaves, tree = jax.tree.flatten(fixed, is_leaf=lambda x: x is None)
+  arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+  numbers = [None if i in arrays else x for i, x in enumerate(leaves)]
+
+  def of_token(arrays, teacher_logits, student_logits):
+    values = [arrays.get(i, x) for i, x in enumerate(numbers)]
+    hyper, *rest = jax.tree.unflatten(tree, values)
+    bound = functools.partial(divergence, **hyper)
+    return losses.token_losses(
+      teacher_logits, student_logits, bound, *rest, axis=0
+    )
+
+  return of_token, arrays
+
+
+def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
+  mesh = jax.sharding.get_abstract_mesh()
+  # Axes of a pmap or a shard_map are manual: there each device has its own call.
+  sizes = {
+    name: size
+    for name, size, kind in zip(
+      mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
+    )
+    if kind == jax.sharding.AxisType.Auto
+  }
+  shards, parts = sizes.get(data_axis, 1), sizes.get(model_axis, 1)
+  if shape[0] % shards:
+    shards = 1
+  of_shard = shape[0] * shape[1] // shards
+  # As few chunks as there can be, all of one size.
+  chunk = -(-of_shard // -(-of_shard // chunk_size))
+  return _Layout(
+    chunk,
+    shards,
+    data_axis if shards > 1 else None,
+    model_axis if parts > 1 and vocab_size % parts == 0 else None,
+    bool(sizes),
+  )
+
+
+def _where_real(hidden, weights):
+  """0 at padding, where a NaN would get into the head's gradient as 0 · NaN."""
+  return jnp.where(weights[:, :, None] > 0, hidden, 0)
+
+
+def _real_first(layout, tokens):
+  """Each shard's tokens with padding last, and how many chunks hold others."""
+
+  def by_shard(x):
+    x = x.reshape(layout.data_shards, -1, *x.shape[2:])
+    missing = -x.shape[1] % layout.chunk
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    return layout.constrain(x, layout.data_axis)
+
+  tokens = jax.tree.map(by_shard, tokens)
+  real = tokens.weights > 0
+  order = jnp.argsort(jnp.logical_not(real), axis=1, stable=True)
+  take = jax.vmap(
+    lambda x, i: x.at[i].get(unique_indices=True, mode="promise_in_bounds")
+  )
+  longest = jnp.max(jnp.sum(real, axis=1))
+  return (
+    jax.tree.map(lambda x: take(x, order), tokens),
+    (longest + layout.chunk - 1) // layout.chunk,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(of_token, layout, hidden, head, tokens, constants, chunks):
+  """Sums over tokens of the loss and of each metric, by name."""
+  return _sums(of_token, layout, hidden, head, tokens, constants, chunks, False)
+
+
+def _loss_forward(*arguments):
+  sums, d_hidden, d_head = _sums(*arguments, True)
+  return sums, (d_hidden, d_head)
+
+
+def _loss_backward(of_token, layout, gradients, d_sums):
+  del of_token, layout
+  scale = d_sums[_LOSS]
+  scaled = (scale.astype(g.dtype) * g for g in gradients)
+  return *scaled, None, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _sums(
+  of_token, layout, hidden, head, tokens, constants, chunks, with_gradient
+):
+  """What `_loss` returns; with the gradient, also those of its two inputs."""
+  teacher_head, settings = constants
+
+  def step(index, carry):
+    part = lambda x: jax.lax.dynamic_slice_in_dim(
+      x, index * layout.chunk, layout.chunk, axis=1
+    )
+    rows, here = part(hidden), jax.tree.map(part, tokens)
+    teacher_logits = _logits(layout, here.teacher_hidden, teacher_head)
+    student_logits = _logits(layout, rows, head)
+    of_student = functools.partial(of_token, settings, teacher_logits)
+    weights, shares = here.weights.reshape(-1), here.shares.reshape(-1)
+    sums, *gradients = carry
+    if with_gradient:
+      loss, pull, metrics = jax.vjp(of_student, student_logits, has_aux=True)
+      (d_logits,) = pull(shares)
+      gradients = _add_gradients(layout, gradients, index, rows, head, d_logits)
+    else:
+      loss, metrics = of_student(student_logits)
+    new = {name: weights * x for name, x in metrics.items()}
+    new[_LOSS] = shares * loss
+    sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
+    return sums, *gradients
+
+  names = (_LOSS, *losses.TOKEN_METRICS)
+  start = ({name: jnp.zeros((), jnp.float32) for name in names},)
+  if with_gradient:
+    shards = layout.data_shards
+    start += (
+      layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
+      layout.constrain(
+        jnp.zeros((shards, *head.shape), jnp.float32),
+        layout.data_axis,
+        None,
+        layout.model_axis,
+      ),
+    )
+  done = jax.lax.fori_loop(0, chunks, step, start)
+  if not with_gradient:
+    return done[0]
+  sums, d_hidden, d_head = done
+  return sums, d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype)
+
+
+def _add_gradients(layout, gradients, index, rows, head, d_logits):
+  """Gradients of hidden states and head, with those of one chunk in them."""
+  d_hidden, d_head = gradients
+  flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+  of_rows = jnp.einsum("dv,vn->nd", head.astype(jnp.float32), d_logits)
+  if layout.data_shards == 1:
+    of_head = jnp.einsum("nd,vn->dv", flat, d_logits)[None]
+  else:
+    by_shard = d_logits.reshape(d_logits.shape[0], *rows.shape[:2])
+    of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
+  d_hidden = jax.lax.dynamic_update_slice_in_dim(
+    d_hidden,
+    of_rows.reshape(rows.shape).astype(d_hidden.dtype),
+    index * layout.chunk,
+    axis=1,
+  )
+  return d_hidden, d_head + of_head
+
+
+def _logits(layout, hidden, head):
+  """`[R, C, D]` and `[D, V]` -> `[V, R C]`, float32."""
+  if isinstance(head, Int8Head):
+    scales = head.scales.astype(jnp.float32)[:, None]
+    return scales * _logits(layout, hidden, head.values)
+  dtype = jnp.promote_types(hidden.dtype, head.dtype)
+  logits = jnp.einsum(
+    "dv,nd->vn",
+    head.astype(dtype),
+    hidden.reshape(-1, hidden.shape[-1]).astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return layout.constrain(logits, layout.model_axis, layout.data_axis)
+
+
+def _check_shapes(
+  student_hidden, student_head, teacher_hidden, teacher_head, weights
+):
+  """V, if all shapes fit."""
+  if isinstance(teacher_head, Int8Head):
+    teacher_head = teacher_head.values
+  sizes = teacher_head.shape[1], student_head.shape[1]
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      "expected heads of one vocabulary, got"
+      f" {sizes[0]} (teacher) and {sizes[1]} (student) columns; set the same"
+      " vocab_size for TEACHER and STUDENT"
+    )
+  for name, hidden, head in (
+    ("student", student_hidden, student_head),
+    ("teacher", teacher_hidden, teacher_head),
+  ):
+    shape = (*weights.shape, head.shape[0])
+    if hidden.shape != shape:
+      raise ValueError(
+        f"expected {name}_hidden of shape {shape}, as weights and {name}_head"
+        f" have it, got {hidden.shape}; set {name}_hidden"
+      )
+  return sizes[0]

@@ -1,0 +1,159 @@
+"""CPU seconds and peak memory of the fused loss, the dense one, and Liger's.
+
+JSD(½) of 2048 tokens, V = 32128, student and teacher 512 and 768 wide, float32,
+value and gradient. Each case runs in a process of its own on one thread, and the
+cases take turns. Peak memory is what the process's peak grows by after its inputs
+exist and, of ours, its code is compiled; of Liger's compiled setting it holds what
+torch's compiler takes in this process.
+
+Run: python -m tests.benchmarks.fused_loss [--out=x.json] [--peer_python=PATH]
+PATH is a Python with torch and liger-kernel; by default this one. Pin it to a core
+with `taskset -c 0`.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+
+N, V, STUDENT, TEACHER = 2048, 32128, 512, 768
+OURS = ("fused", "fused_without_metrics", "dense", "dense_without_metrics")
+# Liger's two settings: eager or compiled, and tokens of a chunk.
+PEERS = tuple(
+  f"liger_{mode}_{chunk}"
+  for mode in ("eager", "compiled")
+  for chunk in (128, 256, 1024)
+)
+
+
+def ours(case: str, chunk: int):
+  """A function that takes a step, of our loss."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["XLA_FLAGS"] = (
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+  )
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from gkd_jax import divergences, fused_loss, losses
+
+  rng = np.random.default_rng(0)
+  make = lambda *s: jnp.asarray(rng.standard_normal(s, np.float32))
+  hidden, teacher = make(1, N, STUDENT), make(1, N, TEACHER)
+  heads = 0.05 * make(STUDENT, V), 0.05 * make(TEACHER, V)
+  settings = {"divergence": divergences.get("jsd", beta=0.5)}
+
+  def loss(hidden, head, teacher, teacher_head):
+    weights = jnp.ones((1, N))
+    if case.startswith("fused"):
+      total, weight, metrics = fused_loss.fused_distillation_loss(
+        hidden,
+        head,
+        teacher,
+        teacher_head,
+        weights,
+        chunk_size=chunk,
+        **settings,
+      )
+    else:
+      total, weight, metrics = losses.distillation_loss(
+        teacher @ teacher_head, hidden @ head, weights, **settings
+      )
+    return total / weight, {} if case.endswith("metrics") else metrics
+
+  arguments = hidden, heads[0], teacher, heads[1]
+  step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  compiled = step.lower(*arguments).compile()
+  return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def liger(case: str):
+  """A function that takes a step, of Liger's loss."""
+  import torch
+  from liger_kernel import chunked_loss
+
+  torch.set_num_threads(1)
+  torch.manual_seed(0)
+  _, mode, chunk = case.split("_")
+  loss = chunked_loss.LigerFusedLinearJSDLoss(
+    weight_hard_loss=0.0,
+    weight_soft_loss=1.0,
+    compiled=mode == "compiled",
+    chunk_size=int(chunk),
+  )
+  hidden = torch.randn(N, STUDENT, requires_grad=True)
+  head = (0.05 * torch.randn(V, STUDENT)).requires_grad_()
+  teacher, teacher_head = (
+    torch.randn(N, TEACHER),
+    0.05 * torch.randn(V, TEACHER),
+  )
+  labels = torch.zeros(N, dtype=torch.long)
+
+  def step():
+    hidden.grad = head.grad = None
+    loss(hidden, head, teacher, teacher_head, labels).backward()
+
+  return step
+
+
+def measure(case: str, chunk: int, steps: int) -> None:
+  """Prints the least CPU seconds of a step, and the growth of the peak."""
+  peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  step = liger(case) if case in PEERS else ours(case, chunk)
+  before = peak()
+  step()
+  seconds = []
+  for _ in range(steps):
+    begin = time.process_time()
+    step()
+    seconds.append(time.process_time() - begin)
+  print(json.dumps({"cpu_s": min(seconds), "extra_bytes": peak() - before}))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--case", default=None)
+  parser.add_argument("--cases", default=",".join(OURS + PEERS))
+  parser.add_argument("--chunk", type=int, default=256)
+  parser.add_argument("--steps", type=int, default=2)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--out", type=pathlib.Path, default=None)
+  parser.add_argument("--peer_python", default=sys.executable)
+  options = parser.parse_args()
+  if options.case:
+    measure(options.case, options.chunk, options.steps)
+    return
+  cases = options.cases.split(",")
+  probe = [options.peer_python, "-c", "import torch, liger_kernel.chunked_loss"]
+  if subprocess.run(probe, capture_output=True).returncode:
+    print(
+      "expected torch and liger-kernel for the comparison, got a Python without"
+      " them; set --peer_python. Measuring ours alone."
+    )
+    cases = [case for case in cases if case not in PEERS]
+  results: dict[str, list[dict]] = {case: [] for case in cases}
+  for _ in range(options.repeats):
+    for case in cases:
+      command = [
+        options.peer_python if case in PEERS else sys.executable,
+        __file__,
+        f"--case={case}",
+        f"--chunk={options.chunk}",
+        f"--steps={options.steps}",
+      ]
+      done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True
+      )
+      results[case].append(json.loads(done.stdout.splitlines()[-1]))
+      print(case, results[case][-1], flush=True)
+  if options.out:
+    options.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+  main()
