@@ -94,6 +94,20 @@ def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
   return cls(pack=pack)
 
 
+def feature_lengths(
+  cls: Any, task_feature_lengths: Mapping[str, int], pack: bool
+) -> dict[str, int]:
+  """Lengths of a batch's features, all int32 `[B, length]`; reads no data.
+
+  Args:
+    cls: see `feature_converter`.
+    task_feature_lengths: seqio feature to length.
+    pack: see `feature_converter`.
+  """
+  converter = feature_converter(cls, pack)
+  return dict(converter.get_model_feature_lengths(dict(task_feature_lengths)))
+
+
 class TrainIterator:
   """Endless batches of a process's share of a training split.
 

@@ -1,9 +1,11 @@
 """Finding, parsing and checking gin files."""
 
+import copy
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -69,6 +71,23 @@ def parse(
       with open(path, encoding="utf-8") as text:
         given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text.read(), re.M)
   _check_macros(given)
+
+
+def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
+  """What the configuration binds to some of a function's arguments.
+
+  The other arguments are not built, and so their macros need no values.
+
+  Args:
+    function: such as `train.train`.
+    names: arguments; those that are not bound are left out.
+
+  Raises:
+    ValueError: a macro that an argument needs has no value.
+  """
+  bound = gin.get_bindings(function, resolve_references=False)
+  # Gin's references are built when they are copied, as `get_bindings` does too.
+  return copy.deepcopy({k: v for k, v in bound.items() if k in names})
 
 
 def save():

@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|precompile|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ MODES = (
   "train",
   "eval",
   "infer",
+  "precompile",
   "compare",
   "sweep",
   "import",
@@ -31,7 +32,7 @@ flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
 flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
 flags.DEFINE_string(
-  "output_path", None, "import, export, report: folder to write"
+  "output_path", None, "import, export, report, precompile: folder to write"
 )
 flags.DEFINE_string(
   "markdown", None, "report: also this file, pictures in the folder beside it"
@@ -58,6 +59,12 @@ flags.DEFINE_string("output_dir", None, "sweep: folder of all cells")
 flags.DEFINE_integer("jobs", 1, "sweep: cells at a time", lower_bound=1)
 flags.DEFINE_bool(
   "print_commands", False, "sweep: print a command for each cell, run none"
+)
+flags.DEFINE_string(
+  "topology", None, "precompile: such as v5e:4x4 or cpu:8; else this machine"
+)
+flags.DEFINE_list(
+  "phases", None, "precompile: of sampling, teacher, data, student, mixed"
 )
 
 
@@ -104,6 +111,9 @@ def _run(argv):
 
     print(shipped.model_path(*argv[2:]))
     return
+  if mode == "precompile":
+    _precompile()
+    return
   if mode == "sweep":
     _sweep()
     return
@@ -126,6 +136,25 @@ def _run(argv):
     gin.get_configurable(infer.evaluate_checkpoint)()
   else:
     gin.get_configurable(infer.infer)()
+
+
+def _precompile():
+  """Compiles what `train` would run, for other devices, and says what it needs."""
+  from gkd_jax import topologies
+
+  # First of all: JAX is told what not to look for.
+  devices, chip = topologies.devices(FLAGS.topology)
+  from gkd_jax import gin_utils, precompile, train
+
+  gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
+  precompile.precompile(
+    **gin_utils.bindings(train.train, precompile.SETTINGS),
+    devices=devices,
+    chip=chip,
+    topology=FLAGS.topology or devices[0].device_kind,
+    phases=FLAGS.phases,
+    output_path=FLAGS.output_path,
+  )
 
 
 def _sweep():

@@ -188,7 +188,8 @@ class JitExecutor:
 
   def lower(self, state, teacher_params, batch, source) -> jax.stages.Lowered:
     """The step's program for shapes with shardings; nothing is allocated."""
-    return self._compiled(source).lower(state, teacher_params, batch)
+    with jax.set_mesh(self._mesh):
+      return self._compiled(source).lower(state, teacher_params, batch)
 
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""

@@ -1,0 +1,281 @@
+"""Compiles a run's programs for devices that need not be there, and counts.
+
+The programs are those of `train.train`: the sampler, the teacher, and the step.
+Parameters, optimizer and batch are shapes with shardings and are never
+allocated; neither data nor checkpoints are read.
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import (
+  chips,
+  data,
+  models,
+  optimizers,
+  partitioning,
+  placement,
+  precompile_report,
+  reinforce,
+  stored_teacher,
+  train,
+  trainer,
+)
+
+SAMPLING, TEACHER = "sampling", "teacher"
+PHASES = (SAMPLING, TEACHER, models.DATA, models.STUDENT, models.MIXED)
+TITLES = {
+  SAMPLING: "sampling by the student alone",
+  TEACHER: "teacher alone, to logits",
+  models.DATA: "training step on the data",
+  models.STUDENT: "training step on the student's outputs",
+  models.MIXED: "training step on either, row by row",
+}
+# Arguments of `train.train` that the programs depend on.
+SETTINGS = (
+  "model",
+  "optimizer",
+  "task_feature_lengths",
+  "batch_size",
+  "seed",
+  "pack",
+  "num_microbatches",
+  "executor",
+  "num_partitions",
+  "shard_params_over_data",
+)
+
+
+def precompile(
+  model: Any,
+  optimizer: optimizers.Optimizer,
+  *,
+  devices: Sequence[Any],
+  chip: chips.Chip | None,
+  topology: str,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  seed: int = 0,
+  pack: bool = False,
+  num_microbatches: int = 1,
+  executor: str = "jit",
+  num_partitions: int = 1,
+  shard_params_over_data: bool = False,
+  phases: Sequence[str] | None = None,
+  output_path: str | None = None,
+) -> dict[str, Any]:
+  """Compiles each phase, prints what it needs at once, and returns all of it.
+
+  Args:
+    model: see `train.train`, as all that is not named here.
+    optimizer: see there.
+    devices: what to compile for, from `topologies.devices`.
+    chip: what they are; None: no roofline.
+    topology: their name, for the report.
+    task_feature_lengths: see `train.train`.
+    batch_size: see there.
+    seed: see there.
+    pack: see there.
+    num_microbatches: see there.
+    executor: only "jit".
+    num_partitions: see there.
+    shard_params_over_data: see there.
+    phases: some of `PHASES`; by default those that the model has.
+    output_path: folder for `precompile.json`, rewritten after each phase.
+
+  Returns:
+    `{"topology", "mesh", ..., "phases": {phase: report}}`; see
+    `precompile_report.report` for the latter.
+
+  Raises:
+    ValueError: a setting that cannot be compiled, or an unknown phase.
+  """
+  mesh = partitioning.make_mesh(num_partitions, devices)
+  train.check_batch(batch_size, num_microbatches, mesh, executor)
+  chosen = _chosen_phases(model, phases, executor)
+  programs = _Programs(
+    model,
+    optimizer,
+    mesh,
+    task_feature_lengths,
+    batch_size,
+    seed=seed,
+    pack=pack,
+    num_microbatches=num_microbatches,
+    rules=placement.rules(shard_params_over_data),
+  )
+  lengths = dict(task_feature_lengths)
+  result = {
+    "topology": topology,
+    "mesh": dict(mesh.shape),
+    "batch_size": batch_size,
+    "task_feature_lengths": lengths,
+    "num_microbatches": num_microbatches,
+    "shard_params_over_data": shard_params_over_data,
+    "hbm_bytes": chip.hbm_bytes if chip else None,
+    "phases": {},
+  }
+  print(
+    f"{topology}: {len(devices)} devices as {dict(mesh.shape)}, batch"
+    f" {batch_size}, lengths {lengths}",
+    flush=True,
+  )
+  for phase in chosen:
+    report = _compile(
+      programs.lower, phase, chip, programs.rows, lengths["targets"]
+    )
+    result["phases"][phase] = report
+    print("\n".join(precompile_report.lines(TITLES[phase], report)), flush=True)
+    if output_path:
+      _write(output_path, result)
+  return result
+
+
+def _compile(lower, phase, chip, rows, length):
+  begin = time.monotonic()
+  lowered, arguments = lower(phase)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    report = precompile_report.of_too_large(error, arguments)
+  else:
+    report = precompile_report.report(
+      compiled, chip, loop_length=length, output_tokens=rows * length
+    )
+  return report | {"compile_seconds": round(time.monotonic() - begin, 1)}
+
+
+class _Programs:
+  """The programs of a run, lowered for shapes with shardings."""
+
+  def __init__(
+    self,
+    model,
+    optimizer,
+    mesh,
+    lengths,
+    batch_size,
+    *,
+    seed,
+    pack,
+    num_microbatches,
+    rules,
+  ):
+    self._model, self._mesh = model, mesh
+    shapes = placement.input_shapes(lengths)
+    state, shardings = placement.state(
+      model.student, optimizer, shapes, mesh, rules
+    )
+    self._state = placement.with_shardings(state, shardings)
+    self._teacher = {}
+    if model.teacher is not None:
+      self._teacher = placement.with_shardings(
+        *placement.params(model.teacher, shapes, mesh, rules)
+      )
+    features = data.feature_lengths(model.FEATURE_CONVERTER_CLS, lengths, pack)
+    self._batch = self._placed(
+      {
+        name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        for name, length in features.items()
+      }
+    )
+    self._key = jax.eval_shape(lambda: jax.random.key(0))
+    self.rows = batch_size
+    self._step_batch = self._batch
+    self._sampler = trainer.sampler(model)
+    if _judged(model):
+      self._roll_out(lengths)
+    step = functools.partial(
+      trainer.train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=seed,
+      num_microbatches=num_microbatches,
+    )
+    self._step = trainer.JitExecutor(step, mesh, shardings)
+
+  def lower(self, phase):
+    """The phase's program, and its arguments."""
+    if phase == SAMPLING:
+      arguments = self._state.params, self._batch, self._key
+      return self._sampler.lower(*arguments), arguments
+    if phase == TEACHER:
+      arguments = self._teacher, self._batch
+      return jax.jit(self._model.teacher.logits).lower(*arguments), arguments
+    arguments = self._state, self._teacher, self._step_batch
+    return self._step.lower(*arguments, phase), arguments
+
+  def _roll_out(self, lengths):
+    """Outputs that a reward judges come before the step, and are its batch."""
+    self._sampler = jax.jit(
+      self._model.roll_out,
+      out_shardings=partitioning.batch_sharding(self._mesh),
+    )
+    outputs = jax.eval_shape(
+      self._model.roll_out, self._state.params, self._batch, self._key
+    )
+    shape = outputs["decoder_loss_weights"].shape
+    self.rows = shape[0]
+    judged = {
+      reinforce.REWARDS: jax.ShapeDtypeStruct(shape[:1], jnp.float32),
+      reinforce.ADVANTAGES: jax.ShapeDtypeStruct(shape, jnp.float32),
+    }
+    self._step_batch = self._placed(outputs | judged)
+
+  def _placed(self, batch):
+    sharding = partitioning.batch_sharding(self._mesh)
+    return placement.with_shardings(batch, {name: sharding for name in batch})
+
+
+def _judged(model):
+  return isinstance(model, reinforce.RLGKDModel) and model.needs_rewards
+
+
+def _chosen_phases(model, phases, executor):
+  if executor != "jit":
+    raise ValueError(
+      f"expected the executor 'jit', got {executor!r}, which cannot be compiled"
+      " for devices that are not there; set EXECUTOR = 'jit'"
+    )
+  if isinstance(model, stored_teacher.StoredTeacherModel):
+    raise ValueError(
+      "expected a model with a teacher or SFT, got stored laws, whose number"
+      " only the data know; set MODEL"
+    )
+  possible = tuple(_phases(model))
+  unknown = [phase for phase in phases or () if phase not in possible]
+  if unknown:
+    raise ValueError(
+      f"expected phases of {', '.join(possible)}, got {', '.join(unknown)};"
+      " set --phases"
+    )
+  return tuple(phases or possible)
+
+
+def _phases(model) -> Iterator[str]:
+  if model.teacher is None:
+    yield models.DATA
+    return
+  yield from (SAMPLING, TEACHER)
+  if not isinstance(model, reinforce.RLGKDModel):  # always on-policy
+    yield models.DATA
+  yield models.STUDENT
+  if model.student_data_granularity == "example":
+    yield models.MIXED
+
+
+def _write(folder, result):
+  os.makedirs(folder, exist_ok=True)
+  path = os.path.join(folder, "precompile.json")
+  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    json.dump(result, file, indent=2)
+  os.replace(f"{path}.tmp", path)
