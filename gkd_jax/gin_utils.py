@@ -83,11 +83,18 @@ def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
     names: arguments; those that are not bound are left out.
 
   Raises:
-    ValueError: a macro that an argument needs has no value.
+    ValueError: one of the arguments has no value, and must have one.
   """
   bound = gin.get_bindings(function, resolve_references=False)
   # Gin's references are built when they are copied, as `get_bindings` does too.
-  return copy.deepcopy({k: v for k, v in bound.items() if k in names})
+  found = copy.deepcopy({k: v for k, v in bound.items() if k in names})
+  missing = [str(bound[k]) for k, v in found.items() if v is gin.REQUIRED]
+  if missing:
+    raise ValueError(
+      f"expected a value of {', '.join(missing)}, got none; set"
+      f" {', '.join(missing).replace('%', '')}"
+    )
+  return found
 
 
 def save():

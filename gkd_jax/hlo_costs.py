@@ -53,7 +53,8 @@ class Segment:
   Attributes:
     name: "once", or that of the loop.
     runs: how often this piece runs.
-    trip_count_known: False where a loop may end early, and `runs` is its most.
+    trip_count_known: False of a loop that may end early, whose `runs`, and those
+      of what is in it, are the most that there can be.
     flops: of matrix products and convolutions; one multiply-add is 2.
     hbm_bytes: read from and written to HBM.
     collectives: by kind.
@@ -125,7 +126,7 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
       loop = Segment(
         instruction.name,
         segment.runs * (loop_length if trips is None else trips),
-        segment.trip_count_known and trips is not None,
+        trips is not None,
       )
       segments.append(loop)
       for part in instruction.called("condition", "body"):

@@ -17,6 +17,8 @@ _NOT_ON_A_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5e-4",  # any; the topology's name decides
+  # A compiler alone shares nothing with others of its kind on the machine.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # Else a v4 chip counts as two devices; a program of today runs on both cores.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
@@ -82,6 +84,11 @@ def _of_libtpu(topology, chip, shape):
       platform="tpu", topology_name=topology, **options
     )
   except jax.errors.JaxRuntimeError as error:
+    if "INVALID_ARGUMENT" not in str(error):
+      raise ValueError(
+        f"expected libtpu to describe {topology}, got {error}; set its"
+        " environment variables"
+      ) from error
     raise ValueError(
       f"expected a shape that {chip} comes in, such as 2x2 (v5e, v6e) or 2x2x1"
       f" (v4, v5p), got {topology!r} ({error}); set --topology"

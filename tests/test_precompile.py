@@ -1,0 +1,296 @@
+"""Programs compiled without their devices' arrays, against counts by hand."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import toy_models
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gkd_jax import (
+  chips,
+  gin_utils,
+  hlo_costs,
+  optimizers,
+  partitioning,
+  placement,
+  precompile,
+  precompile_report,
+  reinforce,
+  topologies,
+  train,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+LENGTHS = {"inputs": 6, "targets": 7}
+CHIP = chips.Chip("test", 1e9, 2**30, 1e8, 1e7)
+
+
+def compile_toy(model, **options):
+  return precompile.precompile(
+    model,
+    optimizers.adafactor(0.1),
+    topology="cpu:8",
+    task_feature_lengths=LENGTHS,
+    batch_size=16,
+    num_partitions=2,
+    **({"devices": jax.devices()[:8], "chip": None} | options),
+  )
+
+
+@pytest.fixture(scope="module")
+def model():
+  return toy_models.gkd()[0]
+
+
+@pytest.fixture(scope="module")
+def phases(model, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("out")
+  result = compile_toy(model, chip=CHIP, output_path=str(folder))
+  written = json.loads((folder / "precompile.json").read_text())
+  assert written == result
+  assert result["mesh"] == {"data": 4, "model": 2}
+  return result["phases"]
+
+
+def test_arguments_of_a_sharded_teacher_counted_by_hand(phases):
+  # D = 12, two heads of 4, mlp 8, vocabulary 16, one layer on each side.
+  matrices = 2 * 16 * 12  # embedding and head
+  matrices += 3 * 4 * 12 * 8  # encoder, decoder and cross-attention
+  matrices += 2 * 3 * 12 * 8  # gated MLPs
+  matrices += 2 * 32 * 2  # relative positions
+  norms = (3 + 4) * 12
+  tokens = (6 + 7 + 7) * 16 // 4  # the loss weights are not read
+  memory = phases["teacher"]["memory"]
+  assert memory["arguments"] == 4 * (matrices // 2 + norms + tokens)
+  # Logits of a quarter of the rows; the half of the vocabulary.
+  assert memory["outputs"] in (4 * 4 * 7 * 16, 4 * 4 * 7 * 8)
+
+
+def test_figures_are_those_of_a_program_with_real_arrays(model, phases):
+  mesh = partitioning.make_mesh(2, jax.devices()[:8])
+  shapes = placement.input_shapes(LENGTHS)
+  _, shardings = placement.params(
+    model.teacher, shapes, mesh, placement.rules(False)
+  )
+  params = jax.device_put(toy_models.params(model.teacher, 2), shardings)
+  batch = partitioning.put_batch(toy_models.batch(rows=16), mesh)
+  stats = (
+    jax.jit(model.teacher.logits).lower(params, batch).compile()
+  ).memory_analysis()
+  memory = phases["teacher"]["memory"]
+  assert memory["arguments"] == stats.argument_size_in_bytes
+  assert memory["outputs"] == stats.output_size_in_bytes
+  assert memory["temporaries"] == stats.temp_size_in_bytes
+  assert memory["peak"] == (
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
+
+
+def test_an_on_policy_step_is_a_step_on_data_and_the_sampler_s_loop(phases):
+  # With dropout 0 the encoder runs once, for sampling and for training.
+  (loop,) = [
+    s for s in phases["student"]["segments"] if not s["trip_count_known"]
+  ]
+  assert loop["runs"] == LENGTHS["targets"]
+  more = phases["student"]["flops"] - phases["data"]["flops"]
+  assert more == loop["runs"] * loop["flops"] > 0
+
+
+def test_the_old_state_s_memory_holds_the_new_one(model, phases):
+  mesh = partitioning.make_mesh(2, jax.devices()[:8])
+  state, shardings = placement.state(
+    model.student,
+    optimizers.adafactor(0.1),
+    placement.input_shapes(LENGTHS),
+    mesh,
+    placement.rules(False),
+  )
+  of_state = partitioning.bytes_per_device(state, shardings)
+  for phase in ("data", "student"):
+    assert phases[phase]["memory"]["aliased"] == of_state
+
+
+def test_roofline_by_hand():
+  all_reduce = {"all-reduce": hlo_costs.Collective(1, 0, 2000)}
+  segments = [
+    hlo_costs.Segment("once", flops=2000, hbm_bytes=10, collectives=all_reduce),
+    hlo_costs.Segment("while", runs=10, flops=100, hbm_bytes=300),
+  ]
+  chip = chips.Chip("test", 1000.0, 0, 100.0, 500.0)
+  # Once: 2 s of arithmetic, 0.1 of memory, 4 of links. A run of the loop: 0.1
+  # and 3.
+  found = precompile_report.roofline(segments, chip)
+  assert found == precompile_report.Roofline(4 + 30, 2 + 1, 0.1 + 30, 4)
+
+
+def test_rates_follow_from_the_roofline(phases):
+  report = phases["teacher"]
+  seconds = report["roofline"]["seconds"]
+  assert report["tokens_per_second"] == pytest.approx(16 * 7 / seconds)
+  assert report["mfu"] == pytest.approx(report["flops"] / 1e9 / seconds)
+  assert report["fits"] and report["free_bytes"] == (
+    2**30 - report["memory"]["peak"]
+  )
+  small = chips.Chip("small", 1e9, 1000, 1e8, 1e7)
+  assert not compile_toy(toy_models.gkd()[0], chip=small, phases=["teacher"])[
+    "phases"
+  ]["teacher"]["fits"]
+
+
+def test_what_the_compiler_refuses_is_reported():
+  mesh = partitioning.make_mesh(2, jax.devices()[:8])
+  sharding = NamedSharding(mesh, P("data", "model"))
+  arguments = [
+    jax.ShapeDtypeStruct((2**20, 2**10), jnp.bfloat16, sharding=sharding),
+    jax.eval_shape(lambda: jax.random.key(0)),
+  ]
+  error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory.\nDetails")
+  report = precompile_report.of_too_large(error, arguments)
+  assert report == {
+    "fits": False,
+    "memory": {"arguments": 2**31 // 8},
+    "compiler_says": "Ran out of memory.",
+  }
+  text = "\n".join(
+    precompile_report.lines("step", report | {"compile_seconds": 1.0})
+  )
+  assert "0.25 GiB: DOES NOT FIT" in text and "Ran out of memory." in text
+
+
+def test_outputs_for_a_reward_are_rolled_out_before_the_step():
+  student, teacher = toy_models.model(8), toy_models.model(12)
+  model = reinforce.RLGKDModel(
+    student, teacher, reward=lambda *_: [0.0], samples_per_prompt=2
+  )
+  # The last outputs of 32 rows, four features of 7, a quarter on each device;
+  # the encoder's tokens come with them.
+  found = compile_toy(model, phases=["sampling"])["phases"]["sampling"]
+  features = 3 * 7 + 6
+  assert math.isclose(
+    found["memory"]["outputs"], 4 * features * 32 // 4, rel_tol=0.1
+  )
+  with pytest.raises(ValueError, match="phases of sampling, teacher, student"):
+    compile_toy(model, phases=["data"])
+
+
+@pytest.mark.parametrize(
+  ("options", "sentence"),
+  [
+    ({"phases": ["sampling", "nothing"]}, "got nothing; set --phases"),
+    ({"executor": "pmap"}, "set EXECUTOR = 'jit'"),
+    ({"num_microbatches": 3}, "a multiple of 12 .*set BATCH_SIZE"),
+  ],
+)
+def test_wrong_settings_are_a_sentence(model, options, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    compile_toy(model, **options)
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:4by4", "cpu:8:8"])
+def test_an_unknown_topology_is_a_sentence(name):
+  with pytest.raises(ValueError, match=r"such as v5e:4x4.*set --topology"):
+    topologies.devices(name)
+
+
+def test_cpu_devices_are_counted():
+  found, chip = topologies.devices("cpu:2x2")
+  assert found == jax.devices()[:4] and chip is None
+  with pytest.raises(ValueError, match="expected 999 CPU devices, got 8"):
+    topologies.devices("cpu:999")
+
+
+def test_only_what_is_asked_for_is_built():
+  gin_utils.parse(["experiments/smoke.gin"], [], [])
+  found = gin_utils.bindings(train.train, precompile.SETTINGS)
+  assert found["batch_size"] == 16 and found["model"].teacher is not None
+  assert "teacher_checkpoint_path" not in found
+  with pytest.raises(ValueError, match="MODEL_DIR"):
+    gin_utils.bindings(train.train, ["model_dir"])
+
+
+@pytest.mark.slow
+def test_command_needs_neither_data_nor_checkpoints(tmp_path):
+  done = gkd(
+    "--topology=cpu:4", "--phases=teacher", f"--output_path={tmp_path}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert "cpu:4: 4 devices as {'data': 2, 'model': 2}" in done.stdout
+  assert "no roofline" in done.stdout
+  written = json.loads((tmp_path / "precompile.json").read_text())
+  memory = written["phases"]["teacher"]["memory"]
+  assert f"peak {memory['peak'] / 2**20:.3f} MiB" in done.stdout
+
+
+def gkd(*arguments):
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", "gkd_jax.main", "precompile"),
+      *("--gin_file=experiments/smoke.gin", "--gin.NUM_PARTITIONS=2"),
+      *arguments,
+    ],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    timeout=300,
+    check=False,
+  )
+
+
+def test_without_the_tpu_compiler_the_command_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(ValueError, match=r"pip install 'gkd_jax\[tpu\]'"):
+    topologies.devices("v5e:2x2")
+
+
+@pytest.fixture
+def libtpu():
+  pytest.importorskip("libtpu", reason="needs the TPU compiler, extra `tpu`")
+
+
+@pytest.mark.parametrize(
+  ("name", "number"),
+  [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:4x4x4", 64)],
+)
+def test_a_device_is_a_chip(libtpu, name, number):
+  found, chip = topologies.devices(name)
+  assert len(found) == number and chip is chips.CHIPS[name.partition(":")[0]]
+
+
+def test_a_shape_that_no_host_has_is_a_sentence(libtpu):
+  with pytest.raises(ValueError, match="a shape that v5e comes in"):
+    topologies.devices("v5e:3x5")
+
+
+def test_tpu_program_has_the_arithmetic_of_the_cpu_s(libtpu, model, phases):
+  found, chip = topologies.devices("v5e:2x4")
+  report = compile_toy(model, devices=found, chip=chip, phases=["teacher"])
+  teacher = report["phases"]["teacher"]
+  assert teacher["flops"] == phases["teacher"]["flops"]
+  assert teacher["fits"] and 0 < teacher["mfu"] < 1
+
+
+def test_hbm_of_a_chip_is_what_its_compiler_allows(libtpu):
+  for name, chip in chips.CHIPS.items():
+    found, _ = topologies.devices(
+      f"{name}:2x2x1" if name in ("v4", "v5p") else f"{name}:2x2"
+    )
+    mesh = partitioning.make_mesh(1, found)
+    huge = jax.ShapeDtypeStruct(
+      (chip.hbm_bytes,), jnp.int8, sharding=partitioning.replicated(mesh)
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+      jax.jit(lambda x: x + 1).lower(huge).compile()
+    allowed = f"available HBM ({chip.hbm_bytes / 2**30:.2f}G)"
+    assert allowed in str(error.value)
