@@ -122,7 +122,7 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
     if not fused:
       segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
     if instruction.opcode == "while":
-      trips = instruction.trip_count
+      trips = _trip_count(instruction, computation, module)
       loop = Segment(
         instruction.name,
         segment.runs * (loop_length if trips is None else trips),
@@ -135,6 +135,41 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
     inside = fused or instruction.opcode == "fusion"
     for part in instruction.called(*_callees(instruction.opcode)):
       _walk(module, part, segment, segments, loop_length, fused=inside)
+
+
+def _trip_count(loop, computation, module):
+  """How often a loop runs, or None if that depends on more than a counter.
+
+  TPU programs do not state it for the loops that overlap a matrix product with
+  its collective. Those count from one constant to below another.
+  """
+  if loop.trip_count is not None:
+    return loop.trip_count
+  condition, body = (
+    module.computations[loop.called(part)[0]] for part in ("condition", "body")
+  )
+  test, results = _root(condition), _root(body).operands
+  initial = _made_of(computation[loop.operands[0]], computation).operands
+  if test.opcode != "compare" or "direction=LT" not in test.attributes:
+    return None
+  counter = _made_of(condition[test.operands[0]], condition)
+  if counter.opcode != "get-tuple-element" or not initial or not results:
+    return None
+  advance = _made_of(body[results[counter.index]], body)
+  if advance.opcode != "add":
+    return None
+  counted, by = (_made_of(body[name], body) for name in advance.operands)
+  if by.opcode != "constant":
+    counted, by = by, counted
+  bound = _made_of(condition[test.operands[1]], condition)
+  if bound.opcode == "get-tuple-element":
+    bound = _made_of(computation[initial[bound.index]], computation)
+  start = _made_of(computation[initial[counter.index]], computation)
+  if {start.opcode, bound.opcode, by.opcode} != {"constant"}:
+    return None
+  if (counted.opcode, counted.index) != (counter.opcode, counter.index):
+    return None
+  return -(-(int(bound.literal) - int(start.literal)) // int(by.literal))
 
 
 def _callees(opcode):
@@ -265,14 +300,23 @@ def _hbm_bytes(instruction, computation, module):
   if opcode == "fusion":
     return _fusion_bytes(instruction, computation, module)
   result = instruction.arrays
-  if opcode.endswith("-start"):  # its result repeats the operand
-    result = result[:1] if opcode == "copy-start" else result[-1:]
   reads = [computation[name].arrays for name in instruction.operands]
-  if opcode in ("dynamic-slice", "slice", "gather"):
-    reads[0] = result  # of the rest of the operand nothing is read
-  if opcode == "dynamic-update-slice":
-    reads, result = reads[1:], reads[1]  # in place
+  if opcode == "copy-start":  # what it makes, the operand, a semaphore
+    result = result[:1]
+  elif opcode.endswith("-start") and len(result) > len(reads):
+    result = result[len(reads) : 2 * len(reads)]  # behind the operands
+  if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+    # Of its operand it reads as much as it gives.
+    reads[0] = _at(reads[0], result)
+  if opcode == "dynamic-update-slice":  # in place
+    result = _at(reads[0], reads[1])
+    reads = reads[1:]
   return sum(map(_in_hbm, (result, *reads)))
+
+
+def _at(whole, parts):
+  """Parts of an array, where the whole of it lies."""
+  return [dataclasses.replace(a, on_chip=whole[0].on_chip) for a in parts]
 
 
 def _in_hbm(arrays):
@@ -289,12 +333,12 @@ def _fusion_bytes(fusion, computation, module):
       moved += min(
         _in_hbm(outside.arrays), _bytes_read(instruction.name, inner)
       )
-  root = next(i for i in inner.values() if i.is_root)
+  root = _root(inner)
   parts = root.operands if root.opcode == "tuple" else (root.name,)
   if len(parts) != len(fusion.arrays):  # one instruction of several results
     return moved + _in_hbm(fusion.arrays)
   for name, array in zip(parts, fusion.arrays, strict=True):
-    made = _behind_bitcasts(inner[name], inner)
+    made = _made_of(inner[name], inner)
     if made.opcode == "dynamic-update-slice":  # in place
       moved += min(_in_hbm([array]), _shape(made.operands[1], inner).bytes)
     else:
@@ -318,7 +362,12 @@ def _bytes_read(name, inner):
   return read
 
 
-def _behind_bitcasts(instruction, inner):
-  while instruction.opcode == "bitcast":
-    instruction = inner[instruction.operands[0]]
+def _root(computation):
+  return next(i for i in computation.values() if i.is_root)
+
+
+def _made_of(instruction, computation):
+  """What an instruction is a copy or another view of."""
+  while instruction.opcode in ("bitcast", "copy"):
+    instruction = computation[instruction.operands[0]]
   return instruction

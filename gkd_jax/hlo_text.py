@@ -74,6 +74,12 @@ class Instruction:
     return tuple(found)
 
   @property
+  def index(self) -> int:
+    """Of a get-tuple-element: which part it gets; -1 of anything else."""
+    match = re.search(r"\bindex=(\d+)", self.attributes)
+    return int(match[1]) if match else -1
+
+  @property
   def trip_count(self) -> int | None:
     """Of a loop; None where only the run decides."""
     match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)

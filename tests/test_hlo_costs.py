@@ -143,6 +143,65 @@ def test_products_of_convolutions(lhs, rhs, output, attributes, products):
   assert once.flops == 2 * products
 
 
+COUNTED = """HloModule m
+
+%condition (c: (u32[], u32[], f32[])) -> pred[] {
+  %c = (u32[], u32[], f32[]) parameter(0)
+  %i = u32[] get-tuple-element(%c), index=0
+  %most = BOUND
+  ROOT %go = pred[] compare(%i, %most), direction=LT
+}
+
+%body (b: (u32[], u32[], f32[])) -> (u32[], u32[], f32[]) {
+  %b = (u32[], u32[], f32[]) parameter(0)
+  %j = u32[] get-tuple-element(%b), index=0
+  %by = u32[] constant(2)
+  %next = u32[] add(%j, %by)
+  %same = u32[] get-tuple-element(%b), index=1
+  %x = f32[] get-tuple-element(%b), index=2
+  ROOT %out = (u32[], u32[], f32[]) tuple(%next, %same, %x)
+}
+
+ENTRY %main (a: f32[], n: u32[]) -> (u32[], u32[], f32[]) {
+  %a = f32[] parameter(0)
+  %n = u32[] parameter(1)
+  %one = u32[] constant(1)
+  %first = u32[] copy(%one)
+  %eight = u32[] constant(8)
+  %in = (u32[], u32[], f32[]) tuple(%first, SECOND, %a)
+  ROOT %while.1 = (u32[], u32[], f32[]) while(%in), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("bound", "second", "runs"),
+  [
+    ("u32[] constant(8)", "%n", 4),  # 1, 3, 5, 7
+    ("u32[] constant(9)", "%n", 4),  # and not 9
+    ("u32[] get-tuple-element(%c), index=1", "%eight", 4),
+    ("u32[] get-tuple-element(%c), index=1", "%n", None),  # known in the run
+  ],
+)
+def test_runs_of_a_loop_that_counts_to_a_constant(bound, second, runs):
+  text = COUNTED.replace("BOUND", bound).replace("SECOND", second)
+  _, loop = hlo_costs.count(text, loop_length=100)
+  assert loop.runs == (100 if runs is None else runs)
+  assert loop.trip_count_known == (runs is not None)
+
+
+def test_an_asynchronous_slice_reads_what_it_keeps():
+  text = (
+    "HloModule m\n\nENTRY %main (a: f32[8,100]) -> f32[1,100] {\n"
+    "  %a = f32[8,100] parameter(0)\n"
+    "  %s = ((f32[8,100]), f32[1,100]{1,0:S(1)}, s32[]) slice-start(%a),"
+    " slice={[0:1], [0:100]}\n"
+    "  ROOT %d = f32[1,100]{1,0:S(1)} slice-done(%s)\n}\n"
+  )
+  (once,) = hlo_costs.count(text, loop_length=1)
+  assert once.hbm_bytes == 400
+
+
 def test_an_unknown_form_of_groups_is_an_error():
   text = PROGRAM.replace("[1,8]<=[8]", "something_new")
   with pytest.raises(ValueError, match=r"replica_groups of 'whole'"):

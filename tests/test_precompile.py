@@ -281,6 +281,25 @@ def test_tpu_program_has_the_arithmetic_of_the_cpu_s(libtpu, model, phases):
   assert teacher["fits"] and 0 < teacher["mfu"] < 1
 
 
+def test_tpu_loops_that_overlap_products_and_collectives_run_to_their_end(
+  libtpu,
+):
+  found, _ = topologies.devices("v5e:4x4")
+  mesh = partitioning.make_mesh(1, found)
+  x, w = (
+    jax.ShapeDtypeStruct(
+      shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("data"))
+    )
+    for shape in ((32, 1024, 2048), (2048, 5120))
+  )
+  rows = NamedSharding(mesh, P("data"))
+  program = jax.jit(jnp.matmul, out_shardings=rows).lower(x, w).compile()
+  segments = hlo_costs.count(program.as_text(), loop_length=1000)
+  assert len(segments) > 1  # the weights go around the ring
+  flops = hlo_costs.total(segments, lambda s: s.flops)
+  assert flops == 2 * (32 // 16) * 1024 * 2048 * 5120
+
+
 def test_hbm_of_a_chip_is_what_its_compiler_allows(libtpu):
   for name, chip in chips.CHIPS.items():
     found, _ = topologies.devices(
