@@ -73,6 +73,9 @@ def precompile(
 ) -> dict[str, Any]:
   """Compiles each phase, prints what it needs at once, and returns all of it.
 
+  Sampling and teacher alone hold only what they read. Whether a run fits is said
+  by its training steps, whose arguments are all that the run keeps.
+
   Args:
     model: see `train.train`, as all that is not named here.
     optimizer: see there.
