@@ -164,7 +164,7 @@ def learning_curves(study: report_data.Study) -> Picture | None:
           level, color="grey", linestyle="--", label=run.place["method"]
         )
     panel.set(title=regime_title(regime), xlabel="step")
-    panel.set_ylabel(f"{axis_label(study)}, greedy (validation)")
+    panel.set_ylabel(axis_label(study))
     panel.grid(alpha=0.3)
   legend_below(picture, *panels)
   return Picture(
@@ -346,7 +346,7 @@ def legend_below(picture, *panels):
       list(found.values()),
       list(found),
       loc="outside lower center",
-      ncols=min(4, len(found)),
+      ncols=min(max(1, int(picture.get_figwidth() // 1.9)), len(found)),
       frameon=False,
     )
 

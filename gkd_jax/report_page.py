@@ -121,7 +121,11 @@ def png(picture: figures.Picture) -> bytes:
   """A picture as PNG, the same bytes for the same data."""
   content = io.BytesIO()
   picture.figure.savefig(
-    content, format="png", dpi=_DPI, metadata={"Software": None}
+    content,
+    format="png",
+    dpi=_DPI,
+    bbox_inches="tight",  # with what hangs over the edge, never cut
+    metadata={"Software": None},
   )
   return content.getvalue()
 
