@@ -87,14 +87,30 @@ def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
   """
   bound = gin.get_bindings(function, resolve_references=False)
   # Gin's references are built when they are copied, as `get_bindings` does too.
-  found = copy.deepcopy({k: v for k, v in bound.items() if k in names})
-  missing = [str(bound[k]) for k, v in found.items() if v is gin.REQUIRED]
+  try:
+    found = copy.deepcopy({k: v for k, v in bound.items() if k in names})
+  except Exception as error:  # of what was built without its settings
+    missing = _without_value() - {
+      str(v)[1:] for k, v in bound.items() if k not in names
+    }
+    if not missing:
+      raise
+    raise ValueError(_no_value(missing)) from error
+  missing = {str(bound[k])[1:] for k, v in found.items() if v is gin.REQUIRED}
   if missing:
-    raise ValueError(
-      f"expected a value of {', '.join(missing)}, got none; set"
-      f" {', '.join(missing).replace('%', '')}"
-    )
+    raise ValueError(_no_value(missing))
   return found
+
+
+def _without_value():
+  return set(
+    re.findall(r"^([A-Z][A-Z0-9_]*) = %gin.REQUIRED", gin.config_str(), re.M)
+  )
+
+
+def _no_value(macros):
+  names = ", ".join(sorted(macros))
+  return f"expected a value of each macro, got none of {names}; set {names}"
 
 
 def save():

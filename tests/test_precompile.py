@@ -216,8 +216,14 @@ def test_only_what_is_asked_for_is_built():
   found = gin_utils.bindings(train.train, precompile.SETTINGS)
   assert found["batch_size"] == 16 and found["model"].teacher is not None
   assert "teacher_checkpoint_path" not in found
-  with pytest.raises(ValueError, match="MODEL_DIR"):
+  with pytest.raises(ValueError, match="none of MODEL_DIR; set MODEL_DIR"):
     gin_utils.bindings(train.train, ["model_dir"])
+  gin_utils.parse(["methods/gkd.gin"], ["STUDENT_DATA_FRACTION = 0.5"], [])
+  with pytest.raises(
+    ValueError, match=r"got none of .*STUDENT, .*TEACHER;"
+  ) as error:
+    gin_utils.bindings(train.train, ["model", "batch_size"])
+  assert "MODEL_DIR" not in str(error.value)
 
 
 @pytest.mark.slow
