@@ -143,15 +143,16 @@ def test_logits_and_greedy_tokens_are_theirs(tmp_path, family):
   assert family == "byt5" or len(set((tokens == 1).sum(1))) == 2
 
 
+@pytest.mark.parametrize("seed", [6, 12])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams_are_theirs(tmp_path, family):
+def test_beams_are_theirs(tmp_path, family, seed):
   """Without a length penalty, where T5X's score and theirs are one: the sum.
 
   `generate` drops an end of sequence that ranks below the N best of the 2 N
   candidates, T5X takes it. So a row's output may be another one only where it
-  is better than theirs.
+  is better than theirs, as one is of seed 6; those of seed 12 are all equal.
   """
-  theirs = make(family)
+  theirs = make(family, seed=seed)
   theirs.save_pretrained(tmp_path / "theirs")
   model, params = ours(tmp_path / "theirs")
   length = 9
@@ -183,9 +184,11 @@ def test_beams_are_theirs(tmp_path, family):
   np.testing.assert_array_equal(np.asarray(tokens)[same], expected[same])
   assert np.all(scores[~same] > their_scores[~same])
   assert np.all(np.asarray(tokens)[~same, -1] == 0), "one that ended early"
-  assert same.sum() == {"t5_1_0": 3, "byt5": 3}.get(family, 2)
+  few = seed == 6 and family not in ("t5_1_0", "byt5")
+  assert same.sum() == (2 if few else 3)
   # A search that is greedy would not do.
-  assert family == "byt5" or not np.array_equal(tokens, greedy)
+  repeats = family == "byt5" or (family, seed) == ("t5_1_0", 12)
+  assert repeats or not np.array_equal(tokens, greedy)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
