@@ -232,10 +232,9 @@ class BaseTransformerModel:
 
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
-    if self.num_real_tokens is None:
-      return logits
-    is_real = jnp.arange(logits.shape[-1]) < self.num_real_tokens
-    return jnp.where(is_real[None], logits, -jnp.inf)
+    return losses.without_padding(
+      logits, self.num_real_tokens, no_mass=-jnp.inf
+    )
 
   def _decode(self, params, batch, key, *, num_decodes, options):
     """`decoding.decode` with `decode_fn`: tokens `[B, N, T]`, scores `[B, N]`."""
@@ -268,3 +267,18 @@ def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
 def split_key(key: jax.Array | None) -> tuple:
   """Two keys from one, or twice None: dropout on both sides or on neither."""
   return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def dropout_keys(
+  dropout_rate: float, key: jax.Array, row_ids: jax.Array
+) -> tuple:
+  """Keys of the encoder's and the decoder's dropout in a step, or twice None.
+
+  Args:
+    dropout_rate: of the model.
+    key: of the step.
+    row_ids: `[B]`, places of the microbatch's rows: others need other masks.
+  """
+  if dropout_rate == 0:
+    return None, None
+  return split_key(jax.random.fold_in(key, row_ids[0]))

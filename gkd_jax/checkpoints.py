@@ -26,6 +26,7 @@ from gkd_jax import (
   checkpoint_formats,
   checkpoint_iterators,
   paths,
+  placement,
   safetensors_io,
   tensorstore_io,
 )
@@ -44,6 +45,32 @@ load_config = checkpoint_formats.load_config
 load_model = checkpoint_formats.load_model
 save_safetensors = safetensors_io.save_safetensors
 check_matches = checkpoint_errors.check_matches
+
+
+def load_placed(
+  path: Path | None, shapes: PyTree, shardings: PyTree, *, setting: str, of: str
+) -> PyTree:
+  """Reads the parameters of a model that is not trained onto its devices.
+
+  Args:
+    path: see `load_params`.
+    shapes: nested dict of anything with a `shape`.
+    shardings: of the same structure.
+    setting: what the user set the path with, for the messages.
+    of: what the model is, such as "teacher", for the message.
+
+  Returns:
+    Nested dict of `jax.Array`s, float32.
+
+  Raises:
+    ValueError: no path, or as `load_params`.
+  """
+  if not path:
+    raise ValueError(
+      f"expected a checkpoint of the {of}, got none; set {setting}"
+    )
+  like = placement.with_shardings(shapes, shardings)
+  return load_params(path, setting=setting, like=like)
 
 
 def has_checkpoint(model_dir: Path) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import checkpoints, partitioning, types
+from gkd_jax import checkpoints, partitioning, placement, types
 
 OVER = ("vocabulary", "answers")
 
@@ -85,12 +85,17 @@ class EntailmentReward:
     self._vocabulary, self._length = vocabulary, input_length
     self._rows = batch_size // jax.process_count()
     self._prefix = input_prefix
-    rules = (
-      partitioning.FULLY_SHARDED_RULES
-      if shard_params_over_data
-      else partitioning.STANDARD_RULES
+    self._params = checkpoints.load_placed(
+      checkpoint_path,
+      *placement.params(
+        model,
+        placement.input_shapes({"inputs": 2, "targets": 1}),
+        self._mesh,
+        placement.rules(shard_params_over_data),
+      ),
+      setting="SCORER_CHECKPOINT_PATH",
+      of="scorer",
     )
-    self._params = _load(model, checkpoint_path, self._mesh, rules)
     self._score = jax.jit(
       functools.partial(entailment, model, answers=tuple(firsts), over=over),
       out_shardings=partitioning.batch_sharding(self._mesh),
@@ -190,31 +195,3 @@ def encode_pair(
   row = np.zeros(length, np.int32)
   row[: len(tokens) + 1] = [*tokens, vocabulary.eos_id]
   return row
-
-
-def _load(model, path, mesh, rules):
-  """The scorer's parameters on their devices, checked against its sizes."""
-  if not path:
-    raise ValueError(
-      "expected a checkpoint of the scorer, got none;"
-      " set SCORER_CHECKPOINT_PATH"
-    )
-  shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 1)}
-  variables = jax.eval_shape(
-    lambda: model.get_initial_variables(jax.random.key(0), shapes)
-  )
-  axes = partitioning.logical_axes(variables["params_axes"])
-  shardings = partitioning.param_shardings(
-    variables["params"], axes, mesh, rules
-  )
-  return checkpoints.load_params(
-    path,
-    setting="SCORER_CHECKPOINT_PATH",
-    like=jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=sharding
-      ),
-      variables["params"],
-      shardings,
-    ),
-  )

@@ -131,7 +131,8 @@ def evaluate_checkpoint(
   and prediction as the metrics saw them, the prediction's log-prob, and
   `statistics`, what the example adds to each metric (`comparisons` reads them).
   With several samples the first is the prediction, `samples` holds all, and the
-  statistics are their means, so that runs of other numbers can be compared. With `instruments` also `by_position.json`.
+  statistics are their means, so that runs of other numbers can be compared. With
+  `instruments` also `by_position.json`.
 
   Args:
     model: the model, or a `GKDModel`, whose student is used.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import divergences
+from gkd_jax import divergences, losses
 
 NUM_BINS = 15  # of Guo et al.
 
@@ -39,11 +39,7 @@ def log_law(
     `[..., V]` nats, -1e9 or below where the law has no mass.
   """
   logits = logits.astype(jnp.float32) / temperature
-  if num_real_tokens is not None:
-    is_real = np.arange(logits.shape[-1]) < num_real_tokens
-    is_real = is_real.reshape((1,) * (logits.ndim - 1) + is_real.shape)
-    logits = jnp.where(is_real, logits, -1e9)
-  return jax.nn.log_softmax(logits)
+  return jax.nn.log_softmax(losses.without_padding(logits, num_real_tokens))
 
 
 def acceptance_rate(

@@ -178,7 +178,8 @@ def token_losses(
   _check_temperature("student_temperature", student_temperature)
   p = teacher_logits / teacher_temperature
   q = student_logits / student_temperature
-  p, q = _without_padding(num_real_tokens, p, q, axis=axis)
+  p = without_padding(p, num_real_tokens, axis=axis)
+  q = without_padding(q, num_real_tokens, axis=axis)
   p, q = _log_softmax(p, axis), _log_softmax(q, axis)
   # Divergences sum over the last axis. Mapping what is pointwise but for one sum
   # moves no data; mapping a softmax would.
@@ -193,6 +194,46 @@ def token_losses(
     _first_of_largest(p, axis) == _first_of_largest(q, axis),
   )
   return loss, dict(zip(TOKEN_METRICS, metrics, strict=True))
+
+
+def without_padding(
+  logits: jax.Array,
+  num_real_tokens: int | None,
+  *,
+  axis: int = -1,
+  no_mass: float = -1e9,
+) -> jax.Array:
+  """Logits by which the padding of a vocabulary has no mass.
+
+  A mask and not a slice, which would move a vocabulary that is sharded. It has
+  to follow a temperature, so that none can undo it.
+
+  >>> without_padding(jnp.array([1.0, 2.0, 3.0]), 2, no_mass=-jnp.inf).tolist()
+  [1.0, 2.0, -inf]
+
+  Args:
+    logits: `[..., V]`, or with V on another axis.
+    num_real_tokens: R; ids from R on are padding. None for R = V.
+    axis: of the vocabulary.
+    no_mass: the logit of padding. The divergences need a finite one; -inf where
+      the law is drawn from.
+
+  Returns:
+    Logits of the same shape and type.
+
+  Raises:
+    ValueError: an R outside of 1..V.
+  """
+  if num_real_tokens is None:
+    return logits
+  vocab_size = logits.shape[axis]
+  if not 1 <= num_real_tokens <= vocab_size:
+    raise ValueError(
+      f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
+      f" {num_real_tokens}; set NUM_REAL_TOKENS"
+    )
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis % logits.ndim)
+  return jnp.where(ids < num_real_tokens, logits, no_mass)
 
 
 def cross_entropy_loss(
@@ -294,28 +335,6 @@ def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   through, in the gradient.
   """
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
-
-
-def _without_padding(num_real_tokens, *logits, axis=-1):
-  """Logits without mass from the id `num_real_tokens` on.
-
-  A mask and not a slice, which would move a vocabulary that is sharded. It
-  follows the temperature, so that none can undo it.
-  """
-  vocab_size = logits[0].shape[axis]
-  if num_real_tokens is None:
-    return logits
-  if not 1 <= num_real_tokens <= vocab_size:
-    raise ValueError(
-      f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
-      f" {num_real_tokens}; set NUM_REAL_TOKENS"
-    )
-  ids = jax.lax.broadcasted_iota(
-    jnp.int32, logits[0].shape, axis % logits[0].ndim
-  )
-  is_real = ids < num_real_tokens
-  # Finite, as is every log-prob that the divergences see below.
-  return tuple(jnp.where(is_real, x, -1e9) for x in logits)
 
 
 def _token_metrics(

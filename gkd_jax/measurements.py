@@ -19,6 +19,7 @@ from gkd_jax import (
   instruments,
   models,
   partitioning,
+  placement,
   types,
 )
 
@@ -29,7 +30,7 @@ BY_POSITION = ("forward_kl", "reverse_kl")
 
 
 def load_teacher(model: models.GKDModel, path: str | None, mesh: Any) -> Any:
-  """The teacher's parameters, a copy on every device.
+  """The teacher's parameters on the mesh of an evaluation.
 
   Args:
     model: its teacher says what shapes they have.
@@ -39,21 +40,13 @@ def load_teacher(model: models.GKDModel, path: str | None, mesh: Any) -> Any:
   Raises:
     ValueError: no path, nothing there, or other shapes.
   """
-  setting = "TEACHER_CHECKPOINT_PATH"
-  if not path:
-    raise ValueError(
-      f"expected a checkpoint of the teacher, got none; set {setting}"
-    )
-  params = checkpoints.load_params(path, setting=setting)
-  shapes = {
-    "encoder_input_tokens": (1, 8),
-    "decoder_input_tokens": (1, 8),
-  }
-  abstract = jax.eval_shape(
-    lambda: model.teacher.get_initial_variables(jax.random.key(0), shapes)
-  )["params"]
-  checkpoints.check_matches(params, abstract, setting=setting, path=path)
-  return jax.device_put(params, partitioning.replicated(mesh))
+  shapes = placement.input_shapes({"inputs": 1, "targets": 1})
+  return checkpoints.load_placed(
+    path,
+    *placement.params(model.teacher, shapes, mesh, placement.rules(False)),
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
+  )
 
 
 def measure(

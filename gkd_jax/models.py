@@ -217,17 +217,14 @@ class GKDModel:
       over tokens, the number of those, and metrics as (sum, weight).
     """
     dropout_key, sample_key, coin_key = jax.random.split(key, 3)
-    if self.student.config.dropout_rate > 0:
-      # Rows of other microbatches need other masks.
-      dropout_key = jax.random.fold_in(dropout_key, row_ids[0])
-    else:
-      dropout_key = None
-    encoder_key, decoder_key = base_model.split_key(dropout_key)
+    encoder_key, decoder_key = base_model.dropout_keys(
+      self.student.config.dropout_rate, dropout_key, row_ids
+    )
     encoded = self.student.encode(params, batch, encoder_key)
     metrics = {}
     if source != DATA:
       clean = encoded  # with dropout 0 the encoder runs once for both uses
-      if dropout_key is not None:
+      if encoder_key is not None:
         clean = self.student.encode(params, batch)
       chosen = self._choose(source, step, coin_key, row_ids)
       batch, metrics = self._with_samples(

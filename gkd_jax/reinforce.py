@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gkd_jax import (
   base_model,
   decoding,
+  losses,
   models,
   rewards,
   sampling,
@@ -240,10 +241,7 @@ def sampling_law(
   logits = logits.astype(jnp.float32)
   if weights is not None:
     logits = jnp.where(weights[..., None] > 0, logits, 0.0)
-  if num_real_tokens is not None:
-    real = jnp.arange(logits.shape[-1]) < num_real_tokens
-    real = real.reshape((1,) * (logits.ndim - 1) + real.shape)
-    logits = jnp.where(real, logits, -jnp.inf)
+  logits = losses.without_padding(logits, num_real_tokens, no_mass=-jnp.inf)
   return jax.nn.log_softmax(sampling.sampling_logits(logits, **settings))
 
 

@@ -57,7 +57,7 @@ def top_k_law(
       f"expected top_k within 1..{size}, the number of tokens, got {top_k};"
       " set TOP_K"
     )
-  logits = _real(
+  logits = losses.without_padding(
     teacher_logits.astype(jnp.float32) / teacher_temperature, num_real_tokens
   )
   _, ids = jax.lax.top_k(logits, top_k)
@@ -122,7 +122,7 @@ def stored_distillation_loss(
   # Replaced before the softmax: see `losses`.
   present = weights[:, :, None] > 0
   logits = jnp.where(present, student_logits.astype(jnp.float32), 0.0)
-  logits = _real(logits / student_temperature, num_real_tokens)
+  logits = losses.without_padding(logits / student_temperature, num_real_tokens)
   student = _bucket_logits(logits, teacher_ids)
   loss, weight, metrics = losses.distillation_loss(
     teacher_log_probs,
@@ -161,12 +161,3 @@ def _bucket_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
   others = jnp.put_along_axis(logits, ids, _NO_MASS, axis=-1, inplace=False)
   rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
   return jnp.concatenate([picked, rest], axis=-1)
-
-
-def _real(logits: jax.Array, num_real_tokens: int | None) -> jax.Array:
-  """Logits without mass from the id `num_real_tokens` on."""
-  if num_real_tokens is None:
-    return logits
-  is_real = jnp.arange(logits.shape[-1]) < num_real_tokens
-  shape = (1,) * (logits.ndim - 1) + (-1,)
-  return jnp.where(is_real.reshape(shape), logits, _NO_MASS)

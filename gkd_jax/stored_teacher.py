@@ -97,10 +97,9 @@ class StoredTeacherModel(models.GKDModel):
         f"expected source {base_model.DATA!r} of stored laws, got {source!r}"
       )
     # The key is split as in `GKDModel`, so that dropout is the same.
-    dropout_key = None
-    if self.student.config.dropout_rate > 0:
-      dropout_key = jax.random.fold_in(jax.random.split(key, 3)[0], row_ids[0])
-    encoder_key, decoder_key = base_model.split_key(dropout_key)
+    encoder_key, decoder_key = base_model.dropout_keys(
+      self.student.config.dropout_rate, jax.random.split(key, 3)[0], row_ids
+    )
     encoded = self.student.encode(params, batch, encoder_key)
     return stored_targets.stored_distillation_loss(
       batch[TOP_K_IDS],

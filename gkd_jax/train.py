@@ -117,9 +117,11 @@ def train(
   )
   teacher_params = {}
   if model.teacher is not None:
-    teacher_params = load_teacher(
+    teacher_params = checkpoints.load_placed(
       teacher_checkpoint_path,
       *placement.params(model.teacher, shapes, mesh, rules),
+      setting="TEACHER_CHECKPOINT_PATH",
+      of="teacher",
     )
   _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
   if dry_run:
@@ -293,24 +295,6 @@ def _first_params(model, path, abstract_params, seed, shapes):
     lambda x, leaf: jax.device_put(np.asarray(x, np.float32), leaf.sharding),
     dict(variables["params"]),
     abstract_params,
-  )
-
-
-def load_teacher(path, abstract_params, shardings):
-  """The teacher's parameters, float32, on their devices.
-
-  Raises:
-    ValueError: no path, nothing there, or other names or shapes.
-  """
-  if not path:
-    raise ValueError(
-      "expected a checkpoint of the teacher, got none;"
-      " set TEACHER_CHECKPOINT_PATH"
-    )
-  return checkpoints.load_params(
-    path,
-    setting="TEACHER_CHECKPOINT_PATH",
-    like=placement.with_shardings(abstract_params, shardings),
   )
 
 

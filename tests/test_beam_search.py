@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 
+import beam_oracle
 import golden_t5x
 import jax
 import jax.numpy as jnp
@@ -76,21 +77,12 @@ def every_output(weights, alpha):
 
 
 def narrow_search(weights, alpha, num_decodes):
-  """The search as it is described, one prompt, float64 lists, ascending."""
-  length, live, finished = weights.shape[0], [((), 0.0)], []
-  for size in range(1, length + 1):
-    found = [
-      (lp + step, (*prefix, v))
-      for prefix, lp in live
-      for v, step in enumerate(law(weights, prefix))
-    ]
-    found = sorted(found, reverse=True)[: 2 * num_decodes]
-    penalty = ((5 + size) / 6) ** alpha
-    finished += [(lp / penalty, y) for lp, y in found if y[-1] == EOS]
-    finished = sorted(finished, reverse=True)[:num_decodes]
-    live = [(y, lp) for lp, y in found if y[-1] != EOS][:num_decodes]
-  results = finished or [(lp, y) for y, lp in live]
-  return [(y + (0,) * (length - len(y)), s) for s, y in results[::-1]]
+  """The search as it is described, one prompt, tokens padded."""
+  length = weights.shape[0]
+  outputs = beam_oracle.best_outputs(
+    functools.partial(law, weights), length, alpha, num_decodes
+  )
+  return [(y + (0,) * (length - len(y)), score) for y, score in outputs]
 
 
 def scripted(laws, calls=None):

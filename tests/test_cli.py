@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints, train
+from gkd_jax import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = {
@@ -253,10 +253,12 @@ def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
   stored = checkpoints.load_params(tmp_path / "narrow", dtype=None)
   assert stored["w"].dtype == "bfloat16"
   assert checkpoints.load_config(tmp_path / "narrow") == {"vocab_size": 9}
-  placed = train.load_teacher(
+  placed = checkpoints.load_placed(
     str(tmp_path / "narrow"),
     {"w": jax.ShapeDtypeStruct((2,), np.float32)},
     {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
   )
   assert placed["w"].dtype == np.float32
   # bfloat16 keeps eight bits: 1 + 2^-8 is halfway and rounds to even.

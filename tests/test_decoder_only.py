@@ -2,6 +2,7 @@
 
 import itertools
 
+import beam_oracle
 import golden_t5x
 import jax
 import jax.numpy as jnp
@@ -299,24 +300,6 @@ def test_the_best_of_several_decodes_of_each_prompt():
       np.testing.assert_allclose(scores[i, n], expected, rtol=1e-4)
 
 
-def best_outputs(law, room, num_decodes, alpha):
-  """The search as `beam_search` describes it: (tokens, score), the best last."""
-  live, finished = [((), 0.0)], []
-  for size in range(1, room + 1):
-    found = [
-      (log_prob + step, (*output, token))
-      for output, log_prob in live
-      for token, step in enumerate(law(output))
-    ]
-    found = sorted(found, reverse=True)[: 2 * num_decodes]
-    penalty = ((5 + size) / 6) ** alpha
-    finished += [(p / penalty, y) for p, y in found if y[-1] == 1]
-    finished = sorted(finished, reverse=True)[:num_decodes]
-    live = [(y, p) for p, y in found if y[-1] != 1][:num_decodes]
-  ranked = finished or [(p, y) for y, p in live]
-  return [(y, score) for score, y in ranked[::-1]]
-
-
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
   model = toy.model(
@@ -345,7 +328,7 @@ def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
         np.float64,
       )
 
-    expected = best_outputs(law, toy.WIDTH - len(prompt), 3, 0.6)
+    expected = beam_oracle.best_outputs(law, toy.WIDTH - len(prompt), 0.6, 3)
     empty = 3 - len(expected)
     np.testing.assert_array_equal(tokens[i, :empty], 0)
     for n, (output, score) in enumerate(expected, start=empty):

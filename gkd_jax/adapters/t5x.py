@@ -22,10 +22,10 @@ from clu import metrics as clu_metrics
 
 from gkd_jax import (
   base_model,
+  checkpoints,
   encoder_decoder,
   models,
   sampling,
-  train,
   trainer,
   types,
 )
@@ -226,7 +226,7 @@ class GKDTrainer(t5x_trainer.Trainer):
       the mesh; the student's by default.
 
   Raises:
-    ValueError: another model, no seed, or as `train.load_teacher`.
+    ValueError: another model, no seed, or as `checkpoints.load_placed`.
   """
 
   def __init__(
@@ -427,4 +427,10 @@ def _place_teacher(teacher, path, partitioner, mesh):
     axes,
     is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec),
   )
-  return axes, train.load_teacher(path, abstract, shardings)
+  return axes, checkpoints.load_placed(
+    path,
+    abstract,
+    shardings,
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
+  )
