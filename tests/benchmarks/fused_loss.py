@@ -8,7 +8,8 @@ torch's compiler takes in this process.
 
 Run: python -m tests.benchmarks.fused_loss [--out=x.json] [--peer_python=PATH]
 PATH is a Python with torch and liger-kernel; by default this one. Pin it to a core
-with `taskset -c 0`.
+with `taskset -c 0`. With --gpu both run on the GPU, matrix products in TF32: then
+seconds are of the wall clock, and memory is what each library's allocator counts.
 """
 
 import argparse
@@ -30,12 +31,15 @@ PEERS = tuple(
 )
 
 
-def ours(case: str, chunk: int):
-  """A function that takes a step, of our loss."""
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-  )
+def ours(case: str, chunk: int, gpu: bool):
+  """A step of our loss, and the device's bytes (peak, in use) if a GPU."""
+  if gpu:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+      "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    )
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -69,14 +73,23 @@ def ours(case: str, chunk: int):
   arguments = hidden, heads[0], teacher, heads[1]
   step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
   compiled = step.lower(*arguments).compile()
-  return lambda: jax.block_until_ready(compiled(*arguments))
+
+  def memory():
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"], stats["bytes_in_use"]
+
+  return lambda: jax.block_until_ready(compiled(*arguments)), memory
 
 
-def liger(case: str):
-  """A function that takes a step, of Liger's loss."""
+def liger(case: str, gpu: bool):
+  """A step of Liger's loss, and the device's bytes (peak, in use) if a GPU."""
   import torch
   from liger_kernel import chunked_loss
 
+  if gpu:
+    torch.set_default_device("cuda")
+    # What XLA takes for float32 products on such a GPU.
+    torch.set_float32_matmul_precision("high")
   torch.set_num_threads(1)
   torch.manual_seed(0)
   _, mode, chunk = case.split("_")
@@ -97,27 +110,39 @@ def liger(case: str):
   def step():
     hidden.grad = head.grad = None
     loss(hidden, head, teacher, teacher_head, labels).backward()
+    if gpu:
+      torch.cuda.synchronize()
 
-  return step
+  def memory():
+    return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+
+  return step, memory
 
 
-def measure(case: str, chunk: int, steps: int) -> None:
-  """Prints the least CPU seconds of a step, and the growth of the peak."""
-  peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  step = liger(case) if case in PEERS else ours(case, chunk)
-  before = peak()
+def measure(case: str, chunk: int, steps: int, gpu: bool) -> None:
+  """Prints the least seconds of a step, and the growth of the peak."""
+  step, memory = liger(case, gpu) if case in PEERS else ours(case, chunk, gpu)
+  if gpu:
+    clock, before = time.perf_counter, memory()[1]
+    peak = lambda: memory()[0]
+  else:
+    clock = time.process_time
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
   step()
   seconds = []
   for _ in range(steps):
-    begin = time.process_time()
+    begin = clock()
     step()
-    seconds.append(time.process_time() - begin)
-  print(json.dumps({"cpu_s": min(seconds), "extra_bytes": peak() - before}))
+    seconds.append(clock() - begin)
+  name = "wall_s" if gpu else "cpu_s"
+  print(json.dumps({name: min(seconds), "extra_bytes": peak() - before}))
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--case", default=None)
+  parser.add_argument("--gpu", action="store_true")
   parser.add_argument("--cases", default=",".join(OURS + PEERS))
   parser.add_argument("--chunk", type=int, default=256)
   parser.add_argument("--steps", type=int, default=2)
@@ -126,7 +151,7 @@ def main() -> None:
   parser.add_argument("--peer_python", default=sys.executable)
   options = parser.parse_args()
   if options.case:
-    measure(options.case, options.chunk, options.steps)
+    measure(options.case, options.chunk, options.steps, options.gpu)
     return
   cases = options.cases.split(",")
   probe = [options.peer_python, "-c", "import torch, liger_kernel.chunked_loss"]
@@ -145,6 +170,7 @@ def main() -> None:
         f"--case={case}",
         f"--chunk={options.chunk}",
         f"--steps={options.steps}",
+        *(["--gpu"] if options.gpu else []),
       ]
       done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True
