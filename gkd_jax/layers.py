@@ -364,8 +364,8 @@ def _by_head(x: jax.Array) -> jax.Array:
   """`[B, S, H, K]` -> `[B, H, S, K]`, the cache's layout.
 
   A decoding step then reads each head's keys in one piece. In the other layout
-  it transposes the whole cache first: on a CPU, 256 positions of 8 rows of T5
-  1.1 small took nine times as long.
+  it transposes the whole cache first: on a CPU, attention alone to 256 positions
+  of 8 rows of T5 1.1 small took nine times as long.
   """
   return jnp.swapaxes(x, 1, 2)
 

@@ -134,7 +134,7 @@ def theirs(options) -> dict:
 
 
 def main() -> None:
-  parser = turns.parser(__doc__.splitlines()[0])
+  parser = turns.parser(__doc__)
   for name, size in (("student", "small"), ("teacher", "base")):
     parser.add_argument(f"--{name}", default=size, choices=t5_shapes.SIZES)
   parser.add_argument("--dtype", default="float32")

@@ -73,7 +73,7 @@ def theirs(length: int, options) -> dict:
 
 
 def main() -> None:
-  parser = turns.parser(__doc__.splitlines()[0])
+  parser = turns.parser(__doc__)
   parser.add_argument("--size", default="small", choices=t5_shapes.SIZES)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--batch", type=int, default=BATCH)

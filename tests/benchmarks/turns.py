@@ -115,7 +115,7 @@ def _status(field: str) -> int:
   return int(line.split()[1]) * 1024
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
   """The options of every benchmark that takes turns."""
   options = argparse.ArgumentParser(description=description)
   options.add_argument("--case", default=None, help="measure this one here")
