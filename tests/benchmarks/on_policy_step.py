@@ -13,6 +13,7 @@ core with `taskset -c 0`.
 
 import functools
 import json
+from typing import Any
 
 from tests.benchmarks import t5_shapes, turns
 
@@ -151,7 +152,9 @@ def main() -> None:
   measured = turns.take(
     "tests.benchmarks.on_policy_step", options, CASES, carried
   )
-  result = {"settings": {name: getattr(options, name) for name in carried}}
+  result: dict[str, Any] = {
+    "settings": {name: getattr(options, name) for name in carried}
+  }
   for name, measurements in measured.items():
     result[f"{name} s"] = turns.least(measurements)
     result[f"{name} bytes"] = turns.most_bytes(measurements)
