@@ -1,0 +1,172 @@
+"""Seconds and peak memory of a whole on-policy step, ours and in PyTorch.
+
+Student T5 1.1 small, teacher base, batch 8, 64 to 32 tokens, float32, no dropout:
+the student samples, the teacher judges, JSD(½), AdamW. EOS is suppressed in both,
+so that every output has 32 tokens. PyTorch's step is transformers' `generate`, two
+forward passes, the divergence on whole logits, and AdamW's fused kernel. `data` is
+our step on fixed outputs of the same shapes.
+
+Run: python -m tests.benchmarks.on_policy_step [--out=x.json] [--peer_python=PATH]
+PATH is a Python with torch and transformers; by default this one. Pin it to a
+core with `taskset -c 0`.
+"""
+
+import functools
+import json
+from typing import Any
+
+from tests.benchmarks import t5_shapes, turns
+
+INPUTS, NEW = 64, 32
+RATE = 1e-4
+CASES = {"ours": False, "data": False, "torch": True}
+
+
+def ours(source: str, options) -> dict:
+  """Measures our step: `source` "student" or "data"."""
+  device = turns.jax_device()
+  import jax
+  import numpy as np
+
+  from gkd_jax import models, optimizers, train_state, trainer
+
+  student = t5_shapes.ours(options.student, options.dtype)
+  teacher = t5_shapes.ours(options.teacher, options.dtype)
+  model = models.GKDModel(student, teacher, "jsd", beta=0.5)
+  model.sampling["suppress_ids"] = (0, 1)
+  optimizer = optimizers.adamw(RATE, weight_decay=0.01)
+  teacher_params = t5_shapes.our_params(teacher, 1)
+  create = lambda params: train_state.create(params, optimizer.transform)
+  state = jax.jit(create)(t5_shapes.our_params(student, 0))
+  step = jax.jit(
+    functools.partial(
+      trainer.train_step,
+      model=model,
+      optimizer=optimizer,
+      seed=0,
+      source=source,
+    ),
+    donate_argnums=(0,),
+  )
+  rng = np.random.default_rng(0)
+  draw = lambda length: rng.integers(
+    2, 32000, (options.batch, length), np.int32
+  )
+  targets = draw(NEW)
+  batch = {
+    "encoder_input_tokens": draw(INPUTS),
+    "decoder_target_tokens": targets,
+    "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    "decoder_loss_weights": np.ones_like(targets),
+  }
+  batch = jax.device_put(batch)
+  compiled = step.lower(state, teacher_params, batch).compile()
+
+  def one():
+    nonlocal state
+    state, metrics = compiled(state, teacher_params, batch)
+    return state, metrics
+
+  result = turns.measure(device, one, options.steps)
+  metrics = one()[1]
+  assert np.isfinite(metrics["loss"][0]), metrics
+  if source == "student":
+    total, weight = metrics["sampled_length"]
+    assert total / weight == NEW, metrics
+  return result
+
+
+def jsd(teacher_logits, student_logits):
+  """JSD(½), nats, the mean over tokens."""
+  import torch
+
+  log_p = torch.log_softmax(teacher_logits.float(), -1)
+  log_q = torch.log_softmax(student_logits.float(), -1)
+  log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+  kl = functools.partial(
+    torch.nn.functional.kl_div, log_m, reduction="sum", log_target=True
+  )
+  return 0.5 * (kl(log_p) + kl(log_q)) / log_p.shape[:-1].numel()
+
+
+def theirs(options) -> dict:
+  """Measures PyTorch's step."""
+  device = turns.torch_device()
+  import torch
+
+  torch.manual_seed(0)
+  student = t5_shapes.theirs(options.student, options.dtype)
+  teacher = t5_shapes.theirs(options.teacher, options.dtype)
+  teacher.requires_grad_(False)
+  optimizer = torch.optim.AdamW(
+    student.parameters(), lr=RATE, weight_decay=0.01, fused=True
+  )
+  tokens = torch.randint(2, 32000, (options.batch, INPUTS))
+  mask = torch.ones_like(tokens)
+
+  def one():
+    with torch.inference_mode():
+      outputs = student.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        suppress_tokens=[0, 1],
+        max_new_tokens=NEW,
+      )
+    decoder_inputs = outputs[:, :-1].clone()
+    assert decoder_inputs.shape == (options.batch, NEW)
+    forward = lambda model: (
+      model(
+        input_ids=tokens,
+        attention_mask=mask,
+        decoder_input_ids=decoder_inputs,
+        use_cache=False,
+      ).logits
+    )
+    with torch.no_grad():
+      teacher_logits = forward(teacher)
+    loss = jsd(teacher_logits, forward(student))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+  return turns.measure(device, one, options.steps)
+
+
+def main() -> None:
+  parser = turns.parser(__doc__)
+  for name, size in (("student", "small"), ("teacher", "base")):
+    parser.add_argument(f"--{name}", default=size, choices=t5_shapes.SIZES)
+  parser.add_argument("--dtype", default="float32")
+  parser.add_argument("--batch", type=int, default=8)
+  options = parser.parse_args()
+  if options.case:
+    if options.case == "torch":
+      print(json.dumps(theirs(options)))
+    else:
+      source = "student" if options.case == "ours" else "data"
+      print(json.dumps(ours(source, options)))
+    return
+  carried = ("student", "teacher", "dtype", "batch")
+  measured = turns.take(
+    "tests.benchmarks.on_policy_step", options, CASES, carried
+  )
+  result: dict[str, Any] = {
+    "settings": {name: getattr(options, name) for name in carried}
+  }
+  for name, measurements in measured.items():
+    result[f"{name} s"] = turns.least(measurements)
+    result[f"{name} bytes"] = turns.most_bytes(measurements)
+  for name, (a, b) in {
+    "ours over torch": ("ours", "torch"),
+    "on-policy over data": ("ours", "data"),
+  }.items():
+    if a in measured and b in measured:
+      result[f"seconds, {name}"] = result[f"{a} s"] / result[f"{b} s"]
+      result[f"memory, {name}"] = result[f"{a} bytes"] / result[f"{b} bytes"]
+  turns.save(options, result | {"measurements": measured})
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,67 @@
+"""T5 1.1's sizes, for our network and for transformers'."""
+
+from typing import Any
+
+VOCAB = 32128
+# emb_dim, num_heads, layers on each side, mlp_dim; heads are 64 wide.
+SIZES = {
+  "small": (512, 6, 8, 1024),
+  "base": (768, 12, 12, 2048),
+  "large": (1024, 16, 24, 2816),
+}
+
+
+def ours(size: str, dtype: str = "float32", **options) -> Any:
+  """A model of ours, without dropout."""
+  from gkd_jax import encoder_decoder, network
+
+  emb_dim, num_heads, layers, mlp_dim = SIZES[size]
+  config = network.T5Config(
+    vocab_size=VOCAB,
+    dtype=dtype,
+    emb_dim=emb_dim,
+    num_heads=num_heads,
+    num_encoder_layers=layers,
+    num_decoder_layers=layers,
+    head_dim=64,
+    mlp_dim=mlp_dim,
+    mlp_activations=("gelu", "linear"),
+    dropout_rate=0.0,
+  )
+  return encoder_decoder.EncoderDecoderModel(
+    network.Transformer(config), **options
+  )
+
+
+def our_params(model: Any, seed: int) -> Any:
+  """Random parameters, drawn under jit: no more memory than they take."""
+  import jax
+
+  shapes = {"encoder_input_tokens": (1, 8), "decoder_input_tokens": (1, 8)}
+  draw = jax.jit(lambda k: model.get_initial_variables(k, shapes)["params"])
+  return draw(jax.random.key(seed))
+
+
+def theirs(size: str, dtype: str = "float32") -> Any:
+  """A model of transformers', randomly initialised, without dropout."""
+  import torch
+  import transformers
+
+  emb_dim, num_heads, layers, mlp_dim = SIZES[size]
+  config = transformers.T5Config(
+    vocab_size=VOCAB,
+    d_model=emb_dim,
+    d_kv=64,
+    d_ff=mlp_dim,
+    num_layers=layers,
+    num_decoder_layers=layers,
+    num_heads=num_heads,
+    dropout_rate=0.0,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=1,
+  )
+  model = transformers.T5ForConditionalGeneration(config)
+  return model.to(getattr(torch, dtype)).eval()
