@@ -43,6 +43,7 @@ ACTIVATION_RULES = {
   "joined_kv": MODEL_AXIS,
   "kv": None,
   "vocab": MODEL_AXIS,
+  "relpos_buckets": None,
 }
 
 
@@ -116,6 +117,25 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     for axis, size in zip(axes, x.shape, strict=True)
   ]
   return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
+  """Parameters as they are used, for a loop that uses them again and again.
+
+  `constrain` alone would gather those split over the data axis once a turn.
+
+  Args:
+    params: tree of arrays.
+    axes: returns parameter path to logical names, as `logical_axes`; called
+      only on a mesh.
+  """
+  if all(size == 1 for size in auto_axes().values()):
+    return params
+  names = axes()
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(
+    {path: constrain(x, *names[path]) for path, x in flat.items()}, sep="/"
+  )
 
 
 def auto_axes() -> dict[str, int]:
