@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import losses, sampling, types
+from gkd_jax import losses, partitioning, sampling, types
 
 EOS_ID = 1
 
@@ -229,6 +229,27 @@ class BaseTransformerModel:
     model.decode_fn = chosen
     model.default_decoder_params = default_decoder_params
     return model
+
+  def _decoding_params(self, params):
+    """The parameters of a decoding loop, gathered before it once."""
+    one = {f"{name}_input_tokens": (1, 1) for name in ("encoder", "decoder")}
+
+    def axes():
+      variables = jax.eval_shape(
+        lambda: self.get_initial_variables(jax.random.key(0), one)
+      )
+      return partitioning.logical_axes(variables["params_axes"])
+
+    return partitioning.gather(params, axes)
+
+  def get_initial_variables(
+    self,
+    rng: jax.Array,
+    input_shapes: Mapping[str, tuple[int, ...]],
+    input_types: Mapping[str, Any] | None = None,
+  ) -> Mapping[str, Any]:
+    """See `types.TransformerModel.get_initial_variables`."""
+    raise NotImplementedError
 
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""

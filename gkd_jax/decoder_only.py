@@ -199,7 +199,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     """
     prefilled = self._prefill(params, batch)
     return sampling.sample(
-      functools.partial(self._step, params),
+      functools.partial(self._step, self._decoding_params(params)),
       prefilled.cache,
       key,
       batch_size=prefilled.start_tokens.shape[0],
@@ -220,7 +220,11 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       "start_tokens": prefilled.start_tokens,
       "row_lengths": prefilled.row_lengths,
     }
-    return functools.partial(self._step, params), prefilled.cache, rows
+    return (
+      functools.partial(self._step, self._decoding_params(params)),
+      prefilled.cache,
+      rows,
+    )
 
   def _step(self, params, tokens, cache):
     """`types.TokensToLogits`."""
@@ -250,7 +254,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
         start_tokens=prefilled.start_tokens,
         row_lengths=prefilled.row_lengths,
       ),
-      functools.partial(self._step, params),
+      functools.partial(self._step, self._decoding_params(params)),
       prefilled.cache,
       key,
       batch_size=batch_size,

@@ -79,9 +79,11 @@ class DecoderLayer(nn.Module):
       prefill=self.prefill,
     )
     x = x + network.dropout(config)(y, deterministic=deterministic)
+    x = network.constrain(x)
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
     y = network.mlp(config, name="mlp")(y, deterministic=deterministic)
-    return x + network.dropout(config)(y, deterministic=deterministic)
+    x = x + network.dropout(config)(y, deterministic=deterministic)
+    return network.constrain(x)
 
 
 class Decoder(nn.Module):

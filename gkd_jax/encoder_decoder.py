@@ -114,6 +114,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     **sampling_options,
   ) -> sampling.SampleResult:
     """Samples one output per row; see `sampling.sample` for the options."""
+    params = self._decoding_params(params)
     step = functools.partial(
       self._step, params, encoded, encoder_input_tokens, max_decode_length
     )
@@ -134,6 +135,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     """See `types.TransformerModel.start_decoding`."""
     inputs = batch["encoder_input_tokens"]
     length = batch["decoder_target_tokens"].shape[1]
+    params = self._decoding_params(params)
     step = functools.partial(self._step, params, encoded, inputs, length)
     return step, _new_cache(step, inputs.shape[0]), {}
 
@@ -157,7 +159,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
   def _decode(self, params, batch, key, *, num_decodes, options):
     encoded, inputs = self.encode(params, batch), batch["encoder_input_tokens"]
     length = batch["decoder_input_tokens"].shape[1]
-    step = functools.partial(self._step, params)
+    step = functools.partial(self._step, self._decoding_params(params))
 
     def of_rows(factor):
       # This many rows for each prompt; keys and values of the encoded inputs

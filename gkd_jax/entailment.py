@@ -96,8 +96,9 @@ class EntailmentReward:
       setting="SCORER_CHECKPOINT_PATH",
       of="scorer",
     )
-    self._score = jax.jit(
+    self._score = partitioning.jit(
       functools.partial(entailment, model, answers=tuple(firsts), over=over),
+      self._mesh,
       out_shardings=partitioning.batch_sharding(self._mesh),
     )
 

@@ -236,13 +236,16 @@ def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
     return tokens, aux["scores"]
 
   # Replicated, so that every process can read all rows.
-  return jax.jit(predict, out_shardings=partitioning.replicated(mesh))
+  return partitioning.jit(
+    predict, mesh, out_shardings=partitioning.replicated(mesh)
+  )
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled_score(model, mesh):
-  return jax.jit(
+  return partitioning.jit(
     lambda params, batch, key: (model.score_batch(params, batch),),
+    mesh,
     out_shardings=partitioning.replicated(mesh),
   )
 

@@ -147,7 +147,7 @@ def fused_distillation_loss(
     tokens.student_hidden,
     layout.constrain(student_head, None, layout.model_axis),
     tokens._replace(student_hidden=None),
-    jax.lax.stop_gradient((teacher_head, settings)),
+    jax.lax.stop_gradient((_whole_columns(layout, teacher_head), settings)),
     chunks,
   )
   total = jnp.sum(weights)
@@ -157,6 +157,13 @@ def fused_distillation_loss(
     if name != _LOSS
   }
   return sums[_LOSS], weight_sum, metrics
+
+
+def _whole_columns(layout, head):
+  """A teacher's head as it is used, each column whole on a device."""
+  if isinstance(head, Int8Head):
+    return head._replace(values=_whole_columns(layout, head.values))
+  return layout.constrain(head, None, layout.model_axis)
 
 
 _LOSS = "loss"  # beside the names of the metrics

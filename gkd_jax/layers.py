@@ -15,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
+from gkd_jax import partitioning
+
 param_with_axes = flax_partitioning.param_with_axes
 
 # Added to attention logits that a mask rules out. A finite number: a row with
@@ -172,7 +174,10 @@ class Dense(nn.Module):
     # One matrix product: XLA's CPU backend takes twice as long for the kernel's
     # gradient when it contracts over batch and length as two axes.
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    y = jnp.dot(rows, kernel.astype(self.dtype))
+    kernel = partitioning.constrain(
+      kernel.astype(self.dtype), *self.kernel_axes
+    )
+    y = jnp.dot(rows, kernel)
     return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -198,11 +203,15 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 `[B, S]` -> `[B, S, D]` in `dtype`."""
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = jnp.take(self._table(), tokens, axis=0).astype(self.dtype)
+    return partitioning.constrain(x, "batch", "length", "embed")
+
+  def _table(self):
+    return partitioning.constrain(self.embedding, "vocab", "embed")
 
   def attend(self, x: jax.Array) -> jax.Array:
     """`[B, T, D]` -> logits `[B, T, V]` by the transposed table, float32."""
-    return jnp.dot(x.astype(jnp.float32), self.embedding.T)
+    return jnp.dot(x.astype(jnp.float32), self._table().T)
 
 
 class MlpBlock(nn.Module):
@@ -233,6 +242,7 @@ class MlpBlock(nn.Module):
         y = getattr(nn, activation)(y)
       branches.append(y)
     y = functools.reduce(operator.mul, branches)
+    y = partitioning.constrain(y, "batch", "length", "mlp")
     y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       y, deterministic=deterministic
     )
@@ -272,7 +282,8 @@ class Attention(nn.Module):
       kernel_init,
       name=name,
     )(x)
-    return y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    y = y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    return partitioning.constrain(y, "batch", "length", "heads", "kv")
 
   def _cached(self, name: str, make: Callable[[], jax.Array]) -> nn.Variable:
     return self.variable("cache", f"cached_{name}", make)

@@ -82,8 +82,9 @@ def measure(
     `BY_POSITION` in nats, and how many outputs have a token there. `calibration`
     holds mean confidence, accuracy and count of each bin.
   """
-  compiled = jax.jit(
+  compiled = partitioning.jit(
     functools.partial(_sums, model),
+    mesh,
     out_shardings=partitioning.replicated(mesh),
   )
   key = jax.random.key(seed)

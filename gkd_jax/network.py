@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import layers
+from gkd_jax import layers, partitioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +125,11 @@ def mlp(config: Any, **kwargs) -> layers.MlpBlock:
   )
 
 
+def constrain(x: jax.Array) -> jax.Array:
+  """`[B, T, D]`, with rows on the data axis of the mesh."""
+  return partitioning.constrain(x, "batch", "length", "embed")
+
+
 def layer_class(cls: Any, config: Any) -> Any:
   """A layer's class, or the one that recomputes it in the backward pass."""
   return nn.remat(cls) if config.remat_policy == "full" else cls
@@ -144,10 +149,10 @@ class EncoderLayer(nn.Module):
     y = attention(config, name="attention")(
       y, None, bias, deterministic=deterministic
     )
-    x = x + dropout(config)(y, deterministic=deterministic)
+    x = constrain(x + dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
     y = mlp(config, name="mlp")(y, deterministic=deterministic)
-    return x + dropout(config)(y, deterministic=deterministic)
+    return constrain(x + dropout(config)(y, deterministic=deterministic))
 
 
 class DecoderLayer(nn.Module):
@@ -177,7 +182,7 @@ class DecoderLayer(nn.Module):
       decode_index=decode_index,
       decode_length=self.decode_length,
     )
-    x = x + dropout(config)(y, deterministic=deterministic)
+    x = constrain(x + dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
     y = attention(config, name="encoder_decoder_attention")(
       y,
@@ -186,10 +191,10 @@ class DecoderLayer(nn.Module):
       deterministic=deterministic,
       decode_index=decode_index,
     )
-    x = x + dropout(config)(y, deterministic=deterministic)
+    x = constrain(x + dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
     y = mlp(config, name="mlp")(y, deterministic=deterministic)
-    return x + dropout(config)(y, deterministic=deterministic)
+    return constrain(x + dropout(config)(y, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
@@ -216,7 +221,9 @@ class Encoder(nn.Module):
     for i in range(config.num_encoder_layers):
       x = layer(config, deterministic, name=f"layers_{i}")(x, bias)
     x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
-    return nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
+    return constrain(
+      nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
+    )
 
 
 class Decoder(nn.Module):

@@ -1,7 +1,8 @@
 """The device mesh, T5X's logical-axis rules, and shardings of trees."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,20 @@ FULLY_SHARDED_RULES = tuple(
   (name, DATA_AXIS if name == "embed" else axis)
   for name, axis in STANDARD_RULES
 )
+
+# Where activations lie, and weights while they are used: rows on the data axis;
+# on the model axis what it computes apart.
+ACTIVATION_RULES = {
+  "batch": DATA_AXIS,
+  "length": None,
+  "embed": None,
+  "mlp": MODEL_AXIS,
+  "heads": MODEL_AXIS,
+  "joined_kv": MODEL_AXIS,
+  "kv": None,
+  "vocab": MODEL_AXIS,
+  "relpos_buckets": None,
+}
 
 
 def make_mesh(
@@ -62,6 +77,80 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over the data axis, copies over the model axis."""
   return NamedSharding(mesh, P(DATA_AXIS))
+
+
+def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+  """`jax.jit` of a function in which `constrain` knows the mesh.
+
+  Args:
+    function: to be compiled; its arguments lie on the mesh.
+    mesh: see `make_mesh`.
+    **options: see `jax.jit`.
+  """
+
+  @functools.wraps(function)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return jax.jit(on_mesh, **options)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """`x`, laid out by `ACTIVATION_RULES`; as it is without a mesh (see `jit`).
+
+  What XLA chooses by itself follows the parameters: with those split over the
+  data axis it splits activations by features, and exchanges activations where
+  it should gather weights.
+
+  Args:
+    x: activations, or a weight where it is used.
+    names: logical name of each axis. One that the mesh axis does not divide
+      lies as XLA likes.
+  """
+  sizes = auto_axes()
+  axes = [ACTIVATION_RULES[name] for name in names]
+  if all(size == 1 for size in sizes.values()):
+    return x
+  spec = [
+    P.UNCONSTRAINED if axis and size % sizes.get(axis, 1) else axis
+    for axis, size in zip(axes, x.shape, strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
+  """Parameters as they are used, for a loop that uses them again and again.
+
+  `constrain` alone would gather those split over the data axis once a turn.
+
+  Args:
+    params: tree of arrays.
+    axes: returns parameter path to logical names, as `logical_axes`; called
+      only on a mesh.
+  """
+  if all(size == 1 for size in auto_axes().values()):
+    return params
+  names = axes()
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(
+    {path: constrain(x, *names[path]) for path, x in flat.items()}, sep="/"
+  )
+
+
+def auto_axes() -> dict[str, int]:
+  """Sizes of the mesh axes that the compiler splits arrays over.
+
+  Axes of a pmap or a shard_map are manual: there each device has its own call.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    name: size
+    for name, size, kind in zip(
+      mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
+    )
+    if kind == jax.sharding.AxisType.Auto
+  }
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:

@@ -194,7 +194,7 @@ class _Programs:
     self._key = jax.eval_shape(lambda: jax.random.key(0))
     self.rows = batch_size
     self._step_batch = self._batch
-    self._sampler = trainer.sampler(model)
+    self._sampler = trainer.sampler(model, mesh)
     if _judged(model):
       self._roll_out(lengths)
     step = functools.partial(
@@ -213,14 +213,16 @@ class _Programs:
       return self._sampler.lower(*arguments), arguments
     if phase == TEACHER:
       arguments = self._teacher, self._batch
-      return jax.jit(self._model.teacher.logits).lower(*arguments), arguments
+      teacher = partitioning.jit(self._model.teacher.logits, self._mesh)
+      return teacher.lower(*arguments), arguments
     arguments = self._state, self._teacher, self._step_batch
     return self._step.lower(*arguments, phase), arguments
 
   def _roll_out(self, lengths):
     """Outputs that a reward judges come before the step, and are its batch."""
-    self._sampler = jax.jit(
+    self._sampler = partitioning.jit(
       self._model.roll_out,
+      self._mesh,
       out_shardings=partitioning.batch_sharding(self._mesh),
     )
     outputs = jax.eval_shape(

@@ -49,8 +49,10 @@ class Batches:
       isinstance(model, reinforce.RLGKDModel) and model.needs_rewards
     )
     if self.judged:
-      self._roll_out = jax.jit(
-        model.roll_out, out_shardings=partitioning.batch_sharding(mesh)
+      self._roll_out = partitioning.jit(
+        model.roll_out,
+        mesh,
+        out_shardings=partitioning.batch_sharding(mesh),
       )
       self._advantages = jax.jit(
         functools.partial(

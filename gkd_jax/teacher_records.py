@@ -202,7 +202,9 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
       }
     return result
 
-  return jax.jit(run, out_shardings=partitioning.replicated(mesh))
+  return partitioning.jit(
+    run, mesh, out_shardings=partitioning.replicated(mesh)
+  )
 
 
 def _decoding(model, temperature, indices, key):

@@ -175,8 +175,9 @@ class JitExecutor:
     self._compiled = functools.cache(self._compile)
 
   def _compile(self, source):
-    return jax.jit(
+    return partitioning.jit(
       functools.partial(self._step, source=source),
+      self._mesh,
       # Teacher (argument 1) and batch are read again: only the state is given.
       donate_argnums=(0,),
       out_shardings=(self._shardings, None),
@@ -188,13 +189,11 @@ class JitExecutor:
 
   def lower(self, state, teacher_params, batch, source) -> jax.stages.Lowered:
     """The step's program for shapes with shardings; nothing is allocated."""
-    with jax.set_mesh(self._mesh):
-      return self._compiled(source).lower(state, teacher_params, batch)
+    return self._compiled(source).lower(state, teacher_params, batch)
 
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
-    with jax.set_mesh(self._mesh):  # for what is traced: `fused_loss`
-      return self._compiled(source)(state, teacher_params, batch)
+    return self._compiled(source)(state, teacher_params, batch)
 
 
 class PmapExecutor:
@@ -238,7 +237,7 @@ class SamplingClock:
 
   def __init__(self, model: Any, seed: int, mesh: Any):
     self._seed, self._mesh = seed, mesh
-    self._sample = sampler(model)
+    self._sample = sampler(model, mesh)
     self._compiled = False
 
   def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
@@ -258,7 +257,7 @@ class SamplingClock:
     return time.monotonic() - begin
 
 
-def sampler(model: Any) -> Any:
+def sampler(model: Any, mesh: Any) -> Any:
   """`model.sample_batch` under jit: sampling as a program of its own."""
   # Looked up when it is called: a model without a teacher has no such method.
-  return jax.jit(lambda *args: model.sample_batch(*args))
+  return partitioning.jit(lambda *args: model.sample_batch(*args), mesh)

@@ -74,6 +74,25 @@ def test_arguments_of_a_sharded_teacher_counted_by_hand(phases):
   assert memory["outputs"] in (4 * 4 * 7 * 16, 4 * 4 * 7 * 8)
 
 
+def test_weights_split_over_data_are_gathered_and_activations_stay(
+  model, phases
+):
+  whole = phases["teacher"]["collectives"]
+  split = compile_toy(model, phases=["teacher"], shard_params_over_data=True)
+  split = split["phases"]["teacher"]["collectives"]
+  # What the model axis adds up is the same; nothing is added up over data.
+  assert split["all-reduce"] == whole["all-reduce"]
+  assert "all-to-all" not in split
+  # A quarter of each matrix is here; see the count by hand above. The relative
+  # positions have no axis to split, norms have.
+  matrices = 2 * 16 * 12 + 3 * 4 * 12 * 8 + 2 * 3 * 12 * 8
+  more = (
+    split["all-gather"]["operand_bytes"]
+    - whole.get("all-gather", {"operand_bytes": 0})["operand_bytes"]
+  )
+  assert 4 * matrices // 2 // 4 <= more <= 4 * (matrices // 2 + 7 * 12) // 4
+
+
 def test_figures_are_those_of_a_program_with_real_arrays(model, phases):
   mesh = partitioning.make_mesh(2, jax.devices()[:8])
   shapes = placement.input_shapes(LENGTHS)
