@@ -97,6 +97,9 @@ def train(
 
   Returns:
     The last evaluation's metrics.
+
+  Raises:
+    preemption.Stopped: SIGTERM came, and the step is saved.
   """
   # ---- mesh, data, models: what can be wrong is found here, before compiling -
   mesh = partitioning.make_mesh(num_partitions)
@@ -123,28 +126,20 @@ def train(
   abstract_state, state_shardings = placement.state(
     model.student, optimizer, shapes, mesh, rules
   )
-  teacher_params = {}
-  if model.teacher is not None:
-    teacher_params = checkpoints.load_placed(
-      teacher_checkpoint_path,
-      *placement.params(model.teacher, shapes, mesh, rules),
-      setting="TEACHER_CHECKPOINT_PATH",
-      of="teacher",
-    )
+  teacher_params = _teacher_params(
+    model.teacher, teacher_checkpoint_path, shapes, mesh, rules
+  )
   _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
   if dry_run:
     return {}
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
+  abstract = placement.with_shardings(abstract_state, state_shardings)
   params = None
   if not checkpoints.has_checkpoint(model_dir):
     params = _first_params(
-      model,
-      initial_checkpoint_path,
-      placement.with_shardings(abstract_state.params, state_shardings.params),
-      seed,
-      shapes,
+      model, initial_checkpoint_path, abstract.params, seed, shapes
     )
   # Closed whatever happens: an error leaves no threads that write on.
   with contextlib.closing(
@@ -156,15 +151,14 @@ def train(
     )
   ) as checkpointer:
     start = checkpointer.latest_step() or 0
-    abstract = placement.with_shardings(abstract_state, state_shardings)
     if params is None:
       state = checkpointer.restore(start, abstract, batches)
       print(f"resumed {model_dir} at step {start}", flush=True)
     else:
-      create = functools.partial(
-        train_state.create, transform=optimizer.transform
-      )
-      state = jax.jit(create, out_shardings=state_shardings)(params)
+      state = jax.jit(
+        functools.partial(train_state.create, transform=optimizer.transform),
+        out_shardings=state_shardings,
+      )(params)
 
     # ---- the step and the evaluation -----------------------------------------
     step_fn = functools.partial(
@@ -174,10 +168,7 @@ def train(
       seed=seed,
       num_microbatches=num_microbatches,
     )
-    if executor == "pmap":
-      run_step = trainer.PmapExecutor(step_fn)
-    else:
-      run_step = trainer.JitExecutor(step_fn, mesh, state_shardings)
+    run_step = _executor(executor, step_fn, mesh, state_shardings)
     sampling_clock = trainer.SamplingClock(model, seed, mesh)
     make_evaluator = functools.partial(
       evaluate.Evaluator,
@@ -229,7 +220,7 @@ def train(
         if stopping:
           checkpointer.wait()
           log.say(f"SIGTERM: saved step {done}, stopping")
-          return scores
+          raise preemption.Stopped
       checkpointer.wait()
       if final_eval_split:
         final = make_evaluator(split=final_eval_split)
@@ -257,6 +248,23 @@ def check_batch(batch_size, num_microbatches, mesh, executor):
       f"expected one process under pmap, got {jax.process_count()};"
       " set EXECUTOR = 'jit'"
     )
+
+
+def _teacher_params(teacher, path, shapes, mesh, rules):
+  if teacher is None:
+    return {}
+  return checkpoints.load_placed(
+    path,
+    *placement.params(teacher, shapes, mesh, rules),
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
+  )
+
+
+def _executor(name, step, mesh, state_shardings):
+  if name == "pmap":
+    return trainer.PmapExecutor(step)
+  return trainer.JitExecutor(step, mesh, state_shardings)
 
 
 def _share(mesh, batch_size, given, model_dir):

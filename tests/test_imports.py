@@ -72,6 +72,8 @@ LAYERS = (
     "train",
     "logs",
     "preemption",
+    "compilation",
+    "processes",
   ),
   (
     "main",
