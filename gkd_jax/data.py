@@ -161,7 +161,7 @@ class TrainIterator:
         seed=seed,
       )
       dataset = dataset.batch(batch_size // share.count, drop_remainder=True)
-      self._iterators.append(iter(dataset.prefetch(2)))
+      self._iterators.append(iter(_without_autotuning(dataset.prefetch(2))))
 
   def __next__(self) -> dict[str, np.ndarray]:
     blocks = [next(iterator) for iterator in self._iterators]
@@ -190,3 +190,15 @@ class TrainIterator:
     """Iterator, number and folder of each shard that this process reads."""
     names = [shards.folder(s, self._share.count) for s in self._share.shards]
     return zip(self._iterators, self._share.shards, names, strict=True)
+
+
+def _without_autotuning(dataset):
+  """A pipeline that ends, saves and restores at once.
+
+  TensorFlow's tuning of a pipeline is a thread of its own, which an iterator that
+  is replaced or deleted waits for: for up to minutes on one core, where a run
+  then seemed to hang. Untuned, a parallel map has a call for each core.
+  """
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  return dataset.with_options(options)
