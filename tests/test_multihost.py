@@ -80,9 +80,10 @@ def until(process, step):
   raise AssertionError(process.stderr.read()[-3000:])
 
 
-def alone(folder, teacher, file="experiments/smoke.gin", **macros):
+def alone(folder, teacher, **macros):
   """Trains in this process, on the two devices that `two_devices` leaves."""
-  gin_utils.parse([file], settings(folder, teacher, **macros), [])
+  bindings = settings(folder, teacher, **macros)
+  gin_utils.parse(["experiments/smoke.gin"], bindings, [])
   gin.get_configurable(train.train)()
 
 
