@@ -129,7 +129,7 @@ def test_two_processes_stop_lose_one_and_one_goes_on(tmp_path, two_devices):
   first = pair(folder, teacher)
   until(first[0], 2)
   first[1].send_signal(signal.SIGTERM)
-  printed = [process.communicate(timeout=300) for process in first]
+  printed = [process.communicate(timeout=600) for process in first]
   assert [p.returncode for p in first] == [143, 143], printed
   stopped = saved(folder)
   assert stopped == max(losses(folder)) < MAX_STEPS
