@@ -4,7 +4,6 @@ import dataclasses
 import os
 from typing import Protocol
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -12,8 +11,9 @@ from etils import epath
 class SavableIterator(Protocol):
   """A data iterator that writes its position to a folder and reads it back.
 
-  The folder exists, is empty, is this process's own, and is renamed after
-  `save_state` returns: files in it must not refer to it by an absolute path.
+  The folder exists, is empty, is that of all processes, and is renamed after
+  `save_state` returns: two processes must not write one file, and files must not
+  refer to it by an absolute path.
   """
 
   def save_state(self, path: str) -> None:
@@ -31,12 +31,10 @@ class IteratorHandler(ocp.CheckpointHandler):
   """
 
   def save(self, directory: epath.Path, args: "IteratorArgs") -> None:
-    folder = directory / process_folder()
-    folder.mkdir()
-    args.iterator.save_state(os.fspath(folder))
+    args.iterator.save_state(os.fspath(directory))
 
   def restore(self, directory: epath.Path, args: "IteratorArgs") -> None:
-    args.iterator.restore_state(os.fspath(directory / process_folder()))
+    args.iterator.restore_state(os.fspath(directory))
 
 
 @ocp.args.register_with_handler(
@@ -47,8 +45,3 @@ class IteratorArgs(ocp.args.CheckpointArgs):
   """The iterator whose position is saved or restored."""
 
   iterator: SavableIterator
-
-
-def process_folder() -> str:
-  """Returns the name of this process's folder in a checkpoint's `dataset`."""
-  return f"process_{jax.process_index()}-of-{jax.process_count()}"

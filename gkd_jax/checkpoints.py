@@ -3,7 +3,7 @@
 A run writes `MODEL_DIR/checkpoint_<step>` with four items:
 
   state/    the train state: step, parameters, optimizer (Orbax, OCDBT)
-  dataset/  the data iterator, `process_<i>-of-<n>/` for each process
+  dataset/  the data iterator, `shard_<i>-of-<n>/` for each shard of the data
   config/   `config.json`, the network configuration
   metrics/  `metrics`, JSON, what the best checkpoint is chosen by
 
@@ -230,9 +230,9 @@ class Checkpointer:
       The state.
 
     Raises:
-      ValueError: if the step is not there, is damaged, was saved by a process
-        count or without an iterator where one is asked for, or has other
-        parameters or another optimizer.
+      ValueError: if the step is not there, is damaged, was saved without an
+        iterator where one is asked for, or has other parameters or another
+        optimizer.
     """
     self.wait()
     folder = self._folder / f"{_PREFIX}_{step}"
@@ -257,12 +257,11 @@ class Checkpointer:
         ),
       )
     }
-    position = folder / "dataset" / checkpoint_iterators.process_folder()
+    position = folder / "dataset"
     if dataset_iterator is not None and not position.exists():
       raise ValueError(
-        f"expected the iterator of {checkpoint_iterators.process_folder()}, got"
-        f" {checkpoint_errors.listing(position.parent)} in {position.parent}; start as many"
-        " processes as the run had, or set MODEL_DIR"
+        "expected the data's position in a folder dataset, got"
+        f" {checkpoint_errors.listing(folder)} in {folder}; set MODEL_DIR"
       )
     if dataset_iterator is not None:
       items["dataset"] = checkpoint_iterators.IteratorArgs(dataset_iterator)

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax import feature_converters
+from gkd_jax import feature_converters, shards
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
@@ -111,7 +111,8 @@ def feature_lengths(
 class TrainIterator:
   """Endless batches of a process's share of a training split.
 
-  Its position can be saved and restored (`checkpoints.SavableIterator`).
+  Its position can be saved and restored (`checkpoints.SavableIterator`), by
+  another number of processes as well.
 
   Args:
     task: from `load_task`.
@@ -120,8 +121,7 @@ class TrainIterator:
     seed: of the shuffle.
     converter: a model's `FEATURE_CONVERTER_CLS`.
     pack: several examples in a row.
-    process_index: this process.
-    process_count: of all.
+    share: what this process reads; by default one shard, all rows.
     use_cached: read seqio's cache.
     split: name of the split.
   """
@@ -135,8 +135,7 @@ class TrainIterator:
     seed: int,
     converter: Any = "EncDecFeatureConverter",
     pack: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: shards.Share | None = None,
     use_cached: bool = False,
     split: str = "train",
   ):
@@ -145,36 +144,61 @@ class TrainIterator:
         f"expected lengths of at least 1, got {dict(lengths)};"
         " set TASK_FEATURE_LENGTHS"
       )
-    if batch_size % process_count:
-      raise ValueError(
-        f"expected BATCH_SIZE to be a multiple of the {process_count}"
-        f" processes, got {batch_size}; set BATCH_SIZE"
+    if share is None:
+      share = shards.Share(1, (0,), (0,), np.arange(batch_size))
+    self._share = share
+    self._iterators = []
+    for shard in share.shards:
+      dataset = seqio.get_dataset(
+        mixture_or_task_name=task.name,
+        task_feature_lengths=dict(lengths),
+        feature_converter=feature_converter(converter, pack),
+        dataset_split=split,
+        use_cached=use_cached,
+        shuffle=True,
+        num_epochs=None,
+        shard_info=seqio.ShardInfo(shard, share.count),
+        seed=seed,
       )
-    dataset = seqio.get_dataset(
-      mixture_or_task_name=task.name,
-      task_feature_lengths=dict(lengths),
-      feature_converter=feature_converter(converter, pack),
-      dataset_split=split,
-      use_cached=use_cached,
-      shuffle=True,
-      num_epochs=None,
-      shard_info=seqio.ShardInfo(process_index, process_count),
-      seed=seed,
-    )
-    dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
-    self._iterator = iter(dataset.prefetch(2))
+      dataset = dataset.batch(batch_size // share.count, drop_remainder=True)
+      self._iterators.append(iter(_without_autotuning(dataset.prefetch(2))))
 
   def __next__(self) -> dict[str, np.ndarray]:
-    return {k: v.numpy() for k, v in next(self._iterator).items()}
+    blocks = [next(iterator) for iterator in self._iterators]
+    join = lambda *parts: np.concatenate([part.numpy() for part in parts])
+    return {
+      k: join(*(b[k] for b in blocks))[self._share.rows] for k in blocks[0]
+    }
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
-    """Writes the position into the folder `path`."""
-    tf.train.Checkpoint(iterator=self._iterator).write(
-      os.path.join(os.fspath(path), "iterator")
-    )
+    """Writes the positions of the shards that this process owns into `path`."""
+    for iterator, shard, name in self._each():
+      if shard in self._share.owned:
+        tf.io.gfile.mkdir(os.path.join(path, name))
+        tf.train.Checkpoint(iterator=iterator).write(
+          os.path.join(path, name, "iterator")
+        )
 
   def restore_state(self, path: str | os.PathLike[str]) -> None:
-    """Goes to the position that `save_state` wrote."""
-    tf.train.Checkpoint(iterator=self._iterator).read(
-      os.path.join(os.fspath(path), "iterator")
-    ).assert_consumed()
+    """Goes to the position that `save_state` wrote, in all processes."""
+    for iterator, _, name in self._each():
+      tf.train.Checkpoint(iterator=iterator).read(
+        os.path.join(path, name, "iterator")
+      ).assert_consumed()
+
+  def _each(self):
+    """Iterator, number and folder of each shard that this process reads."""
+    names = [shards.folder(s, self._share.count) for s in self._share.shards]
+    return zip(self._iterators, self._share.shards, names, strict=True)
+
+
+def _without_autotuning(dataset):
+  """A pipeline that ends, saves and restores at once.
+
+  TensorFlow's tuning of a pipeline is a thread of its own, which an iterator that
+  is replaced or deleted waits for: for up to minutes on one core, where a run
+  then seemed to hang. Untuned, a parallel map has a call for each core.
+  """
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  return dataset.with_options(options)

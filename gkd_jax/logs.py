@@ -12,7 +12,7 @@ import rich.console
 import rich.progress
 from clu import metric_writers
 
-from gkd_jax import types
+from gkd_jax import compilation, types
 
 # Metrics of distillation and of SFT whose weight is the number of tokens.
 _PER_TOKEN = ("top1_agreement", "accuracy")
@@ -54,6 +54,7 @@ class TrainLog:
     self._sums: dict[str, list] = {}
     self._on_policy = self._rows = self._tokens = 0
     self._time = self._started = time.monotonic()
+    self._first = True
     self._writes = jax.process_index() == 0
     self._writer = self._bar = None
     if not self._writes:
@@ -85,7 +86,10 @@ class TrainLog:
       print(text, flush=True)
 
   def add(self, metrics: types.Metrics, source: str, batch: Any):
-    """Takes one step's metrics; does not wait for the device."""
+    """Takes one step's metrics; waits for the device after the first alone."""
+    if self._first:
+      self._first = False
+      self.say(compilation.first_step(metrics))
     for name, pair in metrics.items():
       self._sums.setdefault(name, []).append(pair)
     self._on_policy += source != "data"

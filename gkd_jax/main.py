@@ -30,6 +30,18 @@ flags.DEFINE_bool(
 flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
 flags.DEFINE_integer("process_count", None, "of jax.distributed")
 flags.DEFINE_integer("process_index", None, "of jax.distributed")
+flags.DEFINE_integer(
+  "lost_after_s",
+  40,
+  "seconds of silence after which one of several processes counts as lost",
+  lower_bound=1,
+)
+flags.DEFINE_string(
+  "compilation_cache_dir",
+  None,
+  "folder of compiled programs; empty for none; by default"
+  " JAX_COMPILATION_CACHE_DIR, or gkd_jax in the user's cache",
+)
 flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
 flags.DEFINE_string(
   "output_path", None, "import, export, report, precompile: folder to write"
@@ -89,10 +101,13 @@ def _run(argv):
       " run `gkd MODE --gin_file=...`"
     )
   if FLAGS.coordinator_address or FLAGS.multiprocess:
-    import jax
+    from gkd_jax import processes
 
-    jax.distributed.initialize(
-      FLAGS.coordinator_address, FLAGS.process_count, FLAGS.process_index
+    processes.initialize(
+      FLAGS.coordinator_address,
+      FLAGS.process_count,
+      FLAGS.process_index,
+      FLAGS.lost_after_s,
     )
   if FLAGS.tfds_data_dir:
     import seqio
@@ -123,8 +138,9 @@ def _run(argv):
     reports.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
     return
   import gin
-  from gkd_jax import gin_utils, infer, train
+  from gkd_jax import compilation, gin_utils, infer, train
 
+  compilation.use_cache(FLAGS.compilation_cache_dir)
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
   if mode == "train":
     if FLAGS.dry_run:

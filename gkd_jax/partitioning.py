@@ -170,6 +170,11 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
   }
 
 
+def process_grid(mesh: Mesh) -> np.ndarray:
+  """The process of each device of a mesh, `[data, model]`."""
+  return np.vectorize(lambda device: device.process_index)(mesh.devices)
+
+
 def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:
   """Parameter path to logical axis names, from flax's `params_axes`."""
   flat = traverse_util.flatten_dict(dict(params_axes), sep="/")

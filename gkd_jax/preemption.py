@@ -6,6 +6,16 @@ import jax
 from jax.experimental import multihost_utils
 
 
+class Stopped(SystemExit):
+  """Ends the program after SIGTERM: saved, not at its last step.
+
+  The status is not 0, so that what runs the program starts it again.
+  """
+
+  def __init__(self):
+    super().__init__(128 + signal.SIGTERM)
+
+
 class StopSignal:
   """Turns SIGTERM into an answer that every process gives at the same step.
 

@@ -143,7 +143,7 @@ class Batches:
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the position into the folder `path`."""
     self._iterator.save_state(path)
-    if self._keeps_mean:
+    if self._keeps_mean and jax.process_index() == 0:
       with open(os.path.join(path, _FILE), "w") as file:
         json.dump(self._mean._asdict(), file)
 

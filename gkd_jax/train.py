@@ -22,6 +22,7 @@ from gkd_jax import (
   placement,
   preemption,
   rollouts,
+  shards,
   train_state,
   trainer,
 )
@@ -45,6 +46,7 @@ def train(
   num_microbatches: int = 1,
   executor: str = "jit",
   num_partitions: int = 1,
+  data_shards: int | None = None,
   shard_params_over_data: bool = False,
   log_period: int = 50,
   eval_period: int = 1000,
@@ -77,6 +79,8 @@ def train(
     num_microbatches: see `trainer.train_step`.
     executor: "jit" (a mesh) or "pmap" (data parallel).
     num_partitions: devices of the model axis.
+    data_shards: n of `shards`; None is as few as the processes need, or as
+      the run began with. It is the most processes that share the reading.
     shard_params_over_data: split parameters and optimizer over the data axis.
     log_period: steps between log lines.
     eval_period: steps between evaluations.
@@ -93,50 +97,49 @@ def train(
 
   Returns:
     The last evaluation's metrics.
+
+  Raises:
+    preemption.Stopped: SIGTERM came, and the step is saved.
   """
   # ---- mesh, data, models: what can be wrong is found here, before compiling -
   mesh = partitioning.make_mesh(num_partitions)
   check_batch(batch_size, num_microbatches, mesh, executor)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  iterator = data.TrainIterator(
+  batches = rollouts.Batches(
+    data.TrainIterator(
+      task,
+      task_feature_lengths,
+      batch_size,
+      seed=seed,
+      converter=model.FEATURE_CONVERTER_CLS,
+      pack=pack,
+      share=_share(mesh, batch_size, data_shards, model_dir),
+      use_cached=use_cached_tasks,
+    ),
+    model,
     task,
-    task_feature_lengths,
-    batch_size,
     seed=seed,
-    converter=model.FEATURE_CONVERTER_CLS,
-    pack=pack,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    use_cached=use_cached_tasks,
+    mesh=mesh,
   )
-  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
   shapes = placement.input_shapes(task_feature_lengths)
   rules = placement.rules(shard_params_over_data)
   abstract_state, state_shardings = placement.state(
     model.student, optimizer, shapes, mesh, rules
   )
-  teacher_params = {}
-  if model.teacher is not None:
-    teacher_params = checkpoints.load_placed(
-      teacher_checkpoint_path,
-      *placement.params(model.teacher, shapes, mesh, rules),
-      setting="TEACHER_CHECKPOINT_PATH",
-      of="teacher",
-    )
+  teacher_params = _teacher_params(
+    model.teacher, teacher_checkpoint_path, shapes, mesh, rules
+  )
   _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
   if dry_run:
     return {}
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
+  abstract = placement.with_shardings(abstract_state, state_shardings)
   params = None
   if not checkpoints.has_checkpoint(model_dir):
     params = _first_params(
-      model,
-      initial_checkpoint_path,
-      placement.with_shardings(abstract_state.params, state_shardings.params),
-      seed,
-      shapes,
+      model, initial_checkpoint_path, abstract.params, seed, shapes
     )
   # Closed whatever happens: an error leaves no threads that write on.
   with contextlib.closing(
@@ -149,15 +152,13 @@ def train(
   ) as checkpointer:
     start = checkpointer.latest_step() or 0
     if params is None:
-      state = _resume(
-        checkpointer, start, abstract_state, state_shardings, batches
-      )
+      state = checkpointer.restore(start, abstract, batches)
       print(f"resumed {model_dir} at step {start}", flush=True)
     else:
-      create = functools.partial(
-        train_state.create, transform=optimizer.transform
-      )
-      state = jax.jit(create, out_shardings=state_shardings)(params)
+      state = jax.jit(
+        functools.partial(train_state.create, transform=optimizer.transform),
+        out_shardings=state_shardings,
+      )(params)
 
     # ---- the step and the evaluation -----------------------------------------
     step_fn = functools.partial(
@@ -167,10 +168,7 @@ def train(
       seed=seed,
       num_microbatches=num_microbatches,
     )
-    if executor == "pmap":
-      run_step = trainer.PmapExecutor(step_fn)
-    else:
-      run_step = trainer.JitExecutor(step_fn, mesh, state_shardings)
+    run_step = _executor(executor, step_fn, mesh, state_shardings)
     sampling_clock = trainer.SamplingClock(model, seed, mesh)
     make_evaluator = functools.partial(
       evaluate.Evaluator,
@@ -205,12 +203,7 @@ def train(
           log.write(
             done, functools.partial(sampling_clock.seconds, state.params, batch)
           )
-          if skipped >= max_skipped_in_row:
-            raise FloatingPointError(
-              f"expected finite losses and gradients, got {skipped} non-finite"
-              f" ones in a row up to step {done}; the last good checkpoint is in"
-              f" {model_dir}; set LEARNING_RATE"
-            )
+          _check_skipped(skipped, max_skipped_in_row, done, model_dir)
         evaluated = None
         if done % eval_period == 0 or done == train_steps:
           scores = evaluated = _evaluate(
@@ -227,7 +220,7 @@ def train(
         if stopping:
           checkpointer.wait()
           log.say(f"SIGTERM: saved step {done}, stopping")
-          return scores
+          raise preemption.Stopped
       checkpointer.wait()
       if final_eval_split:
         final = make_evaluator(split=final_eval_split)
@@ -257,6 +250,39 @@ def check_batch(batch_size, num_microbatches, mesh, executor):
     )
 
 
+def _teacher_params(teacher, path, shapes, mesh, rules):
+  if teacher is None:
+    return {}
+  return checkpoints.load_placed(
+    path,
+    *placement.params(teacher, shapes, mesh, rules),
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
+  )
+
+
+def _executor(name, step, mesh, state_shardings):
+  if name == "pmap":
+    return trainer.PmapExecutor(step)
+  return trainer.JitExecutor(step, mesh, state_shardings)
+
+
+def _share(mesh, batch_size, given, model_dir):
+  """What this process reads of the data."""
+  rows = shards.rows_of_processes(partitioning.process_grid(mesh), batch_size)
+  count = shards.count(given, model_dir, batch_size, rows)
+  return shards.share(rows, jax.process_index(), batch_size, count)
+
+
+def _check_skipped(skipped, most, step, model_dir):
+  if skipped >= most:
+    raise FloatingPointError(
+      f"expected finite losses and gradients, got {skipped} non-finite"
+      f" ones in a row up to step {step}; the last good checkpoint is in"
+      f" {model_dir}; set LEARNING_RATE"
+    )
+
+
 def _check_targets(batch, source, step):
   if source == "data" and not np.any(batch["decoder_loss_weights"]):
     raise ValueError(
@@ -275,12 +301,6 @@ def _print_sizes(state, shardings, teacher_params, mesh):
     f" {len(mesh.devices.flat)} devices as {dict(mesh.shape)}",
     flush=True,
   )
-
-
-def _resume(checkpointer, step, abstract_state, shardings, iterator):
-  """The state that was saved, and the iterator at its place."""
-  abstract = placement.with_shardings(abstract_state, shardings)
-  return checkpointer.restore(step, abstract, iterator)
 
 
 def _first_params(model, path, abstract_params, seed, shapes):

@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
         break
     process.stdout.read()
     code = process.wait(timeout=120)
-  assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL)
+  assert code == (143 if how == signal.SIGTERM else -signal.SIGKILL)
   steps = {int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")}
   assert steps and max(steps) < 20
   done = gkd(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3))

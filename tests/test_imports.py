@@ -55,6 +55,7 @@ LAYERS = (
     "parameter_table",
     "paths",
     "safetensors_io",
+    "shards",
     "stored_arrays",
     "tensorstore_io",
   ),
@@ -71,6 +72,8 @@ LAYERS = (
     "train",
     "logs",
     "preemption",
+    "compilation",
+    "processes",
   ),
   (
     "main",

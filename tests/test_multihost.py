@@ -1,4 +1,4 @@
-"""Two processes: one program, the coin of λ, shards of data, one checkpoint."""
+"""Two processes and one: the same losses, stops, a loss of one, and going on."""
 
 import json
 import os
@@ -8,9 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
+import jax
 import numpy as np
 import pytest
+
+import gin
+from gkd_jax import gin_utils, partitioning, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENV = {
@@ -24,102 +29,147 @@ ENV = {
 }
 
 
-def start(folder, teacher, index, port, **macros):
-  settings = {
+MAX_STEPS = 400
+
+
+def settings(folder, teacher, **macros):
+  values = {
     "MODEL_DIR": str(folder),
     "TEACHER_CHECKPOINT_PATH": str(teacher),
     "LOG_PERIOD": 1,
     "EVAL_NUM_EXAMPLES": 2,
+    "EVAL_PERIOD": MAX_STEPS,
+    "CHECKPOINT_PERIOD": 3,
     "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 12},
+    "TRAIN_STEPS": MAX_STEPS,
   } | macros
-  return subprocess.Popen(
-    [
-      *(sys.executable, "-m", "gkd_jax.main", "train"),
-      "--gin_file=experiments/smoke.gin",
-      *(f"--gin.{name}={value!r}" for name, value in settings.items()),
-      f"--coordinator_address=localhost:{port}",
-      "--process_count=2",
-      f"--process_index={index}",
-    ],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    env=ENV,
-  )
+  return [f"{name}={value!r}" for name, value in values.items()]
 
 
-def pair(folder, teacher, **macros):
+def pair(folder, teacher):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  return [start(folder, teacher, i, port, **macros) for i in range(2)]
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "gkd_jax.main", "train"),
+        "--gin_file=experiments/smoke.gin",
+        *(f"--gin.{setting}" for setting in settings(folder, teacher)),
+        f"--coordinator_address=localhost:{port}",
+        "--process_count=2",
+        f"--process_index={index}",
+        "--lost_after_s=8",
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=ENV,
+    )
+    for index in range(2)
+  ]
 
 
-def finish(processes):
-  results = [process.communicate(timeout=600) for process in processes]
-  for process, (_, errors) in zip(processes, results, strict=True):
-    assert process.returncode == 0, errors[-3000:]
-  return [out for out, _ in results]
+def until(process, step):
+  """Waits for the line of a step; returns what was printed until then."""
+  printed = []
+  for line in process.stdout:
+    printed.append(line)
+    if line.startswith(f"step {step}/"):
+      return "".join(printed)
+  raise AssertionError(process.stderr.read()[-3000:])
 
 
-def rows(folder):
-  lines = (folder / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
+def alone(folder, teacher, **macros):
+  """Trains in this process, on the two devices that `two_devices` leaves."""
+  bindings = settings(folder, teacher, **macros)
+  gin_utils.parse(["experiments/smoke.gin"], bindings, [])
+  gin.get_configurable(train.train)()
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("two") / "teacher"
-  subprocess.run(
-    [
-      *(sys.executable, "-m", "gkd_jax.main", "train"),
-      "--gin_file=experiments/smoke_teacher.gin",
-      f"--gin.MODEL_DIR={str(folder)!r}",
-      "--gin.TRAIN_STEPS=1",
-    ],
-    check=True,
-    env=ENV,
-    capture_output=True,
-    timeout=600,
+@pytest.fixture
+def two_devices(monkeypatch):
+  make = partitioning.make_mesh
+  monkeypatch.setattr(
+    partitioning, "make_mesh", lambda n: make(n, jax.devices()[:2])
   )
-  return folder
+
+
+def losses(folder, begin=0):
+  """Step to loss, from line `begin` of the metrics on; the later one counts."""
+  lines = (folder / "metrics.jsonl").read_text().splitlines()[begin:]
+  rows = [json.loads(line) for line in lines]
+  return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def saved(folder):
+  return max(
+    int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")
+  )
 
 
 def coins(steps, fraction=0.5, seed=0):
   """The coin, worked out without the package."""
   return [
-    float(np.random.default_rng([seed, step]).random() < fraction)
+    np.random.default_rng([seed, step]).random() < fraction
     for step in range(steps)
   ]
 
 
 @pytest.mark.slow
-def test_two_processes_train_stop_and_go_on(teacher, tmp_path):
-  folder = tmp_path / "student"
-  first = pair(folder, teacher, TRAIN_STEPS=400)
-  # Whichever process is told to stop, both save the same step.
-  for line in first[0].stdout:
-    if line.startswith("step 5/"):
-      first[1].send_signal(signal.SIGTERM)
-      break
-  finish(first)
-  saved = max(
-    int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")
+def test_two_processes_stop_lose_one_and_one_goes_on(tmp_path, two_devices):
+  teacher, folder = tmp_path / "teacher", tmp_path / "student"
+  smoke_teacher = "experiments/smoke_teacher.gin"
+  gin_utils.parse(
+    [smoke_teacher], [f"MODEL_DIR={str(teacher)!r}", "TRAIN_STEPS=1"], []
   )
-  last = max(r["step"] for r in rows(folder) if "loss" in r)
-  assert saved == last < 400
-  positions = folder / f"checkpoint_{saved}" / "dataset"
-  assert {p.name for p in positions.glob("process_*")} == {
-    "process_0-of-2",
-    "process_1-of-2",
-  }
-  printed = finish(pair(folder, teacher, TRAIN_STEPS=saved + 4))
-  assert f"at step {saved}" in printed[0]
-  trained = [r for r in rows(folder) if "loss" in r]
-  assert [r["step"] for r in trained] == [*range(1, saved + 5)]
-  # Had the two hosts drawn other coins, their programs would have differed and
-  # hung; that it is the right coin, after the resume too, is checked here.
-  assert [r["on_policy_steps"] for r in trained] == coins(saved + 4)
-  assert all(np.isfinite(r["loss"]) for r in trained)
+  gin.get_configurable(train.train)()
+
+  # Whichever process is told to stop, both save the same step.
+  first = pair(folder, teacher)
+  until(first[0], 2)
+  first[1].send_signal(signal.SIGTERM)
+  printed = [process.communicate(timeout=600) for process in first]
+  assert [p.returncode for p in first] == [143, 143], printed
+  stopped = saved(folder)
+  assert stopped == max(losses(folder)) < MAX_STEPS
+  names = {p.name for p in (folder / f"checkpoint_{stopped}/dataset").iterdir()}
+  assert names >= {"shard_0-of-2", "shard_1-of-2"}
   # One process writes: the other prints no line of progress.
-  assert "loss" in printed[0] and "loss" not in printed[1]
+  assert "loss" in printed[0][0] and "loss" not in printed[1][0]
+
+  # One is lost: the other says so, and ends.
+  second = pair(folder, teacher)
+  assert f"at step {stopped}\n" in until(second[0], stopped + 5)
+  second[1].kill()
+  begin = time.monotonic()
+  _, errors = second[0].communicate(timeout=60)
+  assert (
+    time.monotonic() - begin < 60 and second[0].returncode == -signal.SIGABRT
+  )
+  second[1].communicate()
+  assert "unhealthy" in errors and "process 0 from outside" in errors
+  last_words = errors.strip().splitlines()[-1]
+  assert last_words.startswith("gkd: expected all processes to go on")
+
+  # One process, two devices, goes on: the same numbers to the bit.
+  before, kept = losses(folder), saved(folder)
+  lines = len((folder / "metrics.jsonl").read_text().splitlines())
+  end = max(before) + 2
+  alone(folder, teacher, TRAIN_STEPS=end)
+  again = losses(folder, lines)
+  assert sorted(again) == [*range(kept + 1, end + 1)]
+  both = sorted({*again} & {*before})
+  assert len(both) >= 2 and [again[s] for s in both] == [
+    before[s] for s in both
+  ]
+
+  # And the same as one process that never stopped, on-policy steps included.
+  alone(tmp_path / "whole", teacher, TRAIN_STEPS=end, DATA_SHARDS=2)
+  whole = losses(tmp_path / "whole")
+  assert set(coins(end)) == {True, False}
+  np.testing.assert_allclose(
+    [(before | again)[s] for s in range(1, end + 1)],
+    [whole[s] for s in range(1, end + 1)],
+    rtol=1e-5,
+  )
