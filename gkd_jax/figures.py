@@ -19,7 +19,8 @@ COLORS = (
   *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
   *("#8B4513", "#6A3D9A", "#555555", "#B0B000"),
 )
-_MARKERS = "osD^vP*Xhd"
+# One fewer than the colours: the pair repeats after ninety methods.
+_MARKERS = "osD^vP*Xh"
 _HOW = {"greedy": "greedy", "sampled": "sampled at temperature 1"}
 
 

@@ -35,7 +35,7 @@ def quality_diversity(study: report_data.Study) -> figures.Picture | None:
   for i, (name, line) in enumerate(points.items()):
     style = {
       "color": figures.COLORS[i % len(figures.COLORS)],
-      "marker": "osD^vP*Xhd"[i % 10],
+      "marker": "osD^vP*Xh"[i % 9],
     }
     means = {t: np.mean(pairs, axis=0) for t, pairs in line.items()}
     xs, ys = zip(*sorted(map(tuple, means.values())), strict=True)
