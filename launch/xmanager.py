@@ -18,6 +18,11 @@ def command(arguments):
 
 
 def main(argv):
+  """Launches one job on Vertex AI, or with DRY_RUN prints its command.
+
+  Args:
+    argv: the program's name, then what `gkd train` gets.
+  """
   if os.environ.get("DRY_RUN"):
     print(shlex.join(command(argv[1:])))
     return
