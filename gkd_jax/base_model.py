@@ -242,15 +242,6 @@ class BaseTransformerModel:
 
     return partitioning.gather(params, axes)
 
-  def get_initial_variables(
-    self,
-    rng: jax.Array,
-    input_shapes: Mapping[str, tuple[int, ...]],
-    input_types: Mapping[str, Any] | None = None,
-  ) -> Mapping[str, Any]:
-    """See `types.TransformerModel.get_initial_variables`."""
-    raise NotImplementedError
-
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
     return losses.without_padding(

@@ -238,7 +238,7 @@ class DecoderWrapper(nn.Module):
     valid = decoder_target_tokens > 0
     mask = mask & valid[:, None, :, None] & valid[:, None, None, :]
     if decoder_segment_ids is not None:
-      mask &= network.same_segment(decoder_segment_ids, decoder_segment_ids)
+      mask &= layers.same_segment(decoder_segment_ids, decoder_segment_ids)
     return self.decoder(
       decoder_input_tokens,
       mask,

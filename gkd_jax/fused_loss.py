@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import divergences, losses, types
+from gkd_jax import divergences, losses, mesh_axes, types
 
 
 class Int8Head(NamedTuple):
@@ -217,15 +217,7 @@ def _split_settings(divergence, *rest):
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
-  mesh = jax.sharding.get_abstract_mesh()
-  # Axes of a pmap or a shard_map are manual: there each device has its own call.
-  sizes = {
-    name: size
-    for name, size, kind in zip(
-      mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
-    )
-    if kind == jax.sharding.AxisType.Auto
-  }
+  sizes = mesh_axes.auto_axes()
   shards, parts = sizes.get(data_axis, 1), sizes.get(model_axis, 1)
   if shape[0] % shards:
     shards = 1

@@ -29,6 +29,11 @@ _TRUNCATED_NORMAL = nn.initializers.variance_scaling(
 _NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
+def same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  """Mask `[B, 1, T, S]` from segment ids `[B, T]` and `[B, S]`."""
+  return rows[:, None, :, None] == columns[:, None, None, :]
+
+
 def mask_to_bias(mask: jax.Array) -> jax.Array:
   """Turns a boolean mask `[..., T, S]` (True: attend) into an additive bias.
 

@@ -137,6 +137,11 @@ def _run(argv):
 
     reports.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
     return
+  _run_configured(mode)
+
+
+def _run_configured(mode):
+  """What gin files bind: train, eval or infer."""
   import gin
   from gkd_jax import compilation, gin_utils, infer, train
 

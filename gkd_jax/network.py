@@ -335,7 +335,7 @@ class Transformer(nn.Module):
     valid = encoder_input_tokens > 0
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     if encoder_segment_ids is not None:
-      mask &= same_segment(encoder_segment_ids, encoder_segment_ids)
+      mask &= layers.same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
       encoder_input_tokens, mask, deterministic=not enable_dropout
     )
@@ -398,8 +398,10 @@ class Transformer(nn.Module):
       mask &= causal[None, None]
       cross_mask = targets_valid[:, None, :, None] & inputs_valid
     if decoder_segment_ids is not None and mask is not None:
-      mask &= same_segment(decoder_segment_ids, decoder_segment_ids)
-      cross_mask &= same_segment(decoder_segment_ids, encoder_segment_ids)
+      mask &= layers.same_segment(decoder_segment_ids, decoder_segment_ids)
+      cross_mask &= layers.same_segment(
+        decoder_segment_ids, encoder_segment_ids
+      )
     return self.decoder(
       encoded,
       decoder_input_tokens,
@@ -446,8 +448,3 @@ class Transformer(nn.Module):
       decode,
       max_decode_length,
     )
-
-
-def same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
-  """Mask `[B, 1, T, S]` from segment ids `[B, T]` and `[B, S]`."""
-  return rows[:, None, :, None] == columns[:, None, None, :]

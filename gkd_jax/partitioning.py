@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import types
+from gkd_jax import mesh_axes, types
 
 DATA_AXIS, MODEL_AXIS = "data", "model"
 
@@ -108,7 +108,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     names: logical name of each axis. One that the mesh axis does not divide
       lies as XLA likes.
   """
-  sizes = auto_axes()
+  sizes = mesh_axes.auto_axes()
   axes = [ACTIVATION_RULES[name] for name in names]
   if all(size == 1 for size in sizes.values()):
     return x
@@ -129,28 +129,13 @@ def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
     axes: returns parameter path to logical names, as `logical_axes`; called
       only on a mesh.
   """
-  if all(size == 1 for size in auto_axes().values()):
+  if all(size == 1 for size in mesh_axes.auto_axes().values()):
     return params
   names = axes()
   flat = traverse_util.flatten_dict(params, sep="/")
   return traverse_util.unflatten_dict(
     {path: constrain(x, *names[path]) for path, x in flat.items()}, sep="/"
   )
-
-
-def auto_axes() -> dict[str, int]:
-  """Sizes of the mesh axes that the compiler splits arrays over.
-
-  Axes of a pmap or a shard_map are manual: there each device has its own call.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  return {
-    name: size
-    for name, size, kind in zip(
-      mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
-    )
-    if kind == jax.sharding.AxisType.Auto
-  }
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:

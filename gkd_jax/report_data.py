@@ -219,11 +219,14 @@ def _single(name, folder) -> Run:
 
 
 def _of_sweep(folder, sweep):
-  """The finished runs of a sweep, and the names of the others."""
+  """The finished runs of a sweep, and the names of the others that are there."""
   runs, missing = [], []
   for name in sweep["cells"]:
     path = os.path.join(folder, name)
     cell = cell_table.read_json(os.path.join(path, "cell.json"))
+    if cell is None:
+      print(f"{name} is left out: its folder has no cell.json", flush=True)
+      continue
     row = cell_table.read_cell(path)
     if cell["command"] == "infer":
       continue

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
   (
     "types",
+    "mesh_axes",
     "divergences",
     "losses",
     "rewards",

@@ -348,6 +348,16 @@ def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
   assert "32 finished runs; 1 not finished; seeds 0, 1, 2;" in text
 
 
+def test_a_cell_whose_folder_was_deleted_is_left_out(sweep, tmp_path, capsys):
+  moved = shutil.copytree(sweep, tmp_path / "elsewhere")
+  shutil.rmtree(moved / "methods" / "SFT_small_1k_seed2")
+  study = report_data.read([str(moved)])
+  assert capsys.readouterr().out == (
+    "methods/SFT_small_1k_seed2 is left out: its folder has no cell.json\n"
+  )
+  assert (len(study.runs), len(study.unfinished)) == (34 - 1, 1)
+
+
 def test_the_table_of_cells(sweep):
   cell_table.write(str(sweep))
   rows = json.loads((sweep / "cells.json").read_text())

@@ -14,7 +14,15 @@ import time
 import pytest
 
 import gin
-from gkd_jax import gin_utils, sweep_check, sweep_runner, sweeps
+from gkd_jax import (
+  gin_utils,
+  main,
+  precompile,
+  sweep_check,
+  sweep_runner,
+  sweeps,
+  train,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -433,8 +441,37 @@ def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
 )
 def test_the_gin_of_shipped_grids_is_right(file):
   definition = sweeps.read(str(file), [gin_utils.shipped_gin()])
-  sweep_check.check_here(sweeps.cells(definition), "/o", [])
+  cells = sweeps.cells(definition)
+  sweep_check.check_here(cells, "/o", [])
+  # Each once more, as its command says it and with one seed: what a run builds
+  # first of all is built, and numbers are numbers.
+  last_seed = {(c.stage, *c.axes.values()): c for c in cells}
+  for cell in last_seed.values():
+    if cell.command == "train":
+      built = _built_by(cell.arguments("/o"))
+      assert built["model"].config.vocab_size > 0, cell.name
+      for name in _NUMBERS:
+        try:
+          value = gin.query_parameter(f"%{name}")
+        except ValueError:  # bound by other methods alone
+          continue
+        assert isinstance(value, int | float | None), (cell.name, name, value)
   gin.clear_config()
+
+
+_NUMBERS = (
+  *("ALPHA", "BETA", "STUDENT_DATA_FRACTION", "TRAIN_STEPS", "BATCH_SIZE"),
+  *("SAMPLING_TEMPERATURE", "TEACHER_TEMPERATURE", "SEED"),
+)
+
+
+def _built_by(arguments):
+  """What a command of `gkd train` trains, without parameters or data."""
+  flags = [a.partition("=") for a in main._gin_flags(arguments[1:])]
+  assert {name for name, _, _ in flags} <= {"--gin_file", "--gin_bindings"}
+  given = lambda flag: [value for name, _, value in flags if name == flag]
+  gin_utils.parse(given("--gin_file"), given("--gin_bindings"), [])
+  return gin_utils.bindings(train.train, precompile.SETTINGS)
 
 
 @pytest.mark.slow
