@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
-.venv-test/bin/python -m pytest -q -n 2 "$@"
+.venv-test/bin/python -m pytest -q -n 2 --dist worksteal "$@"

@@ -4,7 +4,10 @@ The flags are set before JAX starts, so that a sharding test needs no
 accelerator, and a broadcast that nobody asked for is an error.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -16,7 +19,20 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
 
+# A program is compiled once for all tests and the processes that they start: the
+# first process of pytest makes the folder, its workers and theirs inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  cache = tempfile.mkdtemp(prefix="gkd_jax_programs")
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+  """The longest test first: it has the other tests' time."""
+  items.sort(key=lambda item: "test_multihost" not in item.nodeid)

@@ -12,7 +12,6 @@ import gin_probe
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from loss_batches import log_softmax64
 
 import gin
@@ -96,23 +95,6 @@ def macros(method, **more):
     if method != "self_distillation":
       settings["TEACHER"] = "%TOY_TEACHER"
   return settings | more
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-  """The evaluations of all methods are one program."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-  }
-  old = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in old.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(name="toys", scope="module")

@@ -1,28 +1,14 @@
 """The gin files of RL + GKD, RLEF* and MiniLLM, as a user starts them."""
 
-import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
 
+import command_line
 import jax
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints, models, network
+from gkd_jax import checkpoints
 
-ROOT = pathlib.Path(__file__).parent.parent
-ENV = {
-  **os.environ,
-  "JAX_PLATFORMS": "cpu",
-  "PYTHONPATH": str(ROOT),
-  "TF_CPP_MIN_LOG_LEVEL": "3",
-  "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="gkd_jax_cache"),
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 RUN = """
 from __gin__ import dynamic_registration
 
@@ -42,32 +28,15 @@ LOG_PERIOD = 1
 """
 
 
-def save(folder, emb_dim, num_heads, mlp_dim, vocab_size=24, seed=0):
-  """A checkpoint of random parameters, with the sizes of models/toy.gin."""
-  config = network.T5Config(
-    vocab_size=vocab_size,
-    emb_dim=emb_dim,
-    num_heads=num_heads,
-    head_dim=8,
-    mlp_dim=mlp_dim,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    mlp_activations=("gelu", "linear"),
-  )
-  model = models.EncoderDecoderModel(network.Transformer(config))
-  shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 2)}
-  params = model.get_initial_variables(jax.random.key(seed), shapes)["params"]
-  checkpoints.save_safetensors(folder, params, dataclasses.asdict(config))
-  return str(folder)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
   folder = tmp_path_factory.mktemp("methods")
   return {
-    "teacher": save(folder / "teacher", 32, 4, 64),
-    "start": save(folder / "start", 16, 2, 32, seed=1),
-    "scorer": save(folder / "scorer", 32, 4, 64, vocab_size=384, seed=2),
+    "teacher": command_line.save_toy_teacher(folder / "teacher"),
+    "start": command_line.save_toy(folder / "start", 16, 2, 32, seed=1),
+    "scorer": command_line.save_toy(
+      folder / "scorer", 32, 4, 64, vocab_size=384, seed=2
+    ),
   }
 
 
@@ -76,20 +45,13 @@ def train(method, tmp_path, text="", files=(), **macros):
   run = tmp_path / "run.gin"
   run.write_text(RUN + text)
   model_dir = tmp_path / "model"
-  macros = {"MODEL_DIR": str(model_dir)} | macros
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "gkd_jax.main", "train"),
-      f"--gin_file=methods/{method}.gin",
-      *(f"--gin_file={file}" for file in files),
-      f"--gin_file={run}",
-      *(f"--gin.{name}={value!r}" for name, value in macros.items()),
-    ],
-    capture_output=True,
-    text=True,
-    env=ENV,
-    timeout=300,
-    check=False,
+  done = command_line.gkd(
+    "train",
+    f"--gin_file=methods/{method}.gin",
+    *(f"--gin_file={file}" for file in files),
+    f"--gin_file={run}",
+    env={"PYTHONPATH": f"{command_line.ROOT}:{tmp_path}"},
+    **{"MODEL_DIR": str(model_dir)} | macros,
   )
   assert done.returncode == 0, done.stderr
   lines = (model_dir / "metrics.jsonl").read_text().splitlines()
@@ -191,7 +153,6 @@ def test_rl_gkd_stopped_and_resumed(folders, tmp_path):
     "  return [len(x) for x in outputs]\n"
   )
   text = f"import my_rewards\n{WITH_TEACHER}REWARD = @my_rewards.length\n"
-  ENV["PYTHONPATH"] = f"{ROOT}:{tmp_path}"
   ends = []
   for name, stops in (("whole", (3,)), ("parts", (2, 3))):
     (tmp_path / name).mkdir()

@@ -1,39 +1,21 @@
-"""Two processes and one: the same losses, stops, a loss of one, and going on."""
+"""Four processes, two and one: the same losses; stops, a loss of one, going on."""
 
 import json
-import os
-import pathlib
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 
+import command_line
 import numpy as np
 import pytest
 
-import gin
-from gkd_jax import gin_utils, train
-
-ROOT = pathlib.Path(__file__).parent.parent
-ENV = {
-  **os.environ,
-  "JAX_PLATFORMS": "cpu",
-  "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="gkd_jax_cache"),
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  "PYTHONPATH": str(ROOT),
-  "TF_CPP_MIN_LOG_LEVEL": "3",
-}
-
-
-TWO_DEVICES = "--xla_force_host_platform_device_count=2"
-MAX_STEPS = 400
+STEPS = 20
+MAX_STEPS = 400  # none of the processes comes to its end by itself
 
 
 def settings(folder, teacher, **macros):
-  values = {
+  return {
     "MODEL_DIR": str(folder),
     "TEACHER_CHECKPOINT_PATH": str(teacher),
     "LOG_PERIOD": 1,
@@ -42,31 +24,33 @@ def settings(folder, teacher, **macros):
     "CHECKPOINT_PERIOD": 3,
     "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 12},
     "TRAIN_STEPS": MAX_STEPS,
+    # As four processes read them: the order of the data is the same in all runs.
+    "DATA_SHARDS": 4,
   } | macros
-  return [f"{name}={value!r}" for name, value in values.items()]
 
 
-def pair(folder, teacher):
+def start(count, folder, teacher):
+  """Starts processes that train together."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   return [
     subprocess.Popen(
-      [
-        *(sys.executable, "-m", "gkd_jax.main", "train"),
+      command_line.command(
+        "train",
         "--gin_file=experiments/smoke.gin",
-        *(f"--gin.{setting}" for setting in settings(folder, teacher)),
         f"--coordinator_address=localhost:{port}",
-        "--process_count=2",
+        f"--process_count={count}",
         f"--process_index={index}",
         "--lost_after_s=8",
-      ],
+        **settings(folder, teacher),
+      ),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      env=ENV,
+      env=command_line.ENV,
     )
-    for index in range(2)
+    for index in range(count)
   ]
 
 
@@ -80,18 +64,14 @@ def until(process, step):
   raise AssertionError(process.stderr.read()[-3000:])
 
 
-def alone(folder, teacher, **macros):
-  """Trains in one process, on two devices."""
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "gkd_jax.main", "train"),
-      "--gin_file=experiments/smoke.gin",
-      *(f"--gin.{s}" for s in settings(folder, teacher, **macros)),
-    ],
-    env=ENV | {"XLA_FLAGS": f"{ENV['XLA_FLAGS']} {TWO_DEVICES}"},
-    capture_output=True,
-    text=True,
-    timeout=600,
+def alone(devices, folder, teacher, **macros):
+  """Trains in one process."""
+  count = f"--xla_force_host_platform_device_count={devices}"
+  done = command_line.gkd(
+    "train",
+    "--gin_file=experiments/smoke.gin",
+    env={"XLA_FLAGS": f"{command_line.ENV['XLA_FLAGS']} {count}"},
+    **settings(folder, teacher, **macros),
   )
   assert done.returncode == 0, done.stderr[-3000:]
 
@@ -112,36 +92,33 @@ def saved(folder):
 def coins(steps, fraction=0.5, seed=0):
   """The coin, worked out without the package."""
   return [
-    np.random.default_rng([seed, step]).random() < fraction
-    for step in range(steps)
+    np.random.default_rng([seed, step]).random() < fraction for step in steps
   ]
 
 
 @pytest.mark.slow
-def test_two_processes_stop_lose_one_and_one_goes_on(tmp_path):
-  teacher, folder = tmp_path / "teacher", tmp_path / "student"
-  smoke_teacher = "experiments/smoke_teacher.gin"
-  gin_utils.parse(
-    [smoke_teacher], [f"MODEL_DIR={str(teacher)!r}", "TRAIN_STEPS=1"], []
-  )
-  gin.get_configurable(train.train)()
+def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
+  teacher = command_line.save_toy_teacher(tmp_path / "teacher")
+  folder = tmp_path / "student"
 
-  # Whichever process is told to stop, both save the same step.
-  first = pair(folder, teacher)
-  until(first[0], 2)
+  # Four: whichever process is told to stop, all save the same step.
+  first = start(4, folder, teacher)
+  until(first[0], STEPS)
   first[1].send_signal(signal.SIGTERM)
   printed = [process.communicate(timeout=600) for process in first]
-  assert [p.returncode for p in first] == [143, 143], printed
+  assert [p.returncode for p in first] == [143] * 4, printed
+  of_four = losses(folder)
   stopped = saved(folder)
-  assert stopped == max(losses(folder)) < MAX_STEPS
+  assert STEPS <= stopped == max(of_four) < MAX_STEPS
   names = {p.name for p in (folder / f"checkpoint_{stopped}/dataset").iterdir()}
-  assert names >= {"shard_0-of-2", "shard_1-of-2"}
-  # One process writes: the other prints no line of progress.
-  assert "loss" in printed[0][0] and "loss" not in printed[1][0]
+  assert names >= {f"shard_{i}-of-4" for i in range(4)}
+  # One process writes: the others print no line of progress.
+  assert "loss" in printed[0][0]
+  assert not any("loss" in out for out, _ in printed[1:])
 
-  # One is lost: the other says so, and ends.
-  second = pair(folder, teacher)
-  assert f"at step {stopped}\n" in until(second[0], stopped + 5)
+  # Two go on; one is lost: the other says so, and ends.
+  second = start(2, folder, teacher)
+  assert f"at step {stopped}\n" in until(second[0], stopped + STEPS)
   second[1].kill()
   begin = time.monotonic()
   _, errors = second[0].communicate(timeout=60)
@@ -157,7 +134,7 @@ def test_two_processes_stop_lose_one_and_one_goes_on(tmp_path):
   before, kept = losses(folder), saved(folder)
   lines = len((folder / "metrics.jsonl").read_text().splitlines())
   end = max(before) + 2
-  alone(folder, teacher, TRAIN_STEPS=end)
+  alone(2, folder, teacher, TRAIN_STEPS=end)
   again = losses(folder, lines)
   assert sorted(again) == [*range(kept + 1, end + 1)]
   both = sorted({*again} & {*before})
@@ -166,11 +143,17 @@ def test_two_processes_stop_lose_one_and_one_goes_on(tmp_path):
   ]
 
   # And the same as one process that never stopped, on-policy steps included.
-  alone(tmp_path / "whole", teacher, TRAIN_STEPS=end, DATA_SHARDS=2)
+  alone(1, tmp_path / "whole", teacher, TRAIN_STEPS=end)
   whole = losses(tmp_path / "whole")
-  assert set(coins(end)) == {True, False}
-  np.testing.assert_allclose(
-    [(before | again)[s] for s in range(1, end + 1)],
-    [whole[s] for s in range(1, end + 1)],
-    rtol=1e-5,
-  )
+  for count, steps in (
+    (4, range(1, stopped + 1)),
+    (2, range(stopped + 1, max(before) + 1)),
+    (1, range(kept + 1, end + 1)),
+  ):
+    assert count == 1 or len(steps) >= STEPS
+    assert count == 1 or set(coins(s - 1 for s in steps)) == {True, False}
+    got = np.array([(before if count > 1 else again)[s] for s in steps])
+    expected = np.array([whole[s] for s in steps])
+    difference = np.abs(got / expected - 1).max()
+    print(f"{count} processes, {len(steps)} steps: {difference:.1e} at most")
+    assert difference <= 1e-5

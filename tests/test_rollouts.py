@@ -237,10 +237,7 @@ def test_two_processes_judge_their_own_rows(tmp_path):
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   tests = ROOT / "tests"
-  env = os.environ | {
-    "PYTHONPATH": f"{ROOT}:{tests}",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-  }
+  env = os.environ | {"PYTHONPATH": f"{ROOT}:{tests}"}
   files = [tmp_path / f"{i}.npz" for i in range(2)]
   processes = [
     subprocess.Popen(

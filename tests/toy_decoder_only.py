@@ -1,7 +1,7 @@
 """Tiny decoder-only models, a batch of prompts, and the network in numpy."""
 
-import jax
 import numpy as np
+import toy_models
 from flax import traverse_util
 
 from gkd_jax import decoder_only_network, models
@@ -30,8 +30,7 @@ def model(emb_dim=8, *, vocab_size=VOCAB, config=None, **kwargs):
 
 def params(a_model, seed, scale=1.5):
   """Random parameters, enlarged so that samples end early."""
-  tree = a_model.get_initial_variables(jax.random.key(seed), SHAPES)["params"]
-  return jax.tree.map(lambda x: x * scale, tree)
+  return toy_models.draw_params(a_model, seed, SHAPES, scale)
 
 
 def gkd(prefix_lm=False, dropout_rate=0.0, **kwargs):

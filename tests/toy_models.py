@@ -1,6 +1,7 @@
 """A tiny student and teacher, and a batch of very different lengths."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax import models, network, optimizers, train_state, trainer
@@ -27,8 +28,22 @@ def model(emb_dim, dropout_rate=0.0, **kwargs):
 
 def params(a_model, seed):
   """Random parameters; the head is enlarged so that samples end early."""
-  tree = a_model.get_initial_variables(jax.random.key(seed), SHAPES)["params"]
-  return jax.tree.map(lambda x: x * 1.5, tree)
+  return draw_params(a_model, seed, SHAPES, 1.5)
+
+
+_DRAWN = {}
+
+
+def draw_params(a_model, seed, shapes, scale):
+  """Initial parameters times `scale`: drawn once, copied for each caller."""
+  key = repr((a_model.config, seed, shapes, scale))
+  if key not in _DRAWN:
+    draw = lambda key: a_model.get_initial_variables(key, shapes)["params"]
+    tree = jax.jit(draw)(jax.random.key(seed))
+    _DRAWN[key] = jax.tree.map(
+      lambda x: np.asarray(x) * np.float32(scale), tree
+    )
+  return jax.tree.map(jnp.array, _DRAWN[key])
 
 
 def gkd(dropout_rate=0.0, **kwargs):
