@@ -105,12 +105,13 @@ def heat_maps(study: report_data.Study) -> Picture | None:
   }
   picture, axes = grid_of_panels(
     panels,
-    height=0.55 * len(fractions) + 1.3,
+    height=0.65 * len(fractions) + 1.3,
     width=0.95 * len(names) + 1.8,
     columns=2,
   )
+  shown = False
   for panel, (regime, (members, how)) in zip(axes, panels.items(), strict=True):
-    cells = {}
+    cells, theirs = {}, {}
     for run in members:
       cell = run.place["lambda"], run.place["divergence"]
       values = report_data.scores(
@@ -119,8 +120,11 @@ def heat_maps(study: report_data.Study) -> Picture | None:
       if values:
         row, column = fractions.index(cell[0]), names.index(cell[1])
         cells[row, column] = report_data.estimate(values)
+        if most_labelled(study, run.place):
+          theirs[row, column] = report_data.papers_cell(study, run, how)
     shape = len(fractions), len(names)
-    draw_heat_map(panel, shape, cells, study.lower_is_better)
+    draw_heat_map(panel, shape, cells, theirs, study.lower_is_better)
+    shown |= any(theirs.values())
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set_yticks(range(len(fractions)), fractions)
     panel.set(title=regime_title(regime), ylabel="λ")
@@ -130,7 +134,8 @@ def heat_maps(study: report_data.Study) -> Picture | None:
     f"Mean {axis_label(study)} over seeds; rows are the fraction λ of steps on"
     " the student's own samples, columns the divergence. A darker cell is a"
     " better one; each panel has its own scale."
-    f" {seeds_note(runs, 'Numbers with ±')}",
+    f" {seeds_note(runs, 'Numbers with ±')}"
+    + (f" In italics {study.paper['grid']['source']}." if shown else ""),
     picture,
   )
 
@@ -378,8 +383,8 @@ def zoom(panel):
     panel.set_xlim(left=min(lows) - 0.5 * (max(lows) - min(lows)) - 0.02)
 
 
-def draw_heat_map(panel, shape, cells, lower_is_better):
-  """Cells with their means and intervals; the better, the darker."""
+def draw_heat_map(panel, shape, cells, theirs, lower_is_better):
+  """Cells with their means, intervals, the paper's; the better, the darker."""
   sign = -1 if lower_is_better else 1
   table = np.full(shape, np.nan)
   for place, summary in cells.items():
@@ -391,7 +396,13 @@ def draw_heat_map(panel, shape, cells, lower_is_better):
     if summary.high is not None:
       text += f"\n± {summary.high - summary.mean:.1f}"
     color = "white" if table[row, column] > middle else "black"
-    panel.text(column, row, text, ha="center", va="center", color=color, size=9)
+    style = {"ha": "center", "color": color, "size": 9}
+    paper = theirs.get((row, column))
+    panel.text(column, row - 0.1 * bool(paper), text, va="center", **style)
+    if paper:
+      panel.text(
+        column, row + 0.45, f"{paper:.1f}", va="bottom", style="italic", **style
+      )
 
 
 def draw_curves(panel, lines, style, label):

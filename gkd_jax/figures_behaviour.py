@@ -92,7 +92,7 @@ def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
       *zip(*means, strict=True), "o-", color=color, label=_line_name(members[0])
     )
   panel.set_xlabel(
-    f"{name.replace('_', ' ')} to the teacher, nats a token of own samples"
+    f"{_words(name)} to the teacher, nats a token of own samples"
   )
   panel.set_ylabel(
     "reward"
@@ -132,7 +132,7 @@ def by_position(study: report_data.Study) -> figures.Picture | None:
   if not names:
     return None
   panels = {
-    (*regime, ("divergence", name.replace("_", " "))): (members, name)
+    (*regime, ("divergence", _words(name))): (members, name)
     for regime, members in figures.regimes_of(study, runs).items()
     for name in names
   }
@@ -209,6 +209,10 @@ def _last_means(folder) -> dict[str, float]:
     for name in ("reward", *_DIVERGENCES)
     if (values := [r[name] for r in late if r.get(name) is not None])
   }
+
+
+def _words(name) -> str:
+  return name.replace("_", " ").replace("kl", "KL")
 
 
 def _divergence_of(means) -> str | None:

@@ -202,6 +202,24 @@ def method_key(name: str) -> str:
   return {"gkd": "onpolicykd", "onpolicygkd": "onpolicykd"}.get(key, key)
 
 
+def papers_cell(study: Study, run: Run, how: str) -> float | None:
+  """The paper's score at the run's size, λ and divergence, if it has one.
+
+  Args:
+    study: on the task of the paper, or another.
+    run: with a point of the λ and the divergence axis.
+    how: "greedy" or "sampled".
+  """
+  grid = study.paper.get("grid", {})
+  size = run.place.get("size", "").removeprefix("t5-")
+  rows = grid.get(how, {}).get(size, {})
+  scores_of_row = rows.get(f"{float(run.place['lambda']):g}")
+  divergence = method_key(run.place["divergence"])
+  if not scores_of_row or divergence not in grid["divergences"]:
+    return None
+  return scores_of_row[grid["divergences"].index(divergence)]
+
+
 def _single(name, folder) -> Run:
   if not os.path.exists(os.path.join(folder, "final.json")):
     raise ValueError(

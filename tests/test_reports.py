@@ -302,7 +302,7 @@ def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
   np.testing.assert_allclose(line.get_xydata(), [[20, 21], [80, 21.9]])
   panels = figures_behaviour.by_position(study).figure.axes
   own, data = panels[0].get_lines()[:2]
-  assert panels[0].get_title() == "small, 1k labelled, reverse kl"
+  assert panels[0].get_title() == "small, 1k labelled, reverse KL"
   np.testing.assert_allclose(own.get_xydata(), [[1, 0.1], [2, 0.2], [3, 0.4]])
   assert data.get_linestyle() == "--"
   np.testing.assert_allclose(data.get_xydata(), [[1, 0.1], [2, 0.1]])
@@ -324,6 +324,27 @@ def test_the_paper_s_numbers_stand_beside_ours(report, sweep):
   )
   assert few == []
   assert many == [[[25.58, 0]], [[26.2, 1]], [[26.43, 2]]]
+
+
+def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
+  sweep = Sweep(tmp_path, task="wmt14_en_de")
+  for size in ("t5-base", "tiny"):
+    for fraction, divergence in (("0.5", "JSD(0.9)"), ("1.0", "skew KL")):
+      place = {"STUDENT_DATA_FRACTION": fraction, "divergence": divergence}
+      score_run(sweep.add("grid", 0, size=size, **place), 20.0, 19.0)
+  picture = figures.heat_maps(report_data.read([str(tmp_path)]))
+  # WMT, base, λ = 0.5, JSD(0.9): 26.98 and a gain of 0.40; beam search is shown
+  # beside greedy decoding alone.
+  assert {
+    panel.get_title(): [t.get_text() for t in panel.texts]
+    for panel in picture.figure.axes
+  } == {
+    "t5-base, greedy": ["20.0", "27.4", "20.0"],
+    "t5-base, sampled at temperature 1": ["19.0", "19.0"],
+    "tiny, greedy": ["20.0", "20.0"],
+    "tiny, sampled at temperature 1": ["19.0", "19.0"],
+  }
+  assert "In italics the paper's WMT14 en-de by beam" in picture.caption
 
 
 def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
