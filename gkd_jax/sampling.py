@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gkd_jax import types
+from gkd_jax import losses, types
 
 PAD_ID = 0  # T5's padding, which is its decoder's start token too.
 
@@ -399,13 +399,13 @@ def _draw(law, row_keys, position):
     `(tokens, log_probs)`, `[B]` int32 and `[B]` float32.
   """
   if row_keys is None:
-    tokens = jnp.argmax(law, axis=-1)
+    tokens = losses.first_of_largest(law)
   else:
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, position)
-    # `jax.random.categorical` in two parts. Made inside the argmax's loop, the
-    # noise takes more than three times as long on a CPU.
+    # `jax.random.categorical` in parts: with the noise made inside the search
+    # for the largest, a CPU makes it more than once.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, law.shape[1:]))(keys)
-    tokens = jnp.argmax(lax.optimization_barrier(noise) + law, axis=-1)
+    tokens = losses.first_of_largest(lax.optimization_barrier(noise) + law)
   drawn_law = jnp.take_along_axis(law, tokens[:, None], axis=-1)[:, 0]
   log_probs = drawn_law - jax.nn.logsumexp(law, axis=-1)
   return tokens.astype(jnp.int32), log_probs

@@ -165,7 +165,13 @@ def take(
         *(f"--{x}={getattr(options, x)}" for x in carried),
       ]
       done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # transformers imports TensorFlow where it finds it: not the peer's cost.
+        env=os.environ | {"USE_TF": "0"},
       )
       measured = json.loads(done.stdout.splitlines()[-1])
       results[name].append(measured)
