@@ -280,24 +280,6 @@ def loss_weights(batch: types.Batch) -> jax.Array:
   return weights.astype(jnp.float32)
 
 
-def check_slots(slots: int | None) -> None:
-  """Checks that rows can be moved between slots where this is traced.
-
-  Args:
-    slots: see `sampling.sample`.
-
-  Raises:
-    ValueError: rows are split over devices, each of which would need a queue of
-      its own.
-  """
-  shards = partitioning.auto_axes().get(partitioning.DATA_AXIS, 1)
-  if slots is not None and shards > 1:
-    raise ValueError(
-      "expected one device, or NUM_PARTITIONS of all, for decoding in slots,"
-      f" got rows split over {shards}; set DECODE_SLOTS = None"
-    )
-
-
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
   """The keys of a network: that of dropout, or none."""
   return {} if key is None else {"dropout": key}

@@ -12,14 +12,18 @@ rows end early wait and cannot deadlock.
 next of the queue, so that one long row does not hold up a batch of short ones.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from gkd_jax import types
+
+Draw = Callable[..., tuple[jax.Array, jax.Array]]
 
 PAD_ID = 0  # T5's padding, which is its decoder's start token too.
 
@@ -60,8 +64,9 @@ class SamplingState(NamedTuple):
 def together(
   tokens_to_logits: types.TokensToLogits,
   cache: types.PyTree,
-  draw: Callable[..., tuple[jax.Array, jax.Array]],
+  draw: Draw,
   *,
+  row_keys: jax.Array | None,
   start_tokens: jax.Array,
   row_lengths: jax.Array,
   active: jax.Array,
@@ -73,7 +78,9 @@ def together(
   Args:
     tokens_to_logits: `(tokens [B], cache) -> (logits [B, V], cache)`.
     cache: the model's state before the first token.
-    draw: `(logits [B, V], position []) -> (tokens, log_probs)`, `[B]` each.
+    draw: `(logits [B, V], row_keys [B] or None, position []) -> (tokens,
+      log_probs)`, `[B]` each.
+    row_keys: `[B]` random keys, or None where nothing is drawn.
     start_tokens: `[B]` int32 fed first.
     row_lengths: `[B]` integer, longest output of each row, EOS included.
     active: `[B]` bool. Rows that are False stay zero.
@@ -91,7 +98,7 @@ def together(
     logits, cache = lax.stop_gradient(
       tokens_to_logits(state.current, state.cache)
     )
-    drawn, log_probs = draw(logits, state.position)  # [B] each
+    drawn, log_probs = draw(logits, row_keys, state.position)
     token = jnp.where(state.ended, PAD_ID, drawn)
     log_probs = jnp.where(state.ended, 0.0, log_probs)
     return SamplingState(
@@ -160,15 +167,17 @@ class _SlotsState(NamedTuple):
 def in_slots(
   tokens_to_logits: types.TokensToLogits,
   cache: types.PyTree,
-  draw: Callable[..., tuple[jax.Array, jax.Array]],
+  draw: Draw,
   *,
   slots: int,
   row_axes: types.PyTree,
+  row_keys: jax.Array | None,
   start_tokens: jax.Array,
   row_lengths: jax.Array,
   active: jax.Array,
   max_decode_length: int,
   eos_id: int,
+  data_axis: str = "data",
 ) -> Refilled:
   """Decodes P rows, K at a time.
 
@@ -180,17 +189,87 @@ def in_slots(
     tokens_to_logits: `(tokens [K], cache) -> (logits [K, V], cache)`.
     cache: of all P rows before their first tokens. A leaf without rows must be
       the same in every step; positions are therefore kept for each row.
-    draw: `(logits [K, V], rows [K], positions [K]) -> (tokens, log_probs)`, `[K]`
-      each.
-    slots: K, fewer than P.
+    draw: `(logits [K, V], row_keys [K] or None, positions [K]) -> (tokens,
+      log_probs)`, `[K]` each.
+    slots: K, on each shard of the data axis.
     row_axes: tree of the axes of the rows, see `decoding.row_axes`.
+    row_keys: `[P]` random keys, or None where nothing is drawn.
     start_tokens: `[P]` int32 fed first.
     row_lengths: `[P]` integer, longest output of each row, EOS included.
     active: `[P]` bool. Rows that are False get no slot, and stay zero.
     max_decode_length: T.
     eos_id: the token that ends a row.
+    data_axis: of the mesh, over which rows are split: each shard has a queue of
+      its own, and waits for no other before it is done.
+
+  Raises:
+    ValueError: the data axis does not divide P.
   """
+  of_rows = cache, row_keys, start_tokens, row_lengths, active
+  run = functools.partial(
+    _one_queue,
+    tokens_to_logits,
+    draw,
+    slots=slots,
+    row_axes=row_axes,
+    max_decode_length=max_decode_length,
+    eos_id=eos_id,
+  )
+  shards = _shards(data_axis)
+  if shards == 1:
+    return run(*of_rows)
   rows = start_tokens.shape[0]
+  if rows % shards:
+    raise ValueError(
+      f"expected rows that the {shards} shards of data divide, got {rows};"
+      " set BATCH_SIZE, or DECODE_SLOTS = None"
+    )
+
+  def on_shard(*of_rows):
+    done = run(*of_rows)
+    return done._replace(
+      steps=lax.pmax(done.steps, data_axis),
+      busy=lax.psum(done.busy, data_axis),
+    )
+
+  split = P(data_axis)
+  whole = jax.tree.map(
+    lambda axis: P() if axis < 0 else P(*[None] * axis, data_axis), row_axes
+  )
+  return jax.shard_map(
+    on_shard,
+    in_specs=(whole, split, split, split, split),
+    out_specs=Refilled(split, split, P(), P()),
+    axis_names={data_axis},
+    check_vma=False,
+  )(*of_rows)
+
+
+def _shards(data_axis):
+  """Parts that the compiler splits rows into; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+  auto = jax.sharding.AxisType.Auto
+  return next((n for a, n, t in axes if a == data_axis and t == auto), 1)
+
+
+def _one_queue(
+  tokens_to_logits,
+  draw,
+  cache,
+  row_keys,
+  start_tokens,
+  row_lengths,
+  active,
+  *,
+  slots,
+  row_axes,
+  max_decode_length,
+  eos_id,
+) -> Refilled:
+  """`in_slots` on one shard."""
+  rows = start_tokens.shape[0]
+  slots = min(slots, rows)
   queue = jnp.argsort(~active, stable=True).astype(jnp.int32)
   waiting = jnp.sum(active, dtype=jnp.int32)
   shape = (rows, max_decode_length)
@@ -223,7 +302,8 @@ def in_slots(
     logits, new_cache = lax.stop_gradient(
       tokens_to_logits(state.current, state.cache)
     )
-    token, log_probs = draw(logits, state.row, state.position)
+    keys = None if row_keys is None else row_keys[state.row]
+    token, log_probs = draw(logits, keys, state.position)
     done = state.done
     # A free slot's token has no row to go to, and is dropped.
     place = jnp.where(state.free, rows, state.row), state.position

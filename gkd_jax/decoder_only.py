@@ -266,7 +266,6 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
   def _prefill_rows(self, params, batch, num_decodes=1, slots=None):
     """`_prefill`, N rows for each prompt, and the axes of the rows."""
-    base_model.check_slots(slots)
     make = lambda factor: self._prefill(
       params, decoding.widen(dict(batch), factor)
     )

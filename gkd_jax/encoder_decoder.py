@@ -150,7 +150,6 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     Keys and values of the encoded inputs are computed for one of a prompt's N
     rows, as they are equal. With `slots` each row has a position of its own.
     """
-    base_model.check_slots(slots)
     params = self._decoding_params(params)
     step = functools.partial(self._step, params, encoded, length)
 

@@ -124,6 +124,21 @@ class RelativePositionBiases(nn.Module):
     return jnp.take(table, buckets, axis=1)[None]
 
 
+def decode_bias(
+  relative: RelativePositionBiases, current: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """Bias `[B, H, 1, T]` of one query in each row, with the keys after it masked.
+
+  Args:
+    relative: the decoder's.
+    current: int32 `[B]`, each row's position; `[1]` where it is one for all.
+    positions: int32 `[T]`, those of the keys in the cache.
+  """
+  bias = relative(current, positions, bidirectional=False)  # [1, H, B, T]
+  mask = mask_to_bias(positions[None] <= current[:, None])
+  return jnp.swapaxes(bias, 0, 2) + mask[:, None, None]
+
+
 class LayerNorm(nn.Module):
   """Root-mean-square norm with a scale, no mean and no bias; float32 inside."""
 

@@ -123,27 +123,22 @@ def sample(
   _check_rows("row_lengths", row_lengths, rows)
   active &= row_lengths >= 1
   settings: dict[str, Any] = {
+    "row_keys": row_keys,
     "start_tokens": start_tokens,
     "row_lengths": row_lengths,
     "active": active,
     "max_decode_length": max_decode_length,
     "eos_id": eos_id,
   }
-  cache = lax.stop_gradient(cache)
-  if slots is None or slots >= rows:
-    draw = lambda logits, t: _draw(law(logits), row_keys, t)
-    return SampleResult(
-      *decode_loops.together(tokens_to_logits, cache, draw, **settings)
-    )
-
-  def draw_in_slots(logits, rows, positions):
-    keys = None if row_keys is None else row_keys[rows]
-    return _draw(law(logits), keys, positions)
-
-  settings |= {"slots": slots, "row_axes": row_axes}
-  done = decode_loops.in_slots(
-    tokens_to_logits, cache, draw_in_slots, **settings
+  arguments = (
+    tokens_to_logits,
+    lax.stop_gradient(cache),
+    lambda logits, keys, position: _draw(law(logits), keys, position),
   )
+  if slots is None:
+    return SampleResult(*decode_loops.together(*arguments, **settings))
+  settings |= {"slots": slots, "row_axes": row_axes}
+  done = decode_loops.in_slots(*arguments, **settings)
   return SampleResult(done.tokens, done.log_probs)
 
 
@@ -374,7 +369,7 @@ def _draw(law, row_keys, position):
   if row_keys is None:
     tokens = losses.first_of_largest(law)
   else:
-    position = jnp.broadcast_to(position, row_keys.shape)
+    position = jnp.broadcast_to(position, row_keys.shape[:1])
     keys = jax.vmap(jax.random.fold_in)(row_keys, position)
     # `jax.random.categorical` in parts: with the noise made inside the search
     # for the largest, a CPU makes it more than once.

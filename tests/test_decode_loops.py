@@ -86,12 +86,13 @@ def _says(script):
   rows, length = script.shape
   cache = {"position": jnp.zeros(rows, jnp.int32), "script": script}
 
-  def draw(logits, rows, positions):
-    del rows, positions
+  def draw(logits, keys, positions):
+    del keys, positions
     return jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1)
 
   return (model, cache, draw), {
     "row_axes": {"position": 0, "script": 0},
+    "row_keys": None,
     "start_tokens": jnp.zeros(rows, jnp.int32),
     "row_lengths": jnp.full(rows, length),
     "active": jnp.full(rows, True),
@@ -133,6 +134,7 @@ def test_models_sample_alike_in_slots(kind):
   if kind == "encoder-decoder":
     model = toy_models.model(8)
     params, batch = toy_models.params(model, 1), toy_models.batch(7)
+    params = jax.tree.map(lambda x: 2 * x, params)  # rows end sooner
   else:
     model = toy_decoder_only.model(8)
     params, batch = toy_decoder_only.params(model, 3), toy_decoder_only.batch(7)
@@ -190,8 +192,26 @@ def test_wrong_slots_say_what_to_set():
     ValueError, match="expected row_axes with slots, got None"
   ):
     sample(slots=2)
-  model, params, teacher_params = toy_models.gkd(decode_slots=3)
-  del teacher_params
+  model, params, _ = toy_models.gkd(decode_slots=3)
   step = partitioning.jit(model.sample_batch, partitioning.make_mesh())
-  with pytest.raises(ValueError, match="rows split over 8; set DECODE_SLOTS"):
-    step(params, toy_models.batch(), jax.random.key(0))
+  with pytest.raises(
+    ValueError, match="8 shards of data divide, got 7; set BA"
+  ):
+    step(params, toy_models.batch(7), jax.random.key(0))
+
+
+@pytest.mark.parametrize("partitions", [1, 2])
+def test_each_shard_has_a_queue_of_its_own(partitions):
+  samples = []
+  for slots, mesh in (
+    (None, partitioning.make_mesh(devices=jax.devices()[:1])),
+    (2, partitioning.make_mesh(partitions)),
+  ):
+    model, params, _ = toy_models.gkd(decode_slots=slots)
+    sample = partitioning.jit(model.sample_batch, mesh)
+    batch = partitioning.put_batch(toy_models.batch(24), mesh)
+    params = jax.tree.map(lambda x: 2 * x, params)
+    params = jax.device_put(params, partitioning.replicated(mesh))
+    samples.append(np.asarray(sample(params, batch, jax.random.key(0))))
+  assert len(np.unique(np.count_nonzero(samples[0], axis=1))) > 2
+  np.testing.assert_array_equal(samples[1], samples[0])
