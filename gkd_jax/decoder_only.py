@@ -197,7 +197,9 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     Raises:
       ValueError: packed rows, or rows without a prompt's mask.
     """
-    prefilled = self._prefill(params, batch)
+    prefilled, axes = self._prefill_rows(
+      params, batch, slots=sampling_options.get("slots")
+    )
     return sampling.sample(
       functools.partial(self._step, self._decoding_params(params)),
       prefilled.cache,
@@ -207,6 +209,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       eos_id=base_model.EOS_ID,
       start_tokens=prefilled.start_tokens,
       row_lengths=prefilled.row_lengths,
+      row_axes=axes and axes.cache,
       **sampling_options,
     )
 
@@ -240,14 +243,10 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
   def _decode(self, params, batch, key, *, num_decodes, options):
     _check_decode_fn(self.decode_fn)  # `with_decode_fn` sets others
-    make = lambda factor: self._prefill(
-      params, decoding.widen(dict(batch), factor)
+    prefilled, axes = self._prefill_rows(
+      params, batch, num_decodes, options.get("slots")
     )
-    prefilled, axes = make(1), None
     batch_size, width = batch["decoder_input_tokens"].shape
-    if num_decodes > 1:
-      axes = decoding.row_axes(make)
-      prefilled = decoding.widen(prefilled, num_decodes, axes)
     return decoding.decode(
       functools.partial(
         self.decode_fn,
@@ -264,6 +263,16 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       eos_id=base_model.EOS_ID,
       row_axes=axes and axes.cache,
     )
+
+  def _prefill_rows(self, params, batch, num_decodes=1, slots=None):
+    """`_prefill`, N rows for each prompt, and the axes of the rows."""
+    make = lambda factor: self._prefill(
+      params, decoding.widen(dict(batch), factor)
+    )
+    if num_decodes == 1 and slots is None:
+      return make(1), None
+    axes = decoding.row_axes(make)
+    return decoding.widen(make(1), num_decodes, axes), axes
 
   def _prefill(self, params, batch):
     """Reads the prompts; what is needed to go on from each."""

@@ -157,11 +157,8 @@ class Decoder(nn.Module):
     index = self.variable("cache", "cache_index", missing)
     current = index.value
     positions = self.variable("cache", "positions", missing).value
-    seen = positions[None] <= current[:, None]
-    bias = relative(current, positions, bidirectional=False)  # [1, H, B, T]
     index.value = current + 1
-    mask = layers.mask_to_bias(seen)[:, None, None]
-    return current, jnp.swapaxes(bias, 0, 2) + mask
+    return current, layers.decode_bias(relative, current, positions)
 
 
 class DecoderWrapper(nn.Module):

@@ -114,38 +114,75 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     **sampling_options,
   ) -> sampling.SampleResult:
     """Samples one output per row; see `sampling.sample` for the options."""
-    params = self._decoding_params(params)
-    step = functools.partial(
-      self._step, params, encoded, encoder_input_tokens, max_decode_length
-    )
+    options = dict(sampling_options)
     batch_size = encoder_input_tokens.shape[0]
+    step, cache, options["row_axes"] = self._start(
+      params,
+      encoded,
+      encoder_input_tokens,
+      max_decode_length,
+      slots=options.get("slots"),
+    )
     return sampling.sample(
       step,
-      _new_cache(step, batch_size),
+      cache,
       key,
       batch_size=batch_size,
       max_decode_length=max_decode_length,
       eos_id=base_model.EOS_ID,
-      **sampling_options,
+      **options,
     )
 
   def start_decoding(
     self, params: Any, encoded: jax.Array, batch: types.Batch
   ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
     """See `types.TransformerModel.start_decoding`."""
-    inputs = batch["encoder_input_tokens"]
     length = batch["decoder_target_tokens"].shape[1]
-    params = self._decoding_params(params)
-    step = functools.partial(self._step, params, encoded, inputs, length)
-    return step, _new_cache(step, inputs.shape[0]), {}
+    inputs = batch["encoder_input_tokens"]
+    step, cache, _ = self._start(params, encoded, inputs, length)
+    return step, cache, {}
 
-  def _step(self, params, encoded, encoder_input_tokens, length, tokens, cache):
-    """`types.TokensToLogits` of these inputs; without a cache, makes it."""
-    variables = {"params": params} | ({"cache": cache} if cache else {})
+  def _start(
+    self, params, encoded, inputs, length, *, num_decodes=1, slots=None
+  ):
+    """`types.TokensToLogits`, its cache of B N rows, and the cache's row axes.
+
+    Keys and values of the encoded inputs are computed for one of a prompt's N
+    rows, as they are equal. With `slots` each row has a position of its own.
+    """
+    params = self._decoding_params(params)
+    step = functools.partial(self._step, params, encoded, length)
+
+    def make(factor):
+      rows = decoding.widen(inputs, factor)
+      wide = decoding.widen(encoded, factor)
+      new = functools.partial(self._step, params, wide, length)
+      start = jnp.zeros((rows.shape[0],), jnp.int32)
+      _, (rows, cache) = new(start, (rows, None))
+      if slots is not None:
+        decoder = dict(cache["decoder"]) | {"cache_index": start}
+        cache = dict(cache) | {"decoder": decoder}
+      return rows, cache
+
+    axes = None
+    if num_decodes > 1 or slots is not None:
+      axes = decoding.row_axes(make)
+    return step, decoding.widen(make(1), num_decodes, axes), axes
+
+  def _step(self, params, encoded, length, tokens, cache):
+    """`types.TokensToLogits`; without the network's cache, makes it.
+
+    `cache` is a pair, of each row's input tokens and of the network's. `encoded`
+    is read when that is made.
+    """
+    inputs, of_network = cache
+    variables = {"params": params}
+    if of_network is not None:
+      variables["cache"] = of_network
     logits, updated = self.module.apply(
       variables,
       encoded,
-      encoder_input_tokens,
+      inputs,
       tokens[:, None],
       tokens[:, None],
       enable_dropout=False,
@@ -154,32 +191,25 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       mutable=["cache"],
       method="decode",
     )
-    return self._of_real_tokens(logits[:, 0]), updated["cache"]
+    return self._of_real_tokens(logits[:, 0]), (inputs, updated["cache"])
 
   def _decode(self, params, batch, key, *, num_decodes, options):
-    encoded, inputs = self.encode(params, batch), batch["encoder_input_tokens"]
+    inputs = batch["encoder_input_tokens"]
     length = batch["decoder_input_tokens"].shape[1]
-    step = functools.partial(self._step, self._decoding_params(params))
-
-    def of_rows(factor):
-      # This many rows for each prompt; keys and values of the encoded inputs
-      # are computed for one, as they are equal.
-      wide = decoding.widen((encoded, inputs), factor)
-      return functools.partial(step, *wide, length)
-
-    batch_size = inputs.shape[0]
-    cache, axes = _new_cache(of_rows(1), batch_size), None
-    if num_decodes > 1:
-      axes = decoding.row_axes(
-        lambda factor: _new_cache(of_rows(factor), factor * batch_size)
-      )
-      cache = decoding.widen(cache, num_decodes, axes)
+    step, cache, axes = self._start(
+      params,
+      self.encode(params, batch),
+      inputs,
+      length,
+      num_decodes=num_decodes,
+      slots=options.get("slots"),
+    )
     return decoding.decode(
       self.decode_fn,
-      of_rows(num_decodes),
+      step,
       cache,
       key,
-      batch_size=batch_size,
+      batch_size=inputs.shape[0],
       num_decodes=num_decodes,
       options=options,
       max_decode_length=length,
@@ -220,8 +250,3 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       "decoder_input_tokens": sampling.shift_right(tokens),
       "decoder_loss_weights": weights,
     }
-
-
-def _new_cache(step, rows):
-  """The cache of a `_step` before the first token, cross-attention included."""
-  return step(jnp.zeros((rows,), jnp.int32), None)[1]

@@ -38,6 +38,7 @@ _FIXED = {
   "student_data_fraction": 1.0,
   "divergence": "reverse_kl",
   "beta": None,
+  "decode_slots": None,
   "length_normalization": "sequence",
 }
 
@@ -53,8 +54,8 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: see `minillm_loss`.
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
-    **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` None and
-      `length_normalization` "sequence": a run that sets another value of what
+    **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
+      `decode_slots` None, `length_normalization` "sequence": a run that sets another value of what
       GKD can choose learns that it has no effect here.
 
   Raises:

@@ -50,6 +50,8 @@ class GKDModel:
     sampling_temperature: of the student's samples.
     sampling_top_k: 0 for none.
     sampling_top_p: 1.0 for none.
+    decode_slots: the student samples so many rows at a time, see
+      `sampling.sample`; None: the whole batch together.
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
     loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
       `losses.distillation_loss` on whole logits; None for the former with chunks
@@ -77,6 +79,7 @@ class GKDModel:
     sampling_temperature: float = 1.0,
     sampling_top_k: int = 0,
     sampling_top_p: float = 1.0,
+    decode_slots: int | None = None,
     length_normalization: str = "sequence",
     loss_chunk_size: int | None = None,
   ):
@@ -95,6 +98,7 @@ class GKDModel:
       "top_p": sampling_top_p,
       "suppress_ids": (sampling.PAD_ID,),
     }
+    self.decode_slots = decode_slots
     self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
     self._check()
@@ -333,6 +337,7 @@ class GKDModel:
       Tokens and weights, `[B, T]` each; see `TransformerModel.sample_outputs`.
     """
     del teacher_params
+    slots = {} if self.decode_slots is None else {"slots": self.decode_slots}
     return self.student.sample_outputs(
       params,
       encoded,
@@ -341,6 +346,7 @@ class GKDModel:
       row_ids=row_ids,
       active=chosen,
       **self.sampling,
+      **slots,
     )
 
   def sample_batch(

@@ -286,20 +286,18 @@ class Decoder(nn.Module):
     )(x)
 
   def _decode_bias(self, relative, max_decode_length):
-    """The position being decoded, and the bias `[1, H, 1, T]` of its row."""
+    """The position being decoded, of all rows or `[B]`, and its bias."""
     is_new = not self.has_variable("cache", "cache_index")
-    index = self.variable(
-      "cache", "cache_index", lambda: jnp.zeros((), jnp.int32)
-    )
-    length = self.variable(
+    zero = lambda: jnp.zeros((), jnp.int32)
+    index = self.variable("cache", "cache_index", zero)
+    positions = self.variable(
       "cache", "positions", lambda: jnp.arange(max_decode_length)
-    )
-    current, positions = index.value, length.value
-    bias = layers.mask_to_bias(positions <= current)[None, None, None, :]
-    bias = bias + relative(current[None], positions, bidirectional=False)
+    ).value
+    current = index.value
     if not is_new:
       index.value = current + 1
-    return current, bias
+    of_rows = jnp.atleast_1d(current)
+    return current, layers.decode_bias(relative, of_rows, positions)
 
 
 class Transformer(nn.Module):

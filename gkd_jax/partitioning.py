@@ -110,6 +110,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   """
   sizes = mesh_axes.auto_axes()
   axes = [ACTIVATION_RULES[name] for name in names]
+  axes = [axis if axis in sizes else None for axis in axes]
   if all(size == 1 for size in sizes.values()):
     return x
   spec = [

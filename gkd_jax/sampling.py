@@ -1,11 +1,6 @@
-"""Decoding by sampling: one compiled loop over a `tokens_to_logits` function.
+"""Decoding by sampling: the law of the next token, and what is drawn from it.
 
-The loop knows nothing of the model. It feeds one token per row, reads one row
-of logits, and writes one token, until every row has ended or the length is
-used up. It holds only traced control flow, so it runs under `jit` on a mesh
-with the batch sharded, inside `lax.scan` over microbatches, and under `pmap`.
-On a mesh it is one program with one global "all rows have ended", so devices
-whose rows end early wait and cannot deadlock.
+The loop over tokens is one of `decode_loops`; it knows nothing of the model.
 
 Randomness belongs to rows, not to the batch: the number that decides row r at
 position t comes from `fold_in(fold_in(key, row_ids[r]), t)`. A row is sampled
@@ -17,16 +12,16 @@ reported as constants (paper, section 3: no gradient through sampling).
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gkd_jax import types
+from gkd_jax import decode_loops, losses, types
 
-PAD_ID = 0  # T5's padding, which is its decoder's start token too.
+PAD_ID = decode_loops.PAD_ID
 
 
 class SampleResult(NamedTuple):
@@ -40,39 +35,6 @@ class SampleResult(NamedTuple):
 
   tokens: jax.Array
   log_probs: jax.Array
-
-
-class SamplingState(NamedTuple):
-  """Carry of the loop. Every field is replaced in each step, none is mutated.
-
-  With T = 4 and EOS 1, after two steps of three rows, of which the last one was
-  not active and the second one drew EOS at once:
-
-    position  2
-    current   [   5,            0,            0          ]
-    ended     [   False,        True,         True       ]
-    tokens    [[7, 5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-
-  and at the end, the first row having drawn EOS in the third step (the fourth
-  is not run):
-
-    tokens    [[7, 5, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-
-  Attributes:
-    position: `[]` int32, number of steps done, index of the token to write.
-    current: `[B]` int32, token to feed next; PAD for rows that have ended.
-    ended: `[B]` bool, true once EOS is written or the row is full.
-    tokens: `[B, T]` int32, zeros from `position` on.
-    log_probs: `[B, T]` float32, zeros from `position` on.
-    cache: the model's state.
-  """
-
-  position: jax.Array  # []
-  current: jax.Array  # [B]
-  ended: jax.Array  # [B]
-  tokens: jax.Array  # [B, T]
-  log_probs: jax.Array  # [B, T]
-  cache: types.PyTree
 
 
 def sample(
@@ -92,6 +54,7 @@ def sample(
   active: jax.Array | None = None,
   suppress_ids: Sequence[int] = (),
   num_decodes: int = 1,
+  slots: int | None = None,
   row_axes: types.PyTree | None = None,
 ) -> SampleResult:
   """Samples one continuation per row.
@@ -126,7 +89,10 @@ def sample(
       PAD, which could not be told from the zeros after EOS.
     num_decodes: N, samples per prompt. The model then has B N rows, of which
       b N to b N + N - 1 are prompt b's, and every `[B]` here means `[B N]`.
-    row_axes: not read, since rows stay in their places; see `types.DecodeFn`.
+    slots: decode so many rows at a time, and give the place of one that has
+      ended to the next, see `decode_loops.in_slots`: the samples are those of all rows
+      together. None, or as many as there are rows: all together.
+    row_axes: of `slots`, see `types.DecodeFn`.
 
   Returns:
     Tokens and log-probs, `[B, T]` each. Under temperature 0 log-probs are the
@@ -136,8 +102,8 @@ def sample(
     ValueError: if a setting is outside its range, a shape is not `[B]`, or the
       key that a temperature above 0 needs is None.
   """
-  del row_axes
   _check_settings(max_decode_length, temperature, top_k, top_p)
+  _check_slots(slots, row_axes)
   greedy = _is_static(temperature) and temperature == 0
   if key is None and not greedy:
     raise ValueError(
@@ -155,39 +121,25 @@ def sample(
   if row_lengths is None:
     row_lengths = jnp.full(rows, max_decode_length)
   _check_rows("row_lengths", row_lengths, rows)
-
-  def not_finished(state: SamplingState):
-    return (state.position < max_decode_length) & ~jnp.all(state.ended)
-
-  def step(state: SamplingState) -> SamplingState:
-    logits, cache = lax.stop_gradient(
-      tokens_to_logits(state.current, state.cache)
-    )
-    drawn, log_probs = _draw(law(logits), row_keys, state.position)  # [B] each
-    token = jnp.where(state.ended, PAD_ID, drawn)
-    log_probs = jnp.where(state.ended, 0.0, log_probs)
-    return SamplingState(
-      position=state.position + 1,
-      current=token,
-      ended=state.ended
-      | (token == eos_id)
-      | (state.position + 1 >= row_lengths),
-      tokens=_write(state.tokens, token, state.position),
-      log_probs=_write(state.log_probs, log_probs, state.position),
-      cache=cache,
-    )
-
-  shape = (rows, max_decode_length)
-  initial = SamplingState(
-    position=jnp.int32(0),
-    current=start_tokens,
-    ended=~active | (row_lengths < 1),
-    tokens=jnp.zeros(shape, jnp.int32),
-    log_probs=jnp.zeros(shape, jnp.float32),
-    cache=lax.stop_gradient(cache),
+  active &= row_lengths >= 1
+  settings: dict[str, Any] = {
+    "row_keys": row_keys,
+    "start_tokens": start_tokens,
+    "row_lengths": row_lengths,
+    "active": active,
+    "max_decode_length": max_decode_length,
+    "eos_id": eos_id,
+  }
+  arguments = (
+    tokens_to_logits,
+    lax.stop_gradient(cache),
+    lambda logits, keys, position: _draw(law(logits), keys, position),
   )
-  final = lax.while_loop(not_finished, step, initial)
-  return SampleResult(final.tokens, final.log_probs)
+  if slots is None:
+    return SampleResult(*decode_loops.together(*arguments, **settings))
+  settings |= {"slots": slots, "row_axes": row_axes}
+  done = decode_loops.in_slots(*arguments, **settings)
+  return SampleResult(done.tokens, done.log_probs)
 
 
 def sampling_logits(
@@ -355,6 +307,20 @@ def _check_settings(max_decode_length, temperature, top_k, top_p):
     )
 
 
+def _check_slots(slots, row_axes):
+  if slots is None:
+    return
+  if slots < 1:
+    raise ValueError(
+      f"expected at least 1 slot, got {slots}; set DECODE_SLOTS, or None"
+    )
+  if row_axes is None:
+    raise ValueError(
+      "expected row_axes with slots, got None; set it to"
+      " decoding.row_axes of the cache"
+    )
+
+
 def _per_row(batch_size, start_tokens, row_ids, active):
   """Returns the three `[B]` arguments of `sample`, defaults filled in."""
   if start_tokens is None:
@@ -395,24 +361,20 @@ def _fold_in_rows(key, row_ids):
 def _draw(law, row_keys, position):
   """Draws from the softmax of `law` `[B, V]`; without keys, its argmax.
 
+  `position` is `[]`, or `[B]` where rows are at different ones.
+
   Returns:
     `(tokens, log_probs)`, `[B]` int32 and `[B]` float32.
   """
   if row_keys is None:
-    tokens = jnp.argmax(law, axis=-1)
+    tokens = losses.first_of_largest(law)
   else:
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, position)
-    # `jax.random.categorical` in two parts. Made inside the argmax's loop, the
-    # noise takes more than three times as long on a CPU.
+    position = jnp.broadcast_to(position, row_keys.shape[:1])
+    keys = jax.vmap(jax.random.fold_in)(row_keys, position)
+    # `jax.random.categorical` in parts: with the noise made inside the search
+    # for the largest, a CPU makes it more than once.
     noise = jax.vmap(lambda key: jax.random.gumbel(key, law.shape[1:]))(keys)
-    tokens = jnp.argmax(lax.optimization_barrier(noise) + law, axis=-1)
+    tokens = losses.first_of_largest(lax.optimization_barrier(noise) + law)
   drawn_law = jnp.take_along_axis(law, tokens[:, None], axis=-1)[:, 0]
   log_probs = drawn_law - jax.nn.logsumexp(law, axis=-1)
   return tokens.astype(jnp.int32), log_probs
-
-
-def _write(array, column, position):
-  """Returns `array` `[B, T]` with `column` `[B]` at `position`."""
-  return lax.dynamic_update_slice_in_dim(
-    array, column[:, None], position, axis=1
-  )

@@ -131,6 +131,11 @@ def test_top_p_of_little_mass_is_greedy(greedy, tmp_path):
   assert [x["prediction"] for x in rows] == [x["prediction"] for x in greedy[2]]
 
 
+def test_slots_give_the_same_outputs(greedy, tmp_path):
+  _, rows = evaluate(tmp_path, "runs/eval.gin", DECODE_SLOTS=2)
+  assert [x["prediction"] for x in rows] == [x["prediction"] for x in greedy[2]]
+
+
 def test_beam_search_finds_no_less_likely_outputs(greedy, tmp_path):
   _, rows = evaluate(
     tmp_path,

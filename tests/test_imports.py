@@ -19,6 +19,7 @@ LAYERS = (
     "hlo_costs",
     "precompile_report",
     "fused_loss",
+    "decode_loops",
     "sampling",
     "instruments",
     "significance",

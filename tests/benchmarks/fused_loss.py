@@ -6,7 +6,7 @@ cases take turns. Peak memory is what the process's peak grows by after its inpu
 exist and, of ours, its code is compiled; of Liger's compiled setting it holds what
 torch's compiler takes in this process.
 
-Run: python -m tests.benchmarks.fused_loss [--out=x.json] [--peer_python=PATH]
+Run: python -m tests.benchmarks.fused_loss [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and liger-kernel; by default this one. Pin it to a core
 with `taskset -c 0`. With --gpu both run on the GPU, matrix products in TF32: then
 seconds are of the wall clock, and memory is what each library's allocator counts.

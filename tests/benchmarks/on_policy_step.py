@@ -6,7 +6,7 @@ so that every output has 32 tokens. PyTorch's step is transformers' `generate`, 
 forward passes, the divergence on whole logits, and AdamW's fused kernel. `data` is
 our step on fixed outputs of the same shapes.
 
-Run: python -m tests.benchmarks.on_policy_step [--out=x.json] [--peer_python=PATH]
+Run: python -m tests.benchmarks.on_policy_step [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and transformers; by default this one. Pin it to a
 core with `taskset -c 0`.
 """

@@ -4,7 +4,7 @@ T5 1.1 small, batch 8, 32 new tokens at temperature 1 without filters, EOS
 suppressed in both, float32; encoder lengths 64, 256, 512, all tokens real. A
 measurement holds the encoder, as `generate` does.
 
-Run: python -m tests.benchmarks.sampling [--out=x.json] [--peer_python=PATH]
+Run: python -m tests.benchmarks.sampling [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and transformers; by default this one. Pin it to a
 core with `taskset -c 0`.
 """

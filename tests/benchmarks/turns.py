@@ -99,6 +99,18 @@ def measure(device: Device, step: Callable[[], Any], steps: int) -> dict:
   }
 
 
+def taken() -> dict[str, Any]:
+  """When and where: the date, the processor, and how busy the machine is."""
+  info = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  names = [x.split(":")[1].strip() for x in info if x.startswith("model name")]
+  return {
+    "date": time.strftime("%Y-%m-%d"),
+    "processor": names[0] if names else "unknown",
+    "cores": len(names),
+    "load": round(os.getloadavg()[1], 1),
+  }
+
+
 def resident_bytes() -> int:
   """Resident memory of this process now."""
   return _status("VmRSS")
@@ -122,7 +134,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
   options.add_argument("--cases", default=None, help="comma-separated")
   options.add_argument("--steps", type=int, default=3)
   options.add_argument("--repeats", type=int, default=3)
-  options.add_argument("--out", type=pathlib.Path, default=None)
+  options.add_argument("--json", type=pathlib.Path, default=None)
   options.add_argument(
     "--peer_python",
     default=sys.executable,
@@ -165,7 +177,13 @@ def take(
         *(f"--{x}={getattr(options, x)}" for x in carried),
       ]
       done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # transformers imports TensorFlow where it finds it: not the peer's cost.
+        env=os.environ | {"USE_TF": "0"},
       )
       measured = json.loads(done.stdout.splitlines()[-1])
       results[name].append(measured)
@@ -186,9 +204,11 @@ def most_bytes(measurements: Sequence[Mapping[str, Any]]) -> int:
 
 
 def save(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
-  """Prints the result's figures, and writes all where `--out` says."""
+  """Prints the result's figures, and writes all where `--json` says."""
   for name, value in result.items():
     if name != "measurements":
       print(f"{name}: {value}")
-  if options.out:
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+  if options.json:
+    result = {"taken": taken()} | dict(result)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
