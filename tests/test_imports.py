@@ -17,6 +17,7 @@ LAYERS = (
     "hlo_text",
     "hlo_costs",
     "precompile_report",
+    "program_files",
     "fused_loss",
     "sampling",
     "instruments",
