@@ -321,7 +321,9 @@ def _sums(
         layout.model_axis,
       ),
     )
-  done = jax.lax.fori_loop(0, chunks, step, start)
+  # Named for `hlo_costs`: the loop itself knows no bound.
+  with jax.named_scope(f"at_most_{tokens.weights.shape[1] // layout.chunk}"):
+    done = jax.lax.fori_loop(0, chunks, step, start)
   if not with_gradient:
     return done[0]
   sums, d_hidden, d_head = done

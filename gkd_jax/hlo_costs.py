@@ -58,6 +58,7 @@ class Segment:
     flops: of matrix products and convolutions; one multiply-add is 2.
     hbm_bytes: read from and written to HBM.
     collectives: by kind.
+    channels: of the collectives in fusions.
   """
 
   name: str
@@ -66,6 +67,9 @@ class Segment:
   flops: int = 0
   hbm_bytes: int = 0
   collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+  channels: set[str] = dataclasses.field(
+    default_factory=set, repr=False, compare=False
+  )
 
   @property
   def sent_bytes(self) -> int:
@@ -82,7 +86,8 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
   Args:
     text: `jax.stages.Compiled.as_text()`.
     loop_length: how often a loop runs that does not say so, which may end early:
-      the sampler's, with the longest output.
+      the sampler's, with the longest output. A loop in a `jax.named_scope` of
+      `at_most_N` runs N times.
 
   Returns:
     First what runs once, then each loop.
@@ -118,14 +123,16 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
   computation = module.computations[name]
   for instruction in computation.values():
     segment.flops += _flops(instruction, computation)
-    _add_collective(segment, instruction, computation, module.devices)
+    if not (fused and _seen(instruction, segment)):
+      _add_collective(segment, instruction, computation, module.devices)
     if not fused:
       segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
     if instruction.opcode == "while":
       trips = _trip_count(instruction, computation, module)
+      most = loop_length if instruction.most is None else instruction.most
       loop = Segment(
         instruction.name,
-        segment.runs * (loop_length if trips is None else trips),
+        segment.runs * (most if trips is None else trips),
         trips is not None,
       )
       segments.append(loop)
@@ -135,6 +142,20 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
     inside = fused or instruction.opcode == "fusion"
     for part in instruction.called(*_callees(instruction.opcode)):
       _walk(module, part, segment, segments, loop_length, fused=inside)
+
+
+def _seen(instruction, segment):
+  """Whether a collective in a fusion is a further piece of one that is counted.
+
+  TPU programs cut a collective into fusions that each hold a part of a matrix
+  product as well; all name its channel.
+  """
+  match = re.search(r"channel_id=(\d+)", instruction.attributes)
+  if match is None:
+    return False
+  seen = match[1] in segment.channels
+  segment.channels.add(match[1])
+  return seen
 
 
 def _trip_count(loop, computation, module):
@@ -326,9 +347,10 @@ def _in_hbm(arrays):
 def _fusion_bytes(fusion, computation, module):
   """As `_hbm_bytes`, with slices read and slices updated inside it."""
   inner = module.computations[fusion.called("calls")[0]]
+  passed, kept = _passed_on(fusion, inner)
   moved = 0
   for instruction in inner.values():
-    if instruction.opcode == "parameter":
+    if instruction.opcode == "parameter" and instruction.name not in passed:
       outside = computation[fusion.operands[int(instruction.literal)]]
       moved += min(
         _in_hbm(outside.arrays), _bytes_read(instruction.name, inner)
@@ -336,14 +358,41 @@ def _fusion_bytes(fusion, computation, module):
   root = _root(inner)
   parts = root.operands if root.opcode == "tuple" else (root.name,)
   if len(parts) != len(fusion.arrays):  # one instruction of several results
-    return moved + _in_hbm(fusion.arrays)
-  for name, array in zip(parts, fusion.arrays, strict=True):
+    return moved + _in_hbm(
+      [a for i, a in enumerate(fusion.arrays) if i not in kept]
+    )
+  for place, (name, array) in enumerate(zip(parts, fusion.arrays, strict=True)):
     made = _made_of(inner[name], inner)
+    if place in kept:
+      continue
     if made.opcode == "dynamic-update-slice":  # in place
       moved += min(_in_hbm([array]), _shape(made.operands[1], inner).bytes)
     else:
       moved += _in_hbm([array])
   return moved
+
+
+def _passed_on(fusion, inner):
+  """Parameters and results that a piece of a collective hands to the next one.
+
+  Its first piece reads what is sent and makes what is received; the others only
+  pass both on.
+  """
+  pieces = [i.name for i in inner.values() if i.opcode in _COLLECTIVES]
+  text = fusion.attributes
+  aliases = re.search(r"output_to_operand_aliasing=\{(.*?\{\}\))\}", text)
+  if not pieces or not aliases:
+    return set(), set()
+  # Of one result alone the place is empty: {}: (1, {}).
+  found = re.findall(r"\{(\d*)\}: \(\d+,", aliases[1])
+  kept = {int(place or 0) for place in found}
+  starts = any("AsyncCollectiveStart" in i.attributes for i in inner.values())
+  if starts:
+    return set(), kept
+  passive = {*pieces, _root(inner).name}
+  parameters = [i.name for i in inner.values() if i.opcode == "parameter"]
+  users = lambda name: {i.name for i in inner.values() if name in i.operands}
+  return {name for name in parameters if users(name) <= passive}, kept
 
 
 def _bytes_read(name, inner):

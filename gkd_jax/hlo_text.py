@@ -85,6 +85,12 @@ class Instruction:
     match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)
     return int(match[1]) if match else None
 
+  @property
+  def most(self) -> int | None:
+    """Of a loop in a scope `at_most_N`: N; None of any other."""
+    match = re.search(r'\bat_most_(\d+)\)*/while"', self.attributes)
+    return int(match[1]) if match else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:

@@ -23,6 +23,7 @@ from gkd_jax import (
   partitioning,
   placement,
   precompile_report,
+  program_files,
   reinforce,
   stored_teacher,
   train,
@@ -91,7 +92,9 @@ def precompile(
     num_partitions: see there.
     shard_params_over_data: see there.
     phases: some of `PHASES`; by default those that the model has.
-    output_path: folder for `precompile.json`, rewritten after each phase.
+    output_path: folder for `precompile.json`, rewritten after each phase, and
+      the programs' texts. A program that is there already is not compiled
+      again, but counted.
 
   Returns:
     `{"topology", "mesh", ..., "phases": {phase: report}}`; see
@@ -131,9 +134,16 @@ def precompile(
     flush=True,
   )
   for phase in chosen:
-    report = _compile(
-      programs.lower, phase, chip, programs.rows, lengths["targets"]
-    )
+    program = _compile(*programs.lower(phase), phase, topology, output_path)
+    report = program.facts
+    if program.text is not None:
+      report = report | precompile_report.report(
+        program.text,
+        report["memory"],
+        chip,
+        loop_length=lengths["targets"],
+        output_tokens=programs.rows * lengths["targets"],
+      )
     result["phases"][phase] = report
     print("\n".join(precompile_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
@@ -141,20 +151,29 @@ def precompile(
   return result
 
 
-def _compile(lower, phase, chip, rows, length):
+def _compile(lowered, arguments, phase, topology, folder):
+  """The program, compiled or as an earlier call left it in the folder."""
+  fingerprint = program_files.fingerprint(lowered, topology)
+  if folder:
+    found = program_files.read(folder, phase, fingerprint)
+    if found is not None:
+      return found
   begin = time.monotonic()
-  lowered, arguments = lower(phase)
+  text = None
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    report = precompile_report.of_too_large(error, arguments)
+    facts = precompile_report.of_too_large(error, arguments)
   else:
-    report = precompile_report.report(
-      compiled, chip, loop_length=length, output_tokens=rows * length
-    )
-  return report | {"compile_seconds": round(time.monotonic() - begin, 1)}
+    text = compiled.as_text()
+    facts = {"memory": precompile_report.memory(compiled.memory_analysis())}
+  facts["compile_seconds"] = round(time.monotonic() - begin, 1)
+  program = program_files.Program(fingerprint, facts, text)
+  if folder:
+    program_files.write(folder, phase, program)
+  return program
 
 
 class _Programs:
@@ -267,14 +286,21 @@ def _chosen_phases(model, phases, executor):
 
 
 def _phases(model) -> Iterator[str]:
+  """Those that a run of the model has at some step."""
   if model.teacher is None:
     yield models.DATA
     return
-  yield from (SAMPLING, TEACHER)
-  if not isinstance(model, reinforce.RLGKDModel):  # always on-policy
+  fraction = model.student_data_fraction
+  if isinstance(model, reinforce.RLGKDModel):
+    fraction = 1.0  # always on-policy
+  if fraction != 0:
+    yield SAMPLING
+  yield TEACHER
+  if fraction != 1:
     yield models.DATA
-  yield models.STUDENT
-  if model.student_data_granularity == "example":
+  if fraction != 0:
+    yield models.STUDENT
+  if model.student_data_granularity == "example" and fraction not in (0, 1):
     yield models.MIXED
 
 

@@ -58,7 +58,8 @@ def roofline(
 
 
 def report(
-  compiled: jax.stages.Compiled,
+  text: str,
+  memory: dict[str, int],
   chip: chips.Chip | None,
   *,
   loop_length: int,
@@ -67,33 +68,29 @@ def report(
   """Figures of one program on one device.
 
   Args:
-    compiled: the program.
+    text: of the compiled program, `as_text()`.
+    memory: see `memory`.
     chip: what it was compiled for; None: neither `fits` nor a roofline.
     loop_length: see `hlo_costs.count`.
     output_tokens: of all devices in one run, at full length.
 
   Returns:
-    A dictionary that JSON can hold. `memory`: bytes of `arguments`, `outputs`,
-    `aliased` (outputs in the place of arguments), `temporaries` and `code`, as
-    `memory_analysis()` gives them, and `peak`, what must be there at once:
-    their sum less `aliased`. `flops`, `hbm_bytes`, `collectives` (count,
+    A dictionary that JSON can hold. `flops`, `hbm_bytes`, `collectives` (count,
     operand and sent bytes by kind): of a whole run, `segments`: apart.
     `roofline`: seconds; `tokens_per_second`: output tokens of all devices;
     `mfu`: `flops` over what the matrix units could do in that time.
   """
-  memory = _memory(compiled.memory_analysis())
-  segments = hlo_costs.count(compiled.as_text(), loop_length=loop_length)
+  segments = hlo_costs.count(text, loop_length=loop_length)
   flops = hlo_costs.total(segments, lambda s: s.flops)
   result = {
     "fits": None,
-    "memory": memory,
     "flops": flops,
     "hbm_bytes": hlo_costs.total(segments, lambda s: s.hbm_bytes),
     "collectives": {
       kind: dataclasses.asdict(c)
       for kind, c in hlo_costs.collectives(segments).items()
     },
-    "segments": [dataclasses.asdict(s) for s in segments],
+    "segments": [_segment(s) for s in segments],
     "roofline": None,
     "tokens_per_second": None,
     "mfu": None,
@@ -108,6 +105,12 @@ def report(
     "tokens_per_second": output_tokens / least.seconds,
     "mfu": flops / (chip.peak_flops * least.seconds),
   }
+
+
+def _segment(segment):
+  result = dataclasses.asdict(segment)
+  del result["channels"]
+  return result
 
 
 def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
@@ -130,8 +133,18 @@ def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
   }
 
 
-def _memory(stats):
-  memory = {
+def memory(stats: Any) -> dict[str, int]:
+  """Bytes of one device.
+
+  Args:
+    stats: `jax.stages.Compiled.memory_analysis()`.
+
+  Returns:
+    Its `arguments`, `outputs`, `aliased` (outputs in the place of arguments),
+    `temporaries` and `code`, and `peak`, what must be there at once: their sum
+    less `aliased`.
+  """
+  found = {
     "arguments": stats.argument_size_in_bytes,
     "outputs": stats.output_size_in_bytes,
     "aliased": stats.alias_size_in_bytes,
@@ -139,7 +152,7 @@ def _memory(stats):
     "code": stats.generated_code_size_in_bytes,
   }
   # `peak_memory_in_bytes` also counts buffers in a TPU's on-chip memory.
-  return memory | {"peak": sum(memory.values()) - 2 * memory["aliased"]}
+  return found | {"peak": sum(found.values()) - 2 * found["aliased"]}
 
 
 def lines(title: str, figures: dict[str, Any]) -> list[str]:

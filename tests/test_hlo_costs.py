@@ -202,6 +202,69 @@ def test_an_asynchronous_slice_reads_what_it_keeps():
   assert once.hbm_bytes == 400
 
 
+# What a TPU program makes of an all-gather that a product overlaps with.
+PIECES = """HloModule m, num_partitions=4
+
+%begin (p.0: bf16[8,16]) -> (bf16[8,16], bf16[32,16], u32[]) {
+  %p.0 = bf16[8,16]{1,0} parameter(0)
+  %g.0 = bf16[32,16]{1,0} all-gather(%p.0), channel_id=5, replica_groups={}, dimensions={0}
+  ROOT %c.0 = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]{:S(2)}) custom-call(%g.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%go (p.1: bf16[8,16], q.1: bf16[32,16], a.1: bf16[16,64]) -> (bf16[16,16], bf16[8,16], bf16[32,16], bf16[32,16]) {
+  %p.1 = bf16[8,16]{1,0} parameter(0)
+  %q.1 = bf16[32,16]{1,0} parameter(1)
+  %a.1 = bf16[16,64]{1,0} parameter(2)
+  %d.1 = bf16[16,16]{1,0} dot(%a.1, %a.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %g.1 = bf16[32,16]{1,0} all-gather(%p.1), channel_id=5, replica_groups={}, dimensions={0}
+  ROOT %t.1 = (bf16[16,16]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}) tuple(%d.1, %p.1, %q.1, %g.1)
+}
+
+%end (p.2: bf16[8,16], q.2: bf16[32,16]) -> bf16[32,16] {
+  %p.2 = bf16[8,16]{1,0} parameter(0)
+  %q.2 = bf16[32,16]{1,0} parameter(1)
+  %g.2 = bf16[32,16]{1,0} all-gather(%p.2), channel_id=5, replica_groups={}, dimensions={0}
+  ROOT %c.2 = bf16[32,16]{1,0} custom-call(%p.2, %q.2, %g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[8,16], a: bf16[16,64]) -> bf16[32,16] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %a = bf16[16,64]{1,0} parameter(1)
+  %s = (bf16[8,16]{1,0}, bf16[32,16]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %s0 = bf16[8,16]{1,0} get-tuple-element(%s), index=0
+  %s1 = bf16[32,16]{1,0} get-tuple-element(%s), index=1
+  %m = (bf16[16,16]{1,0}, bf16[8,16]{1,0}, bf16[32,16]{1,0}, bf16[32,16]{1,0}) fusion(%s0, %s1, %a), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%go
+  %m1 = bf16[8,16]{1,0} get-tuple-element(%m), index=1
+  %m2 = bf16[32,16]{1,0} get-tuple-element(%m), index=2
+  ROOT %e = bf16[32,16]{1,0} fusion(%m1, %m2), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""
+
+
+def test_a_collective_in_pieces_counts_once():
+  (once,) = hlo_costs.count(PIECES, loop_length=1)
+  # Four shards of 8 x 16 numbers of 2 bytes.
+  assert once.collectives == {"all-gather": hlo_costs.Collective(1, 256, 768)}
+  # 256 bytes are read and 1024 written by it; by the product 2048 and 512.
+  assert once.hbm_bytes == 256 + 1024 + 2048 + 512
+  assert once.flops == 2 * 16 * 64 * 16
+
+
+def test_a_loop_that_may_end_early_names_its_most():
+  def halved(x):
+    def body(y):
+      return jax.lax.while_loop(lambda z: z[1, 1] > 1, lambda z: z / 3, y / 2)
+
+    with jax.named_scope("at_most_5"):
+      return jax.lax.while_loop(lambda y: y[0, 0] > 1, body, x)
+
+  program = compiled(halved, ((8, 8), P()))
+  _, outer, inner = hlo_costs.count(program.as_text(), loop_length=7)
+  # The inner loop does not name one, wherever it is.
+  assert (outer.runs, inner.runs) == (5, 5 * 7)
+  assert not outer.trip_count_known and not inner.trip_count_known
+
+
 def test_an_unknown_form_of_groups_is_an_error():
   text = PROGRAM.replace("[1,8]<=[8]", "something_new")
   with pytest.raises(ValueError, match=r"replica_groups of 'whole'"):

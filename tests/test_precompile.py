@@ -37,17 +37,23 @@ def compile_toy(model, **options):
   return precompile.precompile(
     model,
     optimizers.adafactor(0.1),
-    topology="cpu:8",
     task_feature_lengths=LENGTHS,
-    batch_size=16,
     num_partitions=2,
-    **({"devices": jax.devices()[:8], "chip": None} | options),
+    **(
+      {
+        "devices": jax.devices()[:8],
+        "chip": None,
+        "topology": "cpu:8",
+        "batch_size": 16,
+      }
+      | options
+    ),
   )
 
 
 @pytest.fixture(scope="module")
 def model():
-  return toy_models.gkd()[0]
+  return toy_models.gkd(student_data_fraction=0.5)[0]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,45 @@ def test_the_old_state_s_memory_holds_the_new_one(model, phases):
   of_state = partitioning.bytes_per_device(state, shardings)
   for phase in ("data", "student"):
     assert phases[phase]["memory"]["aliased"] == of_state
+
+
+def test_a_chunk_of_the_fused_loss_counts_as_often_as_there_are_chunks():
+  # 4 rows of 7 tokens on each device: 28, in chunks of at most 10.
+  model = toy_models.gkd(loss_chunk_size=10)[0]
+  report = compile_toy(model, phases=["student"])["phases"]["student"]
+  loops = [s for s in report["segments"] if not s["trip_count_known"]]
+  assert sorted(loop["runs"] for loop in loops) == [3, LENGTHS["targets"]]
+
+
+@pytest.mark.parametrize(
+  ("fraction", "expected"),
+  [
+    (0.0, ["teacher", "data"]),
+    (0.5, ["sampling", "teacher", "data", "student"]),
+    (1.0, ["sampling", "teacher", "student"]),
+  ],
+)
+def test_phases_are_those_that_the_run_has(fraction, expected):
+  model = toy_models.gkd(student_data_fraction=fraction)[0]
+  with pytest.raises(ValueError) as error:
+    compile_toy(model, phases=["nothing"])
+  assert f"phases of {', '.join(expected)}, got" in str(error.value)
+
+
+def test_a_program_in_the_folder_is_counted_and_not_compiled(model, tmp_path):
+  def compiled_again(**options):
+    options = {"phases": ["teacher"], "output_path": str(tmp_path)} | options
+    before = sorted(p.stat().st_mtime_ns for p in tmp_path.glob("*.gz"))
+    compile_toy(model, **options)
+    after = sorted(p.stat().st_mtime_ns for p in tmp_path.glob("*.gz"))
+    return before != after
+
+  assert compiled_again()
+  written = json.loads((tmp_path / "precompile.json").read_text())
+  assert not compiled_again()
+  assert json.loads((tmp_path / "precompile.json").read_text()) == written
+  assert compiled_again(batch_size=32)
+  assert compiled_again(batch_size=32, topology="another chip")
 
 
 def test_roofline_by_hand():

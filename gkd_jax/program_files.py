@@ -1,0 +1,68 @@
+"""Compiled programs on disk, as text: counted again in seconds, not compiled."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is kept of a compiled program.
+
+  Attributes:
+    fingerprint: see `fingerprint`.
+    facts: what only the compilation says, such as memory.
+    text: `jax.stages.Compiled.as_text()`; None if it could not be compiled.
+  """
+
+  fingerprint: str
+  facts: dict[str, Any]
+  text: str | None
+
+
+def fingerprint(lowered: jax.stages.Lowered, target: str) -> str:
+  """The same for programs that the same compiler makes the same of.
+
+  Args:
+    lowered: the program; its text names neither files nor lines.
+    target: the devices that it is compiled for.
+  """
+  versions = [jax.__version__, _version("jaxlib"), _version("libtpu")]
+  efforts = [
+    str(jax.config.jax_optimization_level),
+    str(jax.config.jax_memory_fitting_level),
+  ]
+  text = "\n".join([target, *versions, *efforts, lowered.as_text()])
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(folder: str, name: str, fingerprint: str) -> Program | None:
+  """The program of this name and fingerprint in a folder, or None."""
+  path = os.path.join(folder, f"{name}.program.gz")
+  if not os.path.exists(path):
+    return None
+  with gzip.open(path, "rt", encoding="utf-8") as file:
+    program = Program(**json.load(file))
+  return program if program.fingerprint == fingerprint else None
+
+
+def write(folder: str, name: str, program: Program) -> None:
+  """Keeps a program in a folder."""
+  os.makedirs(folder, exist_ok=True)
+  path = os.path.join(folder, f"{name}.program.gz")
+  with gzip.open(f"{path}.tmp", "wt", encoding="utf-8") as file:
+    json.dump(dataclasses.asdict(program), file)
+  os.replace(f"{path}.tmp", path)
+
+
+def _version(package):
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "none"
