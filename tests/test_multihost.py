@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 STEPS = 20
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 MAX_STEPS = 400  # none of the processes comes to its end by itself
 
 
-def settings(folder, teacher, **macros):
+def settings(folder, **macros):
   return {
-    "MODEL_DIR": str(folder),
-    "TEACHER_CHECKPOINT_PATH": str(teacher),
+    "MODEL_DIR": str(folder / "student"),
+    "INITIAL_CHECKPOINT_PATH": str(folder / "first"),
+    "TEACHER_CHECKPOINT_PATH": str(folder / "teacher"),
     "LOG_PERIOD": 1,
     "EVAL_NUM_EXAMPLES": 2,
     "EVAL_PERIOD": MAX_STEPS,
@@ -29,7 +31,7 @@ def settings(folder, teacher, **macros):
   } | macros
 
 
-def start(count, folder, teacher):
+def start(count, folder):
   """Starts processes that train together."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -43,7 +45,7 @@ def start(count, folder, teacher):
         f"--process_count={count}",
         f"--process_index={index}",
         "--lost_after_s=8",
-        **settings(folder, teacher),
+        **settings(folder),
       ),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -64,14 +66,13 @@ def until(process, step):
   raise AssertionError(process.stderr.read()[-3000:])
 
 
-def alone(devices, folder, teacher, **macros):
-  """Trains in one process."""
-  count = f"--xla_force_host_platform_device_count={devices}"
+def alone(folder, **macros):
+  """Trains in one process, on two devices."""
   done = command_line.gkd(
     "train",
     "--gin_file=experiments/smoke.gin",
-    env={"XLA_FLAGS": f"{command_line.ENV['XLA_FLAGS']} {count}"},
-    **settings(folder, teacher, **macros),
+    env={"XLA_FLAGS": f"{command_line.ENV['XLA_FLAGS']} {TWO_DEVICES}"},
+    **settings(folder, **macros),
   )
   assert done.returncode == 0, done.stderr[-3000:]
 
@@ -98,11 +99,12 @@ def coins(steps, fraction=0.5, seed=0):
 
 @pytest.mark.slow
 def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
-  teacher = command_line.save_toy_teacher(tmp_path / "teacher")
+  command_line.save_toy_teacher(tmp_path / "teacher")
+  command_line.save_toy(tmp_path / "first", 16, 2, 32, seed=1)
   folder = tmp_path / "student"
 
   # Four: whichever process is told to stop, all save the same step.
-  first = start(4, folder, teacher)
+  first = start(4, tmp_path)
   until(first[0], STEPS)
   first[1].send_signal(signal.SIGTERM)
   printed = [process.communicate(timeout=600) for process in first]
@@ -117,7 +119,7 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   assert not any("loss" in out for out, _ in printed[1:])
 
   # Two go on; one is lost: the other says so, and ends.
-  second = start(2, folder, teacher)
+  second = start(2, tmp_path)
   assert f"at step {stopped}\n" in until(second[0], stopped + STEPS)
   second[1].kill()
   begin = time.monotonic()
@@ -134,7 +136,7 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   before, kept = losses(folder), saved(folder)
   lines = len((folder / "metrics.jsonl").read_text().splitlines())
   end = max(before) + 2
-  alone(2, folder, teacher, TRAIN_STEPS=end)
+  alone(tmp_path, TRAIN_STEPS=end)
   again = losses(folder, lines)
   assert sorted(again) == [*range(kept + 1, end + 1)]
   both = sorted({*again} & {*before})
@@ -143,8 +145,9 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   ]
 
   # And the same as one process that never stopped, on-policy steps included.
-  alone(1, tmp_path / "whole", teacher, TRAIN_STEPS=end)
-  whole = losses(tmp_path / "whole")
+  whole = tmp_path / "whole"
+  alone(tmp_path, TRAIN_STEPS=end, MODEL_DIR=str(whole))
+  whole = losses(whole)
   for count, steps in (
     (4, range(1, stopped + 1)),
     (2, range(stopped + 1, max(before) + 1)),
