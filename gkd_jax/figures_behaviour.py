@@ -10,9 +10,6 @@ from matplotlib import ticker
 from gkd_jax import cell_table, figures, report_data
 
 _DIVERSITY = re.compile(r"(.*/)?self_?bleu\w*", re.IGNORECASE)
-_DIVERGENCES = ("reverse_kl", "forward_kl")
-# A run's last fifth of steps says what training has come to.
-_LAST = 0.8
 _SOURCES = {
   "student_samples": ("-", "on its own samples"),
   "data": ("--", "on the data"),
@@ -60,8 +57,8 @@ def quality_diversity(study: report_data.Study) -> figures.Picture | None:
 def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
   """Reward against the divergence to the teacher, a point for each α."""
   runs = [run for run in study.runs if "alpha" in run.place]
-  last = {run.folder: _last_means(run.folder) for run in runs}
-  runs = [r for r in runs if _divergence_of(last[r.folder])]
+  last = {run.folder: report_data.late_means(run.folder) for run in runs}
+  runs = [r for r in runs if report_data.divergence_of(last[r.folder])]
   if not runs:
     return None
   # On-policy GKD asks for no reward, so that its run may not know one.
@@ -71,7 +68,7 @@ def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
     runs = [run for run in runs if key in run.scores]
   if not runs:
     return None
-  name = _divergence_of(last[runs[0].folder]) or ""
+  name = report_data.divergence_of(last[runs[0].folder]) or ""
   picture, (panel,) = figures.grid_of_panels([()], height=4.4, width=7)
   lines = report_data.groups(
     runs, lambda r: tuple((k, v) for k, v in r.place.items() if k != "alpha")
@@ -198,25 +195,8 @@ def _line_name(run, regime=()) -> str:
   return ", ".join(v for k, v in run.place.items() if k not in hidden)
 
 
-def _last_means(folder) -> dict[str, float]:
-  """Means of a run's metrics over the last fifth of its steps."""
-  rows = cell_table.read_metrics(folder)
-  if not rows:
-    return {}
-  late = [row for row in rows if row["step"] > _LAST * rows[-1]["step"]]
-  return {
-    name: float(np.mean(values))
-    for name in ("reward", *_DIVERGENCES)
-    if (values := [r[name] for r in late if r.get(name) is not None])
-  }
-
-
 def _words(name) -> str:
   return name.replace("_", " ").replace("kl", "KL")
-
-
-def _divergence_of(means) -> str | None:
-  return next((name for name in _DIVERGENCES if name in means), None)
 
 
 def _mean_by_position(values) -> tuple[np.ndarray, np.ndarray]:

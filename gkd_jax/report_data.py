@@ -23,6 +23,9 @@ _AXES = {
   "alpha": ("alpha", "ALPHA", "RL_ALPHA"),
   "temperature": ("temperature", "SAMPLING_TEMPERATURE"),
 }
+_DIVERGENCES = ("reverse_kl", "forward_kl")
+# A run's last fifth of steps says what training has come to.
+_LATE = 0.8
 _LOWER_IS_BETTER = ("wer", "per", "loss", "perplexity")
 # Looked for in this order where the sweep file names no metric.
 _METRICS = (
@@ -104,6 +107,24 @@ def estimate(values: Iterable[float]) -> Estimate:
     return Estimate(mean, None, None, 1)
   half = stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size)
   return Estimate(mean, mean - float(half), mean + float(half), int(x.size))
+
+
+def late_means(folder: str) -> dict[str, float]:
+  """Means of a run's reward and divergences over the last fifth of its steps."""
+  rows = cell_table.read_metrics(folder)
+  if not rows:
+    return {}
+  late = [row for row in rows if row["step"] > _LATE * rows[-1]["step"]]
+  return {
+    name: float(np.mean(values))
+    for name in ("reward", *_DIVERGENCES)
+    if (values := [r[name] for r in late if r.get(name) is not None])
+  }
+
+
+def divergence_of(means: Mapping[str, float]) -> str | None:
+  """The divergence to the teacher that `late_means` has, reverse KL at best."""
+  return next((name for name in _DIVERGENCES if name in means), None)
 
 
 def read(items: Sequence[str]) -> Study:

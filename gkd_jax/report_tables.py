@@ -62,6 +62,58 @@ def _result_rows(study, runs):
   return rows
 
 
+def rl_tradeoff(study: report_data.Study) -> Table | None:
+  """Reward and divergence of RL + GKD, and what α changes in them.
+
+  The differences are of runs with the same seed: they share the start, the
+  prompts and, until they part, the samples.
+  """
+  runs = [run for run in study.runs if "alpha" in run.place]
+  late = {run.folder: report_data.late_means(run.folder) for run in runs}
+  runs = [run for run in runs if "reward" in late[run.folder]]
+  runs = [run for run in runs if report_data.divergence_of(late[run.folder])]
+  if not runs:
+    return None
+  name = report_data.divergence_of(late[runs[0].folder]) or ""
+  words = name.replace("_", " ").replace("kl", "KL")
+  axes = [a for a in study.axes if any(a in run.place for run in runs)]
+  axes.sort(key=lambda axis: axis != "method")
+  heads = ["seeds", "reward", words, "reward - at α = 1", f"{words} - at α = 0"]
+  rows = [[*axes, *heads]]
+  for members in _places(study, runs, axes):
+    row = [members[0].place.get(axis, "") for axis in axes]
+    row.append(str(len(members)))
+    for key in ("reward", name):
+      values = [late[run.folder][key] for run in members]
+      row.append(show(report_data.estimate(values), 4))
+    for key, alpha in (("reward", 1), (name, 0)):
+      pairs = _paired(runs, members, alpha)
+      gaps = [late[a.folder][key] - late[b.folder][key] for a, b in pairs]
+      same = float(members[0].place["alpha"]) == alpha
+      row.append(
+        "" if same or not gaps else show(report_data.estimate(gaps), 4)
+      )
+    rows.append(row)
+  caption = (
+    f"Means over the last fifth of training; {words} to the teacher in nats a"
+    " token of own samples. Differences are between runs of the same seed. In"
+    " brackets 95 % t-intervals over seeds."
+  )
+  return Table("Reward and divergence by α", caption, rows)
+
+
+def _paired(runs, members, alpha):
+  """Each run with the one at this α that has its seed and place."""
+  place = {**members[0].place, "alpha": ""}
+  others = {
+    run.seed: run
+    for run in runs
+    if float(run.place["alpha"]) == alpha
+    and {**run.place, "alpha": ""} == place
+  }
+  return [(run, others[run.seed]) for run in members if run.seed in others]
+
+
 def paper(study: report_data.Study) -> Table | None:
   """The paper's numbers beside ours, where the task is the paper's."""
   if not study.paper:
@@ -149,11 +201,12 @@ def text(table: Table) -> str:
   return "\n".join(lines)
 
 
-def show(summary: report_data.Estimate) -> str:
+def show(summary: report_data.Estimate, digits: int = 1) -> str:
   """Mean, and the interval in brackets if there is one."""
   if summary.low is None:
-    return f"{summary.mean:.1f}"
-  return f"{summary.mean:.1f} [{summary.low:.1f}, {summary.high:.1f}]"
+    return f"{summary.mean:.{digits}f}"
+  low, high = f"{summary.low:.{digits}f}", f"{summary.high:.{digits}f}"
+  return f"{summary.mean:.{digits}f} [{low}, {high}]"
 
 
 def score_names(study, runs) -> list[str]:

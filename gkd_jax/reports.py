@@ -44,7 +44,11 @@ def report(
   study = report_data.read(items)
   pictures = [p for p in (draw(study) for draw in _FIGURES) if p]
   results = report_tables.results(study)
-  more = (report_tables.paper(study), report_tables.examples(study))
+  more = (
+    report_tables.rl_tradeoff(study),
+    report_tables.paper(study),
+    report_tables.examples(study),
+  )
   tables = [*results, *(table for table in more if table)]
   report_page.write_pictures(pictures, output)
   _write(output, "index.html", report_page.page(study, pictures, tables))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gkd_jax import cell_table, figures, report_data, reports
+from gkd_jax import cell_table, figures, report_data, report_tables, reports
 
 # Student's t, 97.5 %, of 2 and of 1 degrees of freedom, from a printed table.
 T2, T1 = 4.302653, 12.706205
@@ -286,6 +286,25 @@ def test_figures_draw_the_numbers(sweep):
   np.testing.assert_allclose(
     lines["on-policy KD"].get_ydata(), [21, 22, 23, 24]
   )
+
+
+def test_rl_table_pairs_the_seeds(sweep):
+  """The seeds' divergences lie 1 apart, what α changes in them is exact."""
+  study = report_data.read([str(sweep)])
+  head, *rows = report_tables.rl_tradeoff(study).rows
+  assert head == [
+    *("method", "alpha", "seeds", "reward", "reverse KL"),
+    *("reward - at α = 1", "reverse KL - at α = 0"),
+  ]
+  gap = lambda x: f"{x:.4f} [{x:.4f}, {x:.4f}]"
+  wide = "[-3.9531, 8.7531]"  # 2.4 ± 12.706 · 0.7071 / √2
+  assert rows[1] == [
+    *("rl", "0.1", "2", gap(0.8), f"2.4000 {wide}", gap(0.3), gap(-0.1))
+  ]
+  assert [row[-2:] for row in (rows[0], rows[2])] == [
+    [gap(0.4), ""],
+    ["", gap(-1.0)],
+  ]
 
 
 def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
