@@ -21,6 +21,8 @@ import subprocess
 import sys
 import time
 
+from tests.benchmarks import turns
+
 N, V, STUDENT, TEACHER = 2048, 32128, 512, 768
 OURS = ("fused", "fused_without_metrics", "dense", "dense_without_metrics")
 # Liger's two settings: eager or compiled, and tokens of a chunk.
@@ -135,8 +137,8 @@ def measure(case: str, chunk: int, steps: int, gpu: bool) -> None:
     begin = clock()
     step()
     seconds.append(clock() - begin)
-  name = "wall_s" if gpu else "cpu_s"
-  print(json.dumps({name: min(seconds), "extra_bytes": peak() - before}))
+  extra = peak() - before
+  print(json.dumps({"seconds": min(seconds), "extra_bytes": extra}))
 
 
 def main() -> None:
@@ -147,7 +149,7 @@ def main() -> None:
   parser.add_argument("--chunk", type=int, default=256)
   parser.add_argument("--steps", type=int, default=2)
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--out", type=pathlib.Path, default=None)
+  parser.add_argument("--json", type=pathlib.Path, default=None)
   parser.add_argument("--peer_python", default=sys.executable)
   options = parser.parse_args()
   if options.case:
@@ -166,19 +168,22 @@ def main() -> None:
     for case in cases:
       command = [
         options.peer_python if case in PEERS else sys.executable,
-        __file__,
+        *("-m", "tests.benchmarks.fused_loss"),
         f"--case={case}",
         f"--chunk={options.chunk}",
         f"--steps={options.steps}",
         *(["--gpu"] if options.gpu else []),
       ]
       done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=turns.ROOT
       )
       results[case].append(json.loads(done.stdout.splitlines()[-1]))
       print(case, results[case][-1], flush=True)
-  if options.out:
-    options.out.write_text(json.dumps(results, indent=1))
+  result: dict = {"settings": {"chunk": options.chunk, "gpu": options.gpu}}
+  for case, measured in results.items():
+    result[f"{case} s"] = min(m["seconds"] for m in measured)
+    result[f"{case} bytes"] = max(m["extra_bytes"] for m in measured)
+  turns.save(options, result | {"measurements": results})
 
 
 if __name__ == "__main__":

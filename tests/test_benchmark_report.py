@@ -1,0 +1,50 @@
+"""docs/performance.md holds what the benchmarks' files say, and their arithmetic."""
+
+import pathlib
+
+import pytest
+
+from tests.benchmarks import growth, refill, report
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+FILES = sorted((ROOT / "docs/results/performance").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_tables_are_those_of_the_files(path):
+  text = (ROOT / "docs/performance.md").read_text()
+  made = f"<!-- {path.stem} -->\n\n{report.section(path)}\n\n<!-- end -->"
+  assert made in text, (
+    "expected docs/performance.md as the files have it; run python -m"
+    " tests.benchmarks.report --into=docs/performance.md"
+    " docs/results/performance/*.json"
+  )
+
+
+def test_slope_of_a_power():
+  points = [(x, 7 * x**1.5) for x in (1, 2, 4, 16)]
+  assert growth.slope(points) == pytest.approx(1.5)
+
+
+def test_arithmetic_of_a_step_by_hand():
+  # One row, one token each way, one layer, student 64 and teacher 128 wide.
+  def forward(d):
+    encoder = 4 * d * d + 3 * d * 2 * d + 2 * d  # projections, MLP, attention
+    decoder = encoder + 4 * d * d + 2 * d  # cross-attention besides
+    return 2 * encoder, 2 * decoder + 2 * d * 10
+
+  (encoder, decoder), teacher = forward(64), forward(128)
+  sizes = growth.Sizes(1, 1, 1, 10, 64, 1)
+  expected = 3 * encoder + 4 * decoder + sum(teacher)
+  assert growth.flops(sizes) == expected
+
+
+def test_busy_share_by_hand():
+  # 64 rows: together they take 4 steps, by twos 1 and 4 steps in turn. In two
+  # slots the last of 63 short rows ends at step 32, the long one then at 35.
+  lengths = [1, 1, 4, 1] * 16
+  assert refill.busy_share("together", lengths) == 7 / 16
+  assert refill.busy_share("batches_2", lengths) == 7 / 10
+  assert refill.busy_share("slots_2", [1] * 63 + [4]) == 67 / (2 * 35)
