@@ -1,6 +1,7 @@
 """Figures of what students do: diversity, reward, divergence by position."""
 
 import functools
+import itertools
 import os
 import re
 
@@ -10,6 +11,8 @@ from matplotlib import ticker
 from gkd_jax import cell_table, figures, report_data
 
 _DIVERSITY = re.compile(r"(.*/)?self_?bleu\w*", re.IGNORECASE)
+# Where the names of points that may coincide stand around them.
+_CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 _SOURCES = {
   "student_samples": ("-", "on its own samples"),
   "data": ("--", "on the data"),
@@ -79,12 +82,13 @@ def rl_tradeoff(study: report_data.Study) -> figures.Picture | None:
       last[run.folder]["reward"] if trained else run.scores[key]
     )
     means = []
-    for alpha in figures.ordered(study, members, "alpha"):
+    alphas = figures.ordered(study, members, "alpha")
+    for alpha, corner in zip(alphas, itertools.cycle(_CORNERS)):
       seeds = [r for r in members if r.place["alpha"] == alpha]
       x = report_data.estimate(last[r.folder][name] for r in seeds)
       y = report_data.estimate(map(value, seeds))
       means.append((x.mean, y.mean))
-      _draw_cross(panel, x, y, color, f"α = {alpha}")
+      _draw_cross(panel, x, y, color, f"α = {alpha}", corner)
     panel.plot(
       *zip(*means, strict=True), "o-", color=color, label=_line_name(members[0])
     )
@@ -168,13 +172,19 @@ def by_position(study: report_data.Study) -> figures.Picture | None:
   )
 
 
-def _draw_cross(panel, x, y, color, text):
+def _draw_cross(panel, x, y, color, text, corner):
   """A text at the means of two things, and the intervals of both."""
   if x.low is not None:
     panel.plot([x.low, x.high], [y.mean, y.mean], color=color, alpha=0.6)
     panel.plot([x.mean, x.mean], [y.low, y.high], color=color, alpha=0.6)
   panel.annotate(
-    text, (x.mean, y.mean), xytext=(5, 5), textcoords="offset points", size=9
+    text,
+    (x.mean, y.mean),
+    xytext=(5 * corner[0], 5 * corner[1]),
+    textcoords="offset points",
+    ha="left" if corner[0] > 0 else "right",
+    va="bottom" if corner[1] > 0 else "top",
+    size=9,
   )
 
 
