@@ -142,7 +142,7 @@ def measure(case: str, chunk: int, steps: int, gpu: bool) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--case", default=None)
   parser.add_argument("--gpu", action="store_true")
   parser.add_argument("--cases", default=",".join(OURS + PEERS))

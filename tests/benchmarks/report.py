@@ -84,6 +84,8 @@ def section(path: pathlib.Path) -> str:
     f"{taken['date']}, one core of {taken['cores']} of an {taken['processor']},"
     f" load {taken['load']}; repeats: {min(repeats)}."
   )
+  if "note" in taken:
+    line += f" The file was {taken['note']}."
   return f"{KINDS.get(path.stem, of_cases)(result)}\n\n{line}"
 
 
