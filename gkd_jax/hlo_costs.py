@@ -58,7 +58,6 @@ class Segment:
     flops: of matrix products and convolutions; one multiply-add is 2.
     hbm_bytes: read from and written to HBM.
     collectives: by kind.
-    channels: of the collectives in fusions.
   """
 
   name: str
@@ -67,9 +66,6 @@ class Segment:
   flops: int = 0
   hbm_bytes: int = 0
   collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
-  channels: set[str] = dataclasses.field(
-    default_factory=set, repr=False, compare=False
-  )
 
   @property
   def sent_bytes(self) -> int:
@@ -97,7 +93,7 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
   """
   module = hlo_text.parse(text)
   segments = [Segment("once")]
-  _walk(module, module.entry, segments[0], segments, loop_length)
+  _walk(module, module.entry, segments[0], segments, loop_length, set())
   return segments
 
 
@@ -118,12 +114,17 @@ def collectives(segments: list[Segment]) -> dict[str, Collective]:
   return result
 
 
-def _walk(module, name, segment, segments, loop_length, *, fused=False):
-  """Adds a computation's work to `segment`; loops get segments of their own."""
+def _walk(
+  module, name, segment, segments, loop_length, channels, *, fused=False
+):
+  """Adds a computation's work to `segment`; loops get segments of their own.
+
+  `channels` are those of the collectives in fusions so far.
+  """
   computation = module.computations[name]
   for instruction in computation.values():
     segment.flops += _flops(instruction, computation)
-    if not (fused and _seen(instruction, segment)):
+    if not (fused and _seen(instruction, channels)):
       _add_collective(segment, instruction, computation, module.devices)
     if not fused:
       segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
@@ -137,24 +138,26 @@ def _walk(module, name, segment, segments, loop_length, *, fused=False):
       )
       segments.append(loop)
       for part in instruction.called("condition", "body"):
-        _walk(module, part, loop, segments, loop_length, fused=fused)
+        _walk(module, part, loop, segments, loop_length, channels, fused=fused)
       continue
     inside = fused or instruction.opcode == "fusion"
     for part in instruction.called(*_callees(instruction.opcode)):
-      _walk(module, part, segment, segments, loop_length, fused=inside)
+      _walk(
+        module, part, segment, segments, loop_length, channels, fused=inside
+      )
 
 
-def _seen(instruction, segment):
+def _seen(instruction, channels):
   """Whether a collective in a fusion is a further piece of one that is counted.
 
-  TPU programs cut a collective into fusions that each hold a part of a matrix
-  product as well; all name its channel.
+  TPU programs spread a collective over fusions that each hold a matrix product
+  as well, also over those of a loop that it outlasts; all name its channel.
   """
   match = re.search(r"channel_id=(\d+)", instruction.attributes)
   if match is None:
     return False
-  seen = match[1] in segment.channels
-  segment.channels.add(match[1])
+  seen = match[1] in channels
+  channels.add(match[1])
   return seen
 
 

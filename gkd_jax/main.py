@@ -1,4 +1,4 @@
-"""The command line: `gkd train|eval|infer|precompile|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd train|eval|infer|precompile|fit|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ MODES = (
   "eval",
   "infer",
   "precompile",
+  "fit",
   "compare",
   "sweep",
   "import",
@@ -44,7 +45,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
 flags.DEFINE_string(
-  "output_path", None, "import, export, report, precompile: folder to write"
+  "output_path",
+  None,
+  "import, export, report, precompile, fit: folder to write",
 )
 flags.DEFINE_string(
   "markdown", None, "report: also this file, pictures in the folder beside it"
@@ -73,7 +76,9 @@ flags.DEFINE_bool(
   "print_commands", False, "sweep: print a command for each cell, run none"
 )
 flags.DEFINE_string(
-  "topology", None, "precompile: such as v5e:4x4 or cpu:8; else this machine"
+  "topology",
+  None,
+  "precompile, fit: such as v5e:4x4 or cpu:8; else this machine",
 )
 flags.DEFINE_list(
   "phases", None, "precompile: of sampling, teacher, data, student, mixed"
@@ -126,8 +131,8 @@ def _run(argv):
 
     print(shipped.model_path(*argv[2:]))
     return
-  if mode == "precompile":
-    _precompile()
+  if mode in ("precompile", "fit"):
+    _compile_only(mode)
     return
   if mode == "sweep":
     _sweep()
@@ -159,23 +164,25 @@ def _run_configured(mode):
     gin.get_configurable(infer.infer)()
 
 
-def _precompile():
+def _compile_only(mode):
   """Compiles what `train` would run, for other devices, and says what it needs."""
   from gkd_jax import topologies
 
   # First of all: JAX is told what not to look for.
   devices, chip = topologies.devices(FLAGS.topology)
-  from gkd_jax import gin_utils, precompile, train
+  from gkd_jax import fit, gin_utils, precompile, train
 
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
-  precompile.precompile(
-    **gin_utils.bindings(train.train, precompile.SETTINGS),
-    devices=devices,
-    chip=chip,
-    topology=FLAGS.topology or devices[0].device_kind,
-    phases=FLAGS.phases,
-    output_path=FLAGS.output_path,
-  )
+  settings = gin_utils.bindings(train.train, precompile.SETTINGS) | {
+    "devices": devices,
+    "chip": chip,
+    "topology": FLAGS.topology or devices[0].device_kind,
+    "output_path": FLAGS.output_path,
+  }
+  if mode == "fit":
+    fit.fit(**settings)
+  else:
+    precompile.precompile(**settings, phases=FLAGS.phases)
 
 
 def _sweep():

@@ -105,8 +105,8 @@ def precompile(
   """
   mesh = partitioning.make_mesh(num_partitions, devices)
   train.check_batch(batch_size, num_microbatches, mesh, executor)
-  chosen = _chosen_phases(model, phases, executor)
-  programs = _Programs(
+  chosen = chosen_phases(model, phases, executor)
+  programs = Programs(
     model,
     optimizer,
     mesh,
@@ -115,7 +115,7 @@ def precompile(
     seed=seed,
     pack=pack,
     num_microbatches=num_microbatches,
-    rules=placement.rules(shard_params_over_data),
+    shard_params_over_data=shard_params_over_data,
   )
   lengths = dict(task_feature_lengths)
   result = {
@@ -134,16 +134,7 @@ def precompile(
     flush=True,
   )
   for phase in chosen:
-    program = _compile(*programs.lower(phase), phase, topology, output_path)
-    report = program.facts
-    if program.text is not None:
-      report = report | precompile_report.report(
-        program.text,
-        report["memory"],
-        chip,
-        loop_length=lengths["targets"],
-        output_tokens=programs.rows * lengths["targets"],
-      )
+    report = programs.report(phase, chip, topology, output_path)
     result["phases"][phase] = report
     print("\n".join(precompile_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
@@ -151,48 +142,37 @@ def precompile(
   return result
 
 
-def _compile(lowered, arguments, phase, topology, folder):
-  """The program, compiled or as an earlier call left it in the folder."""
-  fingerprint = program_files.fingerprint(lowered, topology)
-  if folder:
-    found = program_files.read(folder, phase, fingerprint)
-    if found is not None:
-      return found
-  begin = time.monotonic()
-  text = None
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    facts = precompile_report.of_too_large(error, arguments)
-  else:
-    text = compiled.as_text()
-    facts = {"memory": precompile_report.memory(compiled.memory_analysis())}
-  facts["compile_seconds"] = round(time.monotonic() - begin, 1)
-  program = program_files.Program(fingerprint, facts, text)
-  if folder:
-    program_files.write(folder, phase, program)
-  return program
+class Programs:
+  """The programs of a run, lowered for shapes with shardings.
 
-
-class _Programs:
-  """The programs of a run, lowered for shapes with shardings."""
+  Args:
+    model: see `precompile`, as all that is not named here.
+    optimizer: see there.
+    mesh: from `partitioning.make_mesh`.
+    lengths: `task_feature_lengths`.
+    batch_size: see there.
+    seed: see there.
+    pack: see there.
+    num_microbatches: see there.
+    shard_params_over_data: see there.
+  """
 
   def __init__(
     self,
-    model,
-    optimizer,
-    mesh,
-    lengths,
-    batch_size,
+    model: Any,
+    optimizer: optimizers.Optimizer,
+    mesh: Any,
+    lengths: Mapping[str, int],
+    batch_size: int,
     *,
-    seed,
-    pack,
-    num_microbatches,
-    rules,
+    seed: int = 0,
+    pack: bool = False,
+    num_microbatches: int = 1,
+    shard_params_over_data: bool = False,
   ):
     self._model, self._mesh = model, mesh
+    self._length = lengths["targets"]
+    rules = placement.rules(shard_params_over_data)
     shapes = placement.input_shapes(lengths)
     state, shardings = placement.state(
       model.student, optimizer, shapes, mesh, rules
@@ -225,7 +205,45 @@ class _Programs:
     )
     self._step = trainer.JitExecutor(step, mesh, shardings)
 
-  def lower(self, phase):
+  @property
+  def held_bytes(self) -> int:
+    """Bytes of a device that all arguments of a training step take."""
+    return precompile_report.held_bytes(
+      (self._state, self._teacher, self._step_batch)
+    )
+
+  def report(
+    self,
+    phase: str,
+    chip: chips.Chip | None,
+    topology: str,
+    folder: str | None = None,
+    name: str | None = None,
+  ) -> dict[str, Any]:
+    """Compiles a phase, or finds it compiled, and counts.
+
+    Args:
+      phase: of `PHASES`.
+      chip: see `precompile`.
+      topology: see there.
+      folder: where compiled programs are kept, or None.
+      name: of the program in the folder; the phase's by default.
+
+    Returns:
+      See `precompile_report.report`, with `memory` and `compile_seconds`.
+    """
+    program = _compile(*self.lower(phase), topology, folder, name or phase)
+    if program.text is None:
+      return program.facts
+    return program.facts | precompile_report.report(
+      program.text,
+      program.facts["memory"],
+      chip,
+      loop_length=self._length,
+      output_tokens=self.rows * self._length,
+    )
+
+  def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
     """The phase's program, and its arguments."""
     if phase == SAMPLING:
       arguments = self._state.params, self._batch, self._key
@@ -260,11 +278,39 @@ class _Programs:
     return placement.with_shardings(batch, {name: sharding for name in batch})
 
 
+def _compile(lowered, arguments, topology, folder, name):
+  """The program, compiled or as an earlier call left it in the folder."""
+  fingerprint = program_files.fingerprint(lowered, topology)
+  if folder:
+    found = program_files.read(folder, name, fingerprint)
+    if found is not None:
+      return found
+  begin = time.monotonic()
+  text = None
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    facts = precompile_report.of_too_large(error, arguments)
+  else:
+    text = compiled.as_text()
+    facts = {"memory": precompile_report.memory(compiled.memory_analysis())}
+  facts["compile_seconds"] = round(time.monotonic() - begin, 1)
+  program = program_files.Program(fingerprint, facts, text)
+  if folder:
+    program_files.write(folder, name, program)
+  return program
+
+
 def _judged(model):
   return isinstance(model, reinforce.RLGKDModel) and model.needs_rewards
 
 
-def _chosen_phases(model, phases, executor):
+def chosen_phases(
+  model: Any, phases: Sequence[str] | None, executor: str
+) -> tuple[str, ...]:
+  """Checks which programs of a run are asked for; None for all it has."""
   if executor != "jit":
     raise ValueError(
       f"expected the executor 'jit', got {executor!r}, which cannot be compiled"

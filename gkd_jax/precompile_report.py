@@ -90,7 +90,7 @@ def report(
       kind: dataclasses.asdict(c)
       for kind, c in hlo_costs.collectives(segments).items()
     },
-    "segments": [_segment(s) for s in segments],
+    "segments": [dataclasses.asdict(s) for s in segments],
     "roofline": None,
     "tokens_per_second": None,
     "mfu": None,
@@ -107,12 +107,6 @@ def report(
   }
 
 
-def _segment(segment):
-  result = dataclasses.asdict(segment)
-  del result["channels"]
-  return result
-
-
 def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
   """What can be said of a program that the compiler refuses as too large.
 
@@ -120,17 +114,21 @@ def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
     error: the compiler's.
     arguments: the program's, shapes with shardings.
   """
-  held = sum(
+  match = re.search(r"RESOURCE_EXHAUSTED: ([^\n]*)", str(error))
+  return {
+    "fits": False,
+    "memory": {"arguments": held_bytes(arguments)},
+    "compiler_says": match[1] if match else str(error),
+  }
+
+
+def held_bytes(arguments: Any) -> int:
+  """Bytes of a device that shapes with shardings take."""
+  return sum(
     math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
     for s in jax.tree.leaves(arguments)
     if s.sharding is not None
   )
-  match = re.search(r"RESOURCE_EXHAUSTED: ([^\n]*)", str(error))
-  return {
-    "fits": False,
-    "memory": {"arguments": held},
-    "compiler_says": match[1] if match else str(error),
-  }
 
 
 def memory(stats: Any) -> dict[str, int]:

@@ -1,0 +1,319 @@
+"""Searches the fastest mesh and settings with which a run's step fits.
+
+Candidates are ranked by costs that are extrapolated from shallow models, compiled
+with little effort. The best few are compiled whole, as they would run; the fastest
+of these that fits is the answer.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gkd_jax import (
+  chips,
+  depths,
+  models,
+  optimizers,
+  partitioning,
+  precompile,
+  precompile_report,
+)
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """What is searched; named as the settings are.
+
+  Attributes:
+    num_partitions: the mesh's model axis; its data axis is the other devices.
+    shard_params_over_data: whether parameters are split over the data axis too.
+    num_microbatches: parts of a batch.
+    remat_policy: of the student's network.
+  """
+
+  num_partitions: int
+  shard_params_over_data: bool
+  num_microbatches: int = 1
+  remat_policy: str = "none"
+
+  @property
+  def name(self) -> str:
+    """For a file."""
+    return "-".join(str(v) for v in dataclasses.astuple(self)).lower()
+
+
+def fit(
+  model: Any,
+  optimizer: optimizers.Optimizer,
+  *,
+  devices: Sequence[Any],
+  chip: chips.Chip | None,
+  topology: str,
+  task_feature_lengths: Mapping[str, int],
+  batch_size: int,
+  seed: int = 0,
+  pack: bool = False,
+  executor: str = "jit",
+  compiled_whole: int = 3,
+  output_path: str | None = None,
+  **_: Any,
+) -> dict[str, Any]:
+  """Prints a table of candidates, and the settings of the fastest that fits.
+
+  The step is the one on the student's outputs where the run has it, and that on
+  the data where it does not. More microbatches, or rematerialisation, are tried
+  where nothing fits without.
+
+  Args:
+    model: see `precompile.precompile`, as all that is not named here.
+    optimizer: see there.
+    devices: see there.
+    chip: whose memory is to suffice and whose rates rank.
+    topology: see there.
+    task_feature_lengths: see there.
+    batch_size: see there.
+    seed: see there.
+    pack: see there.
+    executor: only "jit".
+    compiled_whole: how many that fit are compiled whole.
+    output_path: folder for `fit.json` and the compiled programs; a search that
+      was cut off goes on there.
+    **_: settings of the run that are searched.
+
+  Returns:
+    `{"topology", ..., "candidates": [...], "best": {...} or None}`.
+
+  Raises:
+    ValueError: the chip is not known.
+  """
+  if chip is None:
+    raise ValueError(
+      "expected a topology of a chip whose rates are known, got"
+      f" {topology!r}; set --topology={next(iter(chips.CHIPS))}:2x2 or the like"
+    )
+  possible = precompile.chosen_phases(model, None, executor)
+  phase = models.STUDENT if models.STUDENT in possible else models.DATA
+  search = _Search(
+    model,
+    lambda model, candidate: precompile.Programs(
+      model,
+      optimizer,
+      partitioning.make_mesh(candidate.num_partitions, devices),
+      task_feature_lengths,
+      batch_size,
+      seed=seed,
+      pack=pack,
+      num_microbatches=candidate.num_microbatches,
+      shard_params_over_data=candidate.shard_params_over_data,
+    ),
+    chip,
+    topology,
+    phase,
+    output_path,
+  )
+  print(
+    f"{topology}: {len(devices)} devices, batch {batch_size}, lengths"
+    f" {dict(task_feature_lengths)}, {precompile.TITLES[phase]}\n{_HEADER}",
+    flush=True,
+  )
+  rows = list(search.rows(len(devices), batch_size))
+  best = search.confirm(rows, compiled_whole)
+  if best is None:
+    print("nothing fits")
+  else:
+    print("fits: " + " ".join(best["flags"]))
+  result = {
+    "topology": topology,
+    "devices": len(devices),
+    "batch_size": batch_size,
+    "task_feature_lengths": dict(task_feature_lengths),
+    "phase": phase,
+    "hbm_bytes": chip.hbm_bytes,
+    "candidates": rows,
+    "best": best,
+  }
+  if output_path:
+    os.makedirs(output_path, exist_ok=True)
+    path = os.path.join(output_path, "fit.json")
+    with open(path, "w", encoding="utf-8") as file:
+      json.dump(result, file, indent=2)
+  return result
+
+
+def meshes(number: int, batch_size: int) -> Iterator[Candidate]:
+  """Candidates for a number of devices that fill a batch's rows, simplest first."""
+  for partitions in range(1, number + 1):
+    data = number // partitions
+    if number % partitions or batch_size % data:
+      continue
+    for split in (False, True) if data > 1 else (False,):
+      yield Candidate(partitions, split)
+
+
+def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
+  """A candidate as it is, then with ever less memory and ever more work.
+
+  Args:
+    candidate: with one microbatch and no rematerialisation.
+    rows: of a batch, on each part of the data axis.
+  """
+  yield [candidate]
+  parts = 1
+  while parts <= rows:
+    level = [
+      dataclasses.replace(
+        candidate, num_microbatches=parts, remat_policy="full"
+      )
+    ]
+    if 2 * parts <= rows and rows % (2 * parts) == 0:
+      level.append(dataclasses.replace(candidate, num_microbatches=2 * parts))
+    yield level
+    parts *= 2
+    if rows % parts:
+      return
+
+
+class _Search:
+  """Candidates' costs, and the choice."""
+
+  def __init__(self, model, programs, chip, topology, phase, folder):
+    self._model, self._programs, self._chip = model, programs, chip
+    self._topology, self._phase, self._folder = topology, phase, folder
+
+  def rows(self, number, batch_size):
+    """For each mesh the candidates up to the first that seem to fit."""
+    for mesh in meshes(number, batch_size):
+      if self._held(mesh) > self._chip.hbm_bytes:
+        # Of arguments; nothing but the mesh and the split changes them.
+        yield self._row(mesh, {"held_bytes": self._held(mesh), "fits": False})
+        continue
+      data = number // mesh.num_partitions
+      for level in savers(mesh, batch_size // data):
+        rows = [self._estimated(candidate) for candidate in level]
+        yield from rows
+        if any(row["fits"] for row in rows):
+          break
+
+  def confirm(self, rows, number):
+    """The fastest of the first that fit when compiled whole, or None if none do."""
+    likely = sorted(
+      (row for row in rows if row["fits"]), key=lambda row: row["seconds"]
+    )
+    found = []
+    for row in likely:
+      candidate = Candidate(**row["settings"])
+      report = self._programs(self._of(candidate), candidate).report(
+        self._phase,
+        self._chip,
+        self._topology,
+        self._folder,
+        f"{candidate.name}-whole",
+      )
+      title = f"compiled whole, {' '.join(row['flags'])}:"
+      print("\n".join(precompile_report.lines(title, report)), flush=True)
+      if report["fits"]:
+        found.append(row | {"report": report})
+      if len(found) == number:
+        break
+    return min(
+      found,
+      key=lambda row: row["report"]["roofline"]["seconds"],
+      default=None,
+    )
+
+  def _of(self, candidate):
+    return depths.changed(
+      self._model,
+      {("student", "remat_policy"): candidate.remat_policy},
+    )
+
+  def _held(self, candidate):
+    return self._programs(self._of(candidate), candidate).held_bytes
+
+  def _estimated(self, candidate):
+    def report(shallow, name):
+      return self._programs(shallow, candidate).report(
+        self._phase,
+        self._chip,
+        self._topology,
+        self._folder,
+        f"{candidate.name}-{name}",
+      )
+
+    try:
+      with _little_effort():
+        costs = depths.estimate(self._of(candidate), report)
+    except MemoryError as error:
+      return self._row(candidate, {"compiler_says": str(error), "fits": False})
+    return self._row(
+      candidate,
+      {
+        "peak_bytes": costs["peak"],
+        "seconds": depths.seconds(costs, self._chip),
+        "fits": costs["peak"] <= self._chip.hbm_bytes,
+        "costs": costs,
+      },
+    )
+
+  def _row(self, candidate, found):
+    row = {
+      "settings": dataclasses.asdict(candidate),
+      "flags": self._flags(candidate),
+      **found,
+    }
+    print(_line(candidate, row), flush=True)
+    return row
+
+  def _flags(self, candidate):
+    config = self._model.student.config
+    module = type(config).__module__.rpartition(".")[2]
+    name = f"{module}.{type(config).__name__}.remat_policy"
+    return [
+      f"--gin.NUM_PARTITIONS={candidate.num_partitions}",
+      f"--gin.NUM_MICROBATCHES={candidate.num_microbatches}",
+      "--gin.train.train.shard_params_over_data="
+      f"{candidate.shard_params_over_data}",
+      # Of the teacher as well, which has no backward pass.
+      f"--gin.{name}='{candidate.remat_policy}'",
+    ]
+
+
+@contextlib.contextmanager
+def _little_effort():
+  """Compiles in a third of the time; the programs hold and do much the same."""
+  names = "jax_optimization_level", "jax_memory_fitting_level"
+  before = [getattr(jax.config, name) for name in names]
+  for name in names:
+    jax.config.update(name, "O1")
+  try:
+    yield
+  finally:
+    for name, value in zip(names, before, strict=True):
+      jax.config.update(name, value)
+
+
+_HEADER = (
+  "model axis  split over data  microbatches  remat  GiB at peak  ms at least"
+)
+
+
+def _line(candidate, row):
+  if "seconds" in row:
+    numbers = f"{row['peak_bytes'] / _GIB:11.2f}  {row['seconds'] * 1e3:11.2f}"
+  elif "held_bytes" in row:
+    numbers = f"{row['held_bytes'] / _GIB:11.2f}  of arguments alone"
+  else:
+    numbers = f"  {row['compiler_says'][:60]}"
+  return (
+    f"{candidate.num_partitions:10}"
+    f"  {'yes' if candidate.shard_params_over_data else 'no':>15}"
+    f"  {candidate.num_microbatches:12}  {candidate.remat_policy:>5}  {numbers}"
+    f"{'' if row['fits'] else '  does not fit'}"
+  )
