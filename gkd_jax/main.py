@@ -50,7 +50,10 @@ flags.DEFINE_string(
   "import, export, report, precompile, fit: folder to write",
 )
 flags.DEFINE_string(
-  "markdown", None, "report: also this file, pictures in the folder beside it"
+  "markdown",
+  None,
+  "report: also this file, pictures in the folder beside it; precompile: this file"
+  " from reports, and nothing is compiled",
 )
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
@@ -132,7 +135,12 @@ def _run(argv):
     print(shipped.model_path(*argv[2:]))
     return
   if mode in ("precompile", "fit"):
-    _compile_only(mode)
+    if FLAGS.markdown:
+      from gkd_jax import scale_table
+
+      scale_table.write(FLAGS.markdown, argv[2:])
+    else:
+      _compile_only(mode)
     return
   if mode == "sweep":
     _sweep()

@@ -89,6 +89,7 @@ LAYERS = (
     "report_data",
     "report_page",
     "report_tables",
+    "scale_table",
     "reports",
     "sweep_check",
     "sweep_runner",

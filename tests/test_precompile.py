@@ -331,11 +331,43 @@ def libtpu():
 
 @pytest.mark.parametrize(
   ("name", "number"),
-  [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:4x4", 16), ("v5p:4x4x4", 64)],
+  [
+    *(("v4:2x2x1", 4), ("v4:8x8x8", 512), ("v5e:1x1", 1), ("v5e:4x4", 16)),
+    *(("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v5p:8x8x8", 512)),
+    *(("v6e:2x2", 4), ("v6e:16x16", 256)),
+  ],
 )
 def test_a_device_is_a_chip(libtpu, name, number):
   found, chip = topologies.devices(name)
   assert len(found) == number and chip is chips.CHIPS[name.partition(":")[0]]
+
+
+@pytest.mark.parametrize(
+  "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+)
+def test_figures_of_each_chip_are_its_compiler_s(libtpu, model, name):
+  found, chip = topologies.devices(name)
+  mesh = partitioning.make_mesh(2, found)
+  report = compile_toy(
+    model, devices=found, chip=chip, phases=["teacher"], topology=name
+  )
+  memory = report["phases"]["teacher"]["memory"]
+  shapes = placement.input_shapes(LENGTHS)
+  params = placement.with_shardings(
+    *placement.params(model.teacher, shapes, mesh, placement.rules(False))
+  )
+  batch = {
+    key: jax.ShapeDtypeStruct(
+      value.shape, value.dtype, sharding=NamedSharding(mesh, P("data"))
+    )
+    for key, value in toy_models.batch(rows=16).items()
+  }
+  stats = (
+    partitioning.jit(model.teacher.logits, mesh).lower(params, batch).compile()
+  ).memory_analysis()
+  assert memory["arguments"] == stats.argument_size_in_bytes > 0
+  assert memory["outputs"] == stats.output_size_in_bytes > 0
+  assert memory["temporaries"] == stats.temp_size_in_bytes
 
 
 def test_a_shape_that_no_host_has_is_a_sentence(libtpu):

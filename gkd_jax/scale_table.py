@@ -1,0 +1,98 @@
+"""`docs/scale.md` from the reports of `gkd precompile`."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+_GIB = 2**30
+_PHASES = {
+  "sampling": "sampling",
+  "teacher": "teacher",
+  "data": "step on data",
+  "student": "on-policy step",
+  "mixed": "mixed step",
+}
+_HEAD = """# Does the paper's setting fit?
+
+Programs that `gkd precompile` compiled for TPUs that were not there, and counted;
+nothing here was run on a TPU. Memory, in GiB, is `compiled.memory_analysis()` of
+one device, and FLOP and GiB sent are of one device too; tokens are of all of them.
+The time is the least that operations, bytes and the chip's published rates allow,
+with every output of full length; tokens/s and MFU follow from it and are the most
+that there can be. FLOPs are of matrix products alone. This file is made by
+
+```
+gkd precompile --markdown=docs/scale.md docs/results/scale/*.json
+```
+
+| setting | devices | batch, lengths | phase | arguments | temporaries | peak of | fits | TFLOP | sent | ms at least | tokens/s | MFU | compiled in |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def write(path: str, reports: Sequence[str]) -> None:
+  """Writes the document.
+
+  Args:
+    path: of the document.
+    reports: JSON files, each a `precompile.json`.
+
+  Raises:
+    ValueError: no report.
+  """
+  if not reports:
+    raise ValueError(
+      "expected reports, got none; run `gkd precompile --markdown=FILE"
+      " precompile.json ...`"
+    )
+  rows, commands = [], []
+  for report in reports:
+    with open(report, encoding="utf-8") as file:
+      found = json.load(file)
+    title = found.get("title") or os.path.basename(os.path.dirname(report))
+    rows += [row(title, found, phase) for phase in found["phases"]]
+    commands.append(
+      f"- {title}, {found['topology']}: `{found.get('command', report)}`"
+    )
+  text = _HEAD + "\n".join(rows) + "\n\nCommands:\n\n" + "\n".join(commands)
+  with open(path, "w", encoding="utf-8") as file:
+    file.write(text + "\n")
+
+
+def row(title: str, report: dict[str, Any], phase: str) -> str:
+  """A line of the table: memory in GiB of one device.
+
+  Args:
+    title: of the setting.
+    report: see `precompile.precompile`.
+    phase: one that is in it.
+  """
+  found = report["phases"][phase]
+  memory, mesh = found["memory"], report["mesh"]
+  lengths = report["task_feature_lengths"]
+  size = lambda name: f"{memory[name] / _GIB:.2f}" if name in memory else "?"
+  least = found.get("roofline")
+  numbers = ["?"] * 5
+  if least:
+    sent = sum(c["sent_bytes"] for c in found["collectives"].values())
+    numbers = [
+      f"{found['flops'] / 1e12:.2f}",
+      f"{sent / _GIB:.2f}",
+      f"{least['seconds'] * 1e3:.1f}",
+      f"{found['tokens_per_second']:,.0f}",
+      f"{found['mfu']:.0%}",
+    ]
+  cells = [
+    title,
+    f"{report['topology']}, {mesh['data']} x {mesh['model']}",
+    f"{report['batch_size']}, {lengths['inputs']} to {lengths['targets']}",
+    _PHASES[phase],
+    size("arguments"),
+    size("temporaries"),
+    f"{size('peak')} of {report['hbm_bytes'] / _GIB:.2f}",
+    {True: "yes", False: "no", None: "?"}[found["fits"]],
+    *numbers,
+    f"{found['compile_seconds']:.0f} s",
+  ]
+  return f"| {' | '.join(cells)} |"
