@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def fit(
   if best is None:
     print("nothing fits")
   else:
-    print("fits: " + " ".join(best["flags"]))
+    print("fits: " + shlex.join(best["flags"]))
   result = {
     "topology": topology,
     "devices": len(devices),
@@ -216,7 +217,7 @@ class _Search:
         self._folder,
         f"{candidate.name}-whole",
       )
-      title = f"compiled whole, {' '.join(row['flags'])}:"
+      title = f"compiled whole, {shlex.join(row['flags'])}:"
       print("\n".join(precompile_report.lines(title, report)), flush=True)
       if report["fits"]:
         found.append(row | {"report": report})
@@ -281,7 +282,7 @@ class _Search:
       "--gin.train.train.shard_params_over_data="
       f"{candidate.shard_params_over_data}",
       # Of the teacher as well, which has no backward pass.
-      f"--gin.{name}='{candidate.remat_policy}'",
+      f'--gin.{name}="{candidate.remat_policy}"',
     ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import jax
 import pytest
@@ -188,7 +189,7 @@ def test_what_fits_is_compiled_whole_and_its_settings_are_flags(
   )
   assert programs.held_bytes == best["report"]["memory"]["arguments"]
   flags = best["flags"]
-  assert f"fits: {' '.join(flags)}\n" in capsys.readouterr().out
+  assert f"fits: {shlex.join(flags)}\n" in capsys.readouterr().out
   # The flags are bindings that a run's files take.
   bindings = [
     flag.removeprefix("--gin.").replace("=", " = ", 1) for flag in flags
