@@ -20,7 +20,9 @@ nothing here was run on a TPU. Memory, in GiB, is `compiled.memory_analysis()` o
 one device, and FLOP and GiB sent are of one device too; tokens are of all of them.
 The time is the least that operations, bytes and the chip's published rates allow,
 with every output of full length; tokens/s and MFU follow from it and are the most
-that there can be. FLOPs are of matrix products alone. This file is made by
+that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CMEM
+costs no time here, so that its sampling looks too fast. The seconds of compilation
+are of one core that did other work too. This file is made by
 
 ```
 gkd precompile --markdown=docs/scale.md docs/results/scale/*.json
