@@ -148,7 +148,7 @@ def test_rl_gkd_stopped_and_resumed(folders, tmp_path):
     "DISCOUNT": 0.9,
     "SAMPLES_PER_PROMPT": 2,
   }
-  (tmp_path / "my_rewards.py").write_text(
+  rewards = (
     "def length(inputs, outputs, examples):\n"
     "  return [len(x) for x in outputs]\n"
   )
@@ -156,6 +156,7 @@ def test_rl_gkd_stopped_and_resumed(folders, tmp_path):
   ends = []
   for name, stops in (("whole", (3,)), ("parts", (2, 3))):
     (tmp_path / name).mkdir()
+    (tmp_path / name / "my_rewards.py").write_text(rewards)
     for stop in stops:
       folder, rows = train(
         "rl_gkd", tmp_path / name, text, TRAIN_STEPS=stop, **settings
