@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import types
+from gkd_jax import mesh_axes, types
 
 Draw = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -215,7 +215,7 @@ def in_slots(
     max_decode_length=max_decode_length,
     eos_id=eos_id,
   )
-  shards = _shards(data_axis)
+  shards = mesh_axes.auto_axes().get(data_axis, 1)
   if shards == 1:
     return run(*of_rows)
   rows = start_tokens.shape[0]
@@ -245,14 +245,6 @@ def in_slots(
   )(*of_rows)
 
 
-def _shards(data_axis):
-  """Parts that the compiler splits rows into; 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-  auto = jax.sharding.AxisType.Auto
-  return next((n for a, n, t in axes if a == data_axis and t == auto), 1)
-
-
 def _one_queue(
   tokens_to_logits,
   draw,
@@ -272,7 +264,6 @@ def _one_queue(
   slots = min(slots, rows)
   queue = jnp.argsort(~active, stable=True).astype(jnp.int32)
   waiting = jnp.sum(active, dtype=jnp.int32)
-  shape = (rows, max_decode_length)
 
   def has_work(state: _SlotsState):
     return ~jnp.all(state.free) | (state.next < waiting)
@@ -281,22 +272,8 @@ def _one_queue(
     return jnp.any(state.free) & (state.next < waiting)
 
   def refill(state: _SlotsState) -> _SlotsState:
-    slot, row = jnp.argmax(state.free), queue[state.next]
-
-    def move(to, axis, of):
-      if axis < 0:
-        return to
-      one = lax.dynamic_index_in_dim(of, row, axis)
-      return lax.dynamic_update_slice_in_dim(to, one, slot, axis)
-
-    return state._replace(
-      next=state.next + 1,
-      row=state.row.at[slot].set(row),
-      position=state.position.at[slot].set(0),
-      current=state.current.at[slot].set(start_tokens[row]),
-      free=state.free.at[slot].set(False),
-      cache=jax.tree.map(move, state.cache, row_axes, cache),
-    )
+    row = queue[state.next]
+    return _refilled(state, row, start_tokens[row], cache, row_axes)
 
   def step(state: _SlotsState) -> _SlotsState:
     logits, new_cache = lax.stop_gradient(
@@ -329,10 +306,20 @@ def _one_queue(
       lambda s: ~jnp.all(s.free) & ~can_refill(s), step, state
     )
 
-  first = queue[:slots]
+  start = _first_rows(
+    queue[:slots], waiting, start_tokens, cache, row_axes, max_decode_length
+  )
+  return lax.while_loop(has_work, turn, start).done
+
+
+def _first_rows(
+  first, waiting, start_tokens, cache, row_axes, length
+) -> _SlotsState:
+  """The first K rows `[K]` of the queue in the slots; those not waiting are free."""
+  slots, shape = first.shape[0], (start_tokens.shape[0], length)
   take = lambda of, axis: of if axis < 0 else jnp.take(of, first, axis)
   zero = jnp.int32(0)
-  start = _SlotsState(
+  return _SlotsState(
     next=jnp.minimum(slots, waiting),
     row=first,
     position=jnp.zeros(slots, jnp.int32),
@@ -343,7 +330,26 @@ def _one_queue(
       jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), zero, zero
     ),
   )
-  return lax.while_loop(has_work, turn, start).done
+
+
+def _refilled(state, row, start_token, cache, row_axes) -> _SlotsState:
+  """With `row` of the whole `cache` in the first free slot."""
+  slot = jnp.argmax(state.free)
+
+  def move(to, axis, of):
+    if axis < 0:
+      return to
+    one = lax.dynamic_index_in_dim(of, row, axis)
+    return lax.dynamic_update_slice_in_dim(to, one, slot, axis)
+
+  return state._replace(
+    next=state.next + 1,
+    row=state.row.at[slot].set(row),
+    position=state.position.at[slot].set(0),
+    current=state.current.at[slot].set(start_token),
+    free=state.free.at[slot].set(False),
+    cache=jax.tree.map(move, state.cache, row_axes, cache),
+  )
 
 
 def _write(array, column, position):
