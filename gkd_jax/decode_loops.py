@@ -265,11 +265,8 @@ def _one_queue(
   queue = jnp.argsort(~active, stable=True).astype(jnp.int32)
   waiting = jnp.sum(active, dtype=jnp.int32)
 
-  def has_work(state: _SlotsState):
-    return ~jnp.all(state.free) | (state.next < waiting)
-
-  def can_refill(state: _SlotsState):
-    return jnp.any(state.free) & (state.next < waiting)
+  has_work = lambda s: ~jnp.all(s.free) | (s.next < waiting)
+  can_refill = lambda s: jnp.any(s.free) & (s.next < waiting)
 
   def refill(state: _SlotsState) -> _SlotsState:
     row = queue[state.next]

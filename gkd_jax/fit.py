@@ -7,8 +7,6 @@ of these that fits is the answer.
 
 import contextlib
 import dataclasses
-import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +21,7 @@ from gkd_jax import (
   partitioning,
   precompile,
   precompile_report,
+  program_files,
 )
 
 _GIB = 2**30
@@ -141,10 +140,7 @@ def fit(
     "best": best,
   }
   if output_path:
-    os.makedirs(output_path, exist_ok=True)
-    path = os.path.join(output_path, "fit.json")
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(result, file, indent=2)
+    program_files.write_json(output_path, "fit.json", result)
   return result
 
 

@@ -6,8 +6,6 @@ allocated; neither data nor checkpoints are read.
 """
 
 import functools
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -138,7 +136,7 @@ def precompile(
     result["phases"][phase] = report
     print("\n".join(precompile_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
-      _write(output_path, result)
+      program_files.write_json(output_path, "precompile.json", result)
   return result
 
 
@@ -348,11 +346,3 @@ def _phases(model) -> Iterator[str]:
     yield models.STUDENT
   if model.student_data_granularity == "example" and fraction not in (0, 1):
     yield models.MIXED
-
-
-def _write(folder, result):
-  os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, "precompile.json")
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-    json.dump(result, file, indent=2)
-  os.replace(f"{path}.tmp", path)

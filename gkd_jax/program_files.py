@@ -61,6 +61,15 @@ def write(folder: str, name: str, program: Program) -> None:
   os.replace(f"{path}.tmp", path)
 
 
+def write_json(folder: str, name: str, result: Any) -> None:
+  """Writes figures as `name` into a folder, whole or not at all."""
+  os.makedirs(folder, exist_ok=True)
+  path = os.path.join(folder, name)
+  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    json.dump(result, file, indent=2)
+  os.replace(f"{path}.tmp", path)
+
+
 def _version(package):
   try:
     return importlib.metadata.version(package)
