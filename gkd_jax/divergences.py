@@ -28,18 +28,12 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gkd_jax import divergence_terms as terms
 from gkd_jax import types
-
-# exp is 0 in float32 well above it, and differences and sums stay finite.
-_FLOOR = -1e10
-
-# A share below this counts as 0, so that nothing is divided by it.
-_NO_SHARE = 1e-20
 
 
 def forward_kl(
@@ -58,7 +52,7 @@ def forward_kl(
   Returns:
     `[...]` nats per position, float32.
   """
-  return _skewed_kl(teacher_log_probs, student_log_probs, 1.0, 0.0)
+  return terms.skewed_kl(teacher_log_probs, student_log_probs, 1.0, 0.0)
 
 
 def reverse_kl(
@@ -77,7 +71,7 @@ def reverse_kl(
   Returns:
     `[...]` nats per position, float32.
   """
-  return _skewed_kl(student_log_probs, teacher_log_probs, 1.0, 0.0)
+  return terms.skewed_kl(student_log_probs, teacher_log_probs, 1.0, 0.0)
 
 
 def jsd(
@@ -177,10 +171,14 @@ def normalized_jsd(
     ValueError: a β that is known when tracing is outside of [0, 1].
   """
   beta = _checked("beta", beta)
+  if isinstance(beta, float) and beta in (0, 1):
+    return (reverse_kl if beta else forward_kl)(
+      teacher_log_probs, student_log_probs
+    )
   # Never divides by β (1-β): near an end JSD(β) has lost its digits.
-  forward = _skewed_kl(teacher_log_probs, student_log_probs, 1 - beta, beta)
-  reverse = _skewed_kl(student_log_probs, teacher_log_probs, beta, 1 - beta)
-  return forward + reverse
+  return terms.normalized_jsd(
+    teacher_log_probs, student_log_probs, beta, 1 - beta
+  )
 
 
 def total_variation(
@@ -199,8 +197,10 @@ def total_variation(
   Returns:
     `[...]` per position, float32.
   """
-  log_p, log_q = _floored(teacher_log_probs), _floored(student_log_probs)
-  return 0.5 * jnp.sum(jnp.abs(_difference(log_p, log_q)), axis=-1)
+  gap, _ = terms.difference(
+    terms.floored(teacher_log_probs), terms.floored(student_log_probs)
+  )
+  return 0.5 * jnp.sum(jnp.abs(gap), axis=-1)
 
 
 def skew_forward_kl(
@@ -224,7 +224,7 @@ def skew_forward_kl(
     ValueError: an α that is known when tracing is outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
-  kl = _skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha, alpha)
+  kl = terms.skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha, alpha)
   return (1 - alpha) * kl
 
 
@@ -249,7 +249,7 @@ def skew_reverse_kl(
     ValueError: an α that is known when tracing is outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
-  kl = _skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha, alpha)
+  kl = terms.skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha, alpha)
   return (1 - alpha) * kl
 
 
@@ -265,7 +265,7 @@ def entropy(log_probs: jax.Array) -> jax.Array:
   Returns:
     `[...]` float32.
   """
-  log_p = _floored(log_probs)
+  log_p = terms.floored(log_probs)
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
@@ -287,6 +287,22 @@ _REGISTRY: dict[str, Callable[..., jax.Array]] = {
 def names() -> list[str]:
   """Returns the names that `get` knows, sorted."""
   return sorted(_REGISTRY)
+
+
+def sums_over_vocabulary(divergence: types.Divergence) -> bool:
+  """Whether a divergence is known to be a sum of a term for each token of V.
+
+  That of a part of V is then a part of the sum. True of all in `names()`, with
+  hyper-parameters bound or not; of a function of the user's nothing is known.
+
+  >>> sums_over_vocabulary(get("jsd", beta=0.5))
+  True
+
+  Args:
+    divergence: a function of two log-probs.
+  """
+  function = getattr(divergence, "func", divergence)
+  return any(function is known for known in _REGISTRY.values())
 
 
 def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
@@ -332,94 +348,6 @@ def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
   law = jax.ShapeDtypeStruct((1,), jnp.float32)
   jax.eval_shape(divergence, law, law)
   return divergence
-
-
-def _skewed_kl(
-  log_a: jax.Array,
-  log_b: jax.Array,
-  share: float | jax.Array,
-  rest: float | jax.Array,
-) -> jax.Array:
-  """K_s(a, b) = KL(a ‖ m) / s, m = (1-s) a + s b; s is `share`, 1-s `rest`.
-
-  0 at s = 0, where m = a, and KL(a ‖ b) at s = 1. `[..., V]` to `[...]` nats.
-  The caller gives both shares: float32 knows a share next to 1 less well than
-  its rest.
-  """
-  # A static 1 needs no mixture.
-  plain = isinstance(share, float) and share == 1
-  shares = None if plain else (share, rest)
-  terms = _terms(_floored(log_a), _floored(log_b), shares)
-  return jnp.sum(terms, axis=-1)
-
-
-@jax.custom_jvp
-def _terms(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
-  """What K_s(a, b) sums: (a log(a / m) - a + m) / s.
-
-  `shares` is (s, 1-s), or None where s is 1.
-
-  The sum over V is KL(a ‖ m) / s, since a and m both sum to 1. None of these
-  terms is negative, while the plain a log(a / m) cancel near a = b. With
-  y = b/a - 1 and v = s y, so that m = a (1 + v), a term is
-
-    a (v - log1p(v)) / s = (b - a) (v - log1p(v)) / v
-  """
-  s, rest = shares or (1.0, 0.0)
-  log_ratio = log_b - log_a
-  difference = _difference(log_a, log_b)
-  v = s * jnp.expm1(jnp.minimum(log_ratio, 40.0))  # y is capped at e^40
-  near = (jnp.abs(v) < 0.25) & (log_ratio < 40.0)
-  # log1p(v) = 2 artanh(z) = 2 (z + z³/3 + ...), and v - 2 z = v z.
-  z = v / (2 + v)
-  z2 = z * z
-  series = 1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 / 9))
-  near_term = difference * z * (1 - 2 * z / (2 + v) * series)
-  log_m = log_ratio  # log(m / a)
-  if shares is not None:
-    log_m = jnp.logaddexp(_log(rest), _log(s) + log_ratio)
-  # Far terms are positive, but for the rounding of products near underflow.
-  far_term = difference - jnp.exp(log_a) * log_m / jnp.maximum(s, _NO_SHARE)
-  terms = jnp.where(near, near_term, jnp.maximum(far_term, 0.0))
-  return jnp.where(jnp.less(s, _NO_SHARE), 0.0, terms)
-
-
-def _slope(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
-  """Derivative of `_terms` with respect to log b: (b - a) s b / m."""
-  difference = _difference(log_a, log_b)
-  if shares is None:
-    return difference
-  s, rest = shares
-  return difference * jax.nn.sigmoid(log_b - log_a + _log(s) - _log(rest))
-
-
-# The closed form keeps its digits where automatic differentiation of the
-# branches would not, and needs no second pass through them. A term scales with
-# (a, b), so its derivatives with respect to log a and log b add up to itself.
-_terms.defjvps(
-  lambda dot, terms, *args: dot * (terms - _slope(*args)),
-  lambda dot, terms, *args: dot * _slope(*args),
-  None,
-)
-
-
-def _difference(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
-  """b - a, with the digits that exp(log_b) - exp(log_a) loses near a = b."""
-  log_ratio = log_b - log_a
-  a = jnp.exp(log_a)
-  # Where b > e a nothing cancels, and a expm1(...) may be 0 times infinity.
-  close = a * jnp.expm1(jnp.minimum(log_ratio, 1.0))
-  return jnp.where(log_ratio < 1, close, jnp.exp(log_b) - a)
-
-
-def _floored(log_probs: jax.Array) -> jax.Array:
-  return jnp.maximum(log_probs.astype(jnp.float32), _FLOOR)
-
-
-def _log(share: float | jax.Array) -> jax.Array:
-  """log(share), and a finite number below all log-probs' differences at 0."""
-  positive = jnp.greater(share, 0)
-  return jnp.where(positive, jnp.log(jnp.where(positive, share, 1.0)), -1e12)
 
 
 def _checked(name: str, value: float | jax.Array) -> float | jax.Array:

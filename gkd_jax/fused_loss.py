@@ -9,10 +9,8 @@ losses (arXiv 2410.10989, section 3.2).
 Padding is left out: tokens of weight 0 are moved behind the others, and chunks
 that hold nothing else are not computed.
 
-Within a chunk the vocabulary is the first axis and tokens are the last: sums
-over the vocabulary then run over whole vectors of tokens, which XLA's CPU
-backend needs to vectorise them. C stands for the tokens of a chunk, R for the
-shards of the data axis (1 without a mesh).
+What happens within a chunk is `fused_chunks`. C stands for the tokens of a chunk,
+R for the shards of the data axis (1 without a mesh).
 """
 
 import functools
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import divergences, losses, mesh_axes, types
+from gkd_jax import divergences, fused_chunks, losses, mesh_axes, types
 
 
 class Int8Head(NamedTuple):
@@ -104,8 +102,8 @@ def fused_distillation_loss(
     length_normalization: see `losses.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `losses.token_weights`.
     num_real_tokens: see `losses.distillation_loss`.
-    chunk_size: most tokens of a chunk, on each data shard. Temporary memory is
-      about 4 to 8 times V · chunk_size float32, and twice the head's gradient.
+    chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
+      memory is about three times V · chunk_size float32 beside the gradients.
     data_axis: of the mesh, over which rows are split.
     model_axis: of the mesh, over which a vocabulary that it divides is split.
 
@@ -130,7 +128,11 @@ def fused_distillation_loss(
     weights, length_normalization, segment_ids
   )
   weights = weights.astype(jnp.float32)
+  losses.check_temperatures(teacher_temperature, student_temperature)
+  losses.check_num_real_tokens(num_real_tokens, vocab_size)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
+  if divergences.sums_over_vocabulary(divergence):
+    layout = layout._replace(tiles=_tiles(vocab_size, layout))
   tokens = _Tokens(
     jax.lax.stop_gradient(_where_real(teacher_hidden, weights)),
     _where_real(student_hidden, weights),
@@ -138,11 +140,11 @@ def fused_distillation_loss(
     shares,
   )
   tokens, chunks = _real_first(layout, tokens)
-  of_token, settings = _split_settings(
+  rules_of, settings = _split_settings(
     divergence, teacher_temperature, student_temperature, num_real_tokens
   )
   sums: Any = _loss(
-    of_token,
+    rules_of,
     layout,
     tokens.student_hidden,
     layout.constrain(student_head, None, layout.model_axis),
@@ -186,6 +188,7 @@ class _Layout(NamedTuple):
   data_axis: str | None
   model_axis: str | None
   has_mesh: bool
+  tiles: fused_chunks.Tiles  # of the vocabulary, on a CPU
 
   def constrain(self, x, *axes):
     """`x`, split over these axes of the mesh, where there is one."""
@@ -193,7 +196,7 @@ class _Layout(NamedTuple):
 
 
 def _split_settings(divergence, *rest):
-  """A function of settings and logits `[V, N]`, and the settings that are arrays.
+  """A function of settings to `Rules`, and the settings that are arrays.
 
   custom_vjp has to be handed those; numbers stay numbers, which are checked.
   """
@@ -205,15 +208,12 @@ def _split_settings(divergence, *rest):
   arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
   numbers = [None if i in arrays else x for i, x in enumerate(leaves)]
 
-  def of_token(arrays, teacher_logits, student_logits):
+  def rules_of(arrays):
     values = [arrays.get(i, x) for i, x in enumerate(numbers)]
     hyper, *rest = jax.tree.unflatten(tree, values)
-    bound = functools.partial(divergence, **hyper)
-    return losses.token_losses(
-      teacher_logits, student_logits, bound, *rest, axis=0
-    )
+    return fused_chunks.Rules(functools.partial(divergence, **hyper), *rest)
 
-  return of_token, arrays
+  return rules_of, arrays
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
@@ -230,7 +230,18 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
     data_axis if shards > 1 else None,
     model_axis if parts > 1 and vocab_size % parts == 0 else None,
     bool(sizes),
+    fused_chunks.Tiles(1, vocab_size),
   )
+
+
+def _tiles(vocab_size, layout):
+  """Tiles of which a few are in a CPU's cache; one where there are no such."""
+  if layout.model_axis is None:
+    tokens = layout.chunk * layout.data_shards
+    for width in range(min(vocab_size, 2**17 // tokens), 63, -1):
+      if vocab_size % width == 0:
+        return fused_chunks.Tiles(vocab_size // width, width)
+  return layout.tiles
 
 
 def _where_real(hidden, weights):
@@ -261,9 +272,9 @@ def _real_first(layout, tokens):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(of_token, layout, hidden, head, tokens, constants, chunks):
+def _loss(rules_of, layout, hidden, head, tokens, constants, chunks):
   """Sums over tokens of the loss and of each metric, by name."""
-  return _sums(of_token, layout, hidden, head, tokens, constants, chunks, False)
+  return _sums(rules_of, layout, hidden, head, tokens, constants, chunks, False)
 
 
 def _loss_forward(*arguments):
@@ -271,8 +282,8 @@ def _loss_forward(*arguments):
   return sums, (d_hidden, d_head)
 
 
-def _loss_backward(of_token, layout, gradients, d_sums):
-  del of_token, layout
+def _loss_backward(rules_of, layout, gradients, d_sums):
+  del rules_of, layout
   scale = d_sums[_LOSS]
   scaled = (scale.astype(g.dtype) * g for g in gradients)
   return *scaled, None, None, None
@@ -282,45 +293,63 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _sums(
-  of_token, layout, hidden, head, tokens, constants, chunks, with_gradient
+  rules_of, layout, hidden, head, tokens, constants, chunks, with_gradient
 ):
   """What `_loss` returns; with the gradient, also those of its two inputs."""
+  of = functools.partial(_over_chunks, rules_of, layout, with_gradient)
+  arguments = hidden, head, tokens, constants, chunks
+  whole = fused_chunks.Tiles(1, head.shape[1])
+  if layout.tiles == whole:
+    return of(whole, *arguments)
+  # An accelerator is faster with few large products.
+  return jax.lax.platform_dependent(
+    *arguments,
+    cpu=functools.partial(of, layout.tiles),
+    default=functools.partial(of, whole),
+  )
+
+
+def _over_chunks(
+  rules_of,
+  layout,
+  with_gradient,
+  tiles,
+  hidden,
+  head,
+  tokens,
+  constants,
+  chunks,
+):
   teacher_head, settings = constants
+  rules = rules_of(settings)
 
   def step(index, carry):
     part = lambda x: jax.lax.dynamic_slice_in_dim(
       x, index * layout.chunk, layout.chunk, axis=1
     )
     rows, here = part(hidden), jax.tree.map(part, tokens)
-    teacher_logits = _logits(layout, here.teacher_hidden, teacher_head)
-    student_logits = _logits(layout, rows, head)
-    of_student = functools.partial(of_token, settings, teacher_logits)
+    loss, metrics, slopes = fused_chunks.token_losses(
+      rules,
+      tiles,
+      _logits(layout, here.teacher_hidden, teacher_head),
+      _logits(layout, rows, head),
+    )
     weights, shares = here.weights.reshape(-1), here.shares.reshape(-1)
-    sums, *gradients = carry
-    if with_gradient:
-      loss, pull, metrics = jax.vjp(of_student, student_logits, has_aux=True)
-      (d_logits,) = pull(shares)
-      gradients = _add_gradients(layout, gradients, index, rows, head, d_logits)
-    else:
-      loss, metrics = of_student(student_logits)
     new = {name: weights * x for name, x in metrics.items()}
     new[_LOSS] = shares * loss
+    sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
+    if with_gradient:
+      d_logits = fused_chunks.logits_gradient(rules, slopes, shares)
+      gradients = _add_gradients(
+        layout, tiles, gradients, index, rows, head, d_logits
+      )
     return sums, *gradients
 
   names = (_LOSS, *losses.TOKEN_METRICS)
   start = ({name: jnp.zeros((), jnp.float32) for name in names},)
   if with_gradient:
-    shards = layout.data_shards
-    start += (
-      layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
-      layout.constrain(
-        jnp.zeros((shards, *head.shape), jnp.float32),
-        layout.data_axis,
-        None,
-        layout.model_axis,
-      ),
-    )
+    start += _no_gradients(layout, hidden, head)
   # Named for `hlo_costs`: the loop itself knows no bound.
   with jax.named_scope(f"at_most_{tokens.weights.shape[1] // layout.chunk}"):
     done = jax.lax.fori_loop(0, chunks, step, start)
@@ -330,23 +359,39 @@ def _sums(
   return sums, d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype)
 
 
-def _add_gradients(layout, gradients, index, rows, head, d_logits):
+def _no_gradients(layout, hidden, head):
+  """Zeros for the gradients of hidden states and, on each shard, of the head."""
+  of_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
+  return (
+    layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
+    layout.constrain(of_head, layout.data_axis, None, layout.model_axis),
+  )
+
+
+def _add_gradients(layout, tiles, gradients, index, rows, head, d_logits):
   """Gradients of hidden states and head, with those of one chunk in them."""
   d_hidden, d_head = gradients
   flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
   of_rows = jnp.einsum("dv,vn->nd", head.astype(jnp.float32), d_logits)
-  if layout.data_shards == 1:
-    of_head = jnp.einsum("nd,vn->dv", flat, d_logits)[None]
-  else:
-    by_shard = d_logits.reshape(d_logits.shape[0], *rows.shape[:2])
-    of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
+  tiles = tiles.joined(8)  # wide ones: the products are faster
+
+  def sweep(first, d_head):
+    part = tiles.of(d_logits, first)
+    if layout.data_shards == 1:
+      of_head = jnp.einsum("nd,vn->dv", flat, part)[None]
+    else:
+      by_shard = part.reshape(part.shape[0], *rows.shape[:2])
+      of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
+    old = tiles.of(d_head, first, axis=2)
+    return tiles.put(d_head, old + of_head, first, axis=2)
+
   d_hidden = jax.lax.dynamic_update_slice_in_dim(
     d_hidden,
     of_rows.reshape(rows.shape).astype(d_hidden.dtype),
     index * layout.chunk,
     axis=1,
   )
-  return d_hidden, d_head + of_head
+  return d_hidden, tiles.each(sweep, d_head)
 
 
 def _logits(layout, hidden, head):

@@ -154,7 +154,6 @@ def token_losses(
   teacher_temperature: float | jax.Array,
   student_temperature: float | jax.Array,
   num_real_tokens: int | None,
-  axis: int = -1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The divergence and the metrics of each token, from float32 logits.
 
@@ -165,7 +164,6 @@ def token_losses(
     teacher_temperature: divides the teacher's logits.
     student_temperature: divides the student's logits.
     num_real_tokens: token ids from here on have no mass; None: there are none.
-    axis: of the vocabulary: -1, or 0 for logits `[V, N]`.
 
   Returns:
     Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
@@ -174,26 +172,35 @@ def token_losses(
     ValueError: a temperature not above 0, or a `num_real_tokens` outside of
       1..V.
   """
-  _check_temperature("teacher_temperature", teacher_temperature)
-  _check_temperature("student_temperature", student_temperature)
-  p = teacher_logits / teacher_temperature
-  q = student_logits / student_temperature
-  p = without_padding(p, num_real_tokens, axis=axis)
-  q = without_padding(q, num_real_tokens, axis=axis)
-  p, q = _log_softmax(p, axis), _log_softmax(q, axis)
-  # Divergences sum over the last axis. Mapping what is pointwise but for one sum
-  # moves no data; mapping a softmax would.
-  along = (lambda f: f) if axis == -1 else (lambda f: jax.vmap(f, in_axes=1))
-  loss = along(divergence)(p, q)
+  check_temperatures(teacher_temperature, student_temperature)
+  p = without_padding(teacher_logits / teacher_temperature, num_real_tokens)
+  q = without_padding(student_logits / student_temperature, num_real_tokens)
+  p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+  loss = divergence(p, q)
   p, q = jax.lax.stop_gradient((p, q))
-  metrics = (
-    along(divergences.forward_kl)(p, q),
-    along(divergences.reverse_kl)(p, q),
-    along(divergences.entropy)(p),
-    along(divergences.entropy)(q),
-    first_of_largest(p, axis) == first_of_largest(q, axis),
-  )
-  return loss, dict(zip(TOKEN_METRICS, metrics, strict=True))
+  agree = first_of_largest(p) == first_of_largest(q)
+  return loss, summed_metrics(p, q) | {AGREEMENT: agree}
+
+
+AGREEMENT = "top1_agreement"
+
+
+def summed_metrics(p: jax.Array, q: jax.Array) -> dict[str, jax.Array]:
+  """All of `TOKEN_METRICS` but `AGREEMENT`: those that are sums over V.
+
+  Args:
+    p: `[..., V]` the teacher's log-probs.
+    q: `[..., V]` the student's log-probs.
+
+  Returns:
+    `[...]` nats each.
+  """
+  return {
+    "forward_kl": divergences.forward_kl(p, q),
+    "reverse_kl": divergences.reverse_kl(p, q),
+    "teacher_entropy": divergences.entropy(p),
+    "student_entropy": divergences.entropy(q),
+  }
 
 
 def without_padding(
@@ -226,12 +233,7 @@ def without_padding(
   """
   if num_real_tokens is None:
     return logits
-  vocab_size = logits.shape[axis]
-  if not 1 <= num_real_tokens <= vocab_size:
-    raise ValueError(
-      f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
-      f" {num_real_tokens}; set NUM_REAL_TOKENS"
-    )
+  check_num_real_tokens(num_real_tokens, logits.shape[axis])
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis % logits.ndim)
   return jnp.where(ids < num_real_tokens, logits, no_mass)
 
@@ -331,14 +333,6 @@ def first_of_largest(x: jax.Array, axis: int = -1) -> jax.Array:
   return jnp.min(jnp.where(smaller, x.shape[axis], ids), axis=axis)
 
 
-def _log_softmax(logits: jax.Array, axis: int) -> jax.Array:
-  if axis == -1:
-    return jax.nn.log_softmax(logits)
-  largest = jnp.max(logits, axis=axis, keepdims=True)
-  shifted = logits - jax.lax.stop_gradient(largest)
-  return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=axis, keepdims=True))
-
-
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
   """Float32 logits, 0 where the weight is.
 
@@ -367,8 +361,25 @@ def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]):
     )
 
 
-def _check_temperature(name: str, value: float | jax.Array):
-  if not isinstance(value, jax.core.Tracer) and not value > 0:
+def check_num_real_tokens(number: int | None, vocab_size: int) -> None:
+  """Raises ValueError unless the number, if there is one, is within 1..V."""
+  if number is not None and not 1 <= number <= vocab_size:
     raise ValueError(
-      f"expected a {name} above 0, got {value}; set {name.upper()}"
+      f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
+      f" {number}; set NUM_REAL_TOKENS"
     )
+
+
+def check_temperatures(
+  teacher_temperature: float | jax.Array,
+  student_temperature: float | jax.Array,
+) -> None:
+  """Raises ValueError unless both, where they are known, are above 0."""
+  for name, value in (
+    ("teacher_temperature", teacher_temperature),
+    ("student_temperature", student_temperature),
+  ):
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
+      raise ValueError(
+        f"expected a {name} above 0, got {value}; set {name.upper()}"
+      )

@@ -10,6 +10,7 @@ LAYERS = (
   (
     "types",
     "mesh_axes",
+    "divergence_terms",
     "divergences",
     "losses",
     "rewards",
@@ -19,6 +20,7 @@ LAYERS = (
     "hlo_costs",
     "precompile_report",
     "program_files",
+    "fused_chunks",
     "fused_loss",
     "decode_loops",
     "sampling",

@@ -2,9 +2,8 @@
 
 JSD(½) of 2048 tokens, V = 32128, student and teacher 512 and 768 wide, float32,
 value and gradient. Each case runs in a process of its own on one thread, and the
-cases take turns. Peak memory is what the process's peak grows by after its inputs
-exist and, of ours, its code is compiled; of Liger's compiled setting it holds what
-torch's compiler takes in this process.
+cases take turns. Memory is what a step's peak lies above what the process holds
+before it, inputs among it, after a first step that compiled everything.
 
 Run: python -m tests.benchmarks.fused_loss [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and liger-kernel; by default this one. Pin it to a core
@@ -16,7 +15,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -127,11 +125,12 @@ def measure(case: str, chunk: int, steps: int, gpu: bool) -> None:
   if gpu:
     clock, before = time.perf_counter, memory()[1]
     peak = lambda: memory()[0]
+    step()
   else:
-    clock = time.process_time
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = peak()
-  step()
+    clock, peak = time.process_time, turns.peak_of_process
+    step()
+    turns.forget_peak()
+    before = turns.resident_bytes()
   seconds = []
   for _ in range(steps):
     begin = clock()

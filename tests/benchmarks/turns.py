@@ -77,16 +77,14 @@ def measure(device: Device, step: Callable[[], Any], steps: int) -> dict:
   """
   device.wait(step())
   if device.is_cpu:
-    # What compiling and loading took and gave back is not the steps'.
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
   clock = time.process_time if device.is_cpu else time.perf_counter
   seconds = []
   for _ in range(steps):
     begin = clock()
     device.wait(step())
     seconds.append(clock() - begin)
-  peak = _peak_of_process() if device.is_cpu else device.peak_bytes()
+  peak = peak_of_process() if device.is_cpu else device.peak_bytes()
   return {
     "seconds": seconds,
     "peak_bytes": peak,
@@ -111,12 +109,18 @@ def taken() -> dict[str, Any]:
   }
 
 
+def forget_peak() -> None:
+  """What compiling and loading took and gave back is not the steps'."""
+  ctypes.CDLL(None).malloc_trim(0)
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
 def resident_bytes() -> int:
   """Resident memory of this process now."""
   return _status("VmRSS")
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
   """Peak of the resident memory since the last write to clear_refs."""
   return _status("VmHWM")
 
