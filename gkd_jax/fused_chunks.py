@@ -1,15 +1,15 @@
 """Loss and gradient of one chunk of tokens, by tiles of the vocabulary.
 
 For `fused_loss`. A tile is a range of token ids. With several of them only the
-logits of both models and the slopes are held for the whole vocabulary, `[V, N]` each;
-log-probs and terms are made a tile at a time, while they are in a CPU's cache. (Were
-the slopes put where the teacher's logits lie, XLA would copy those at each tile.)
+logits of both models are held for the whole vocabulary, `[V, N]` each; log-probs,
+terms and gradients are made a tile at a time, while they are in a CPU's cache.
 
 The vocabulary is the first axis and tokens are the last: sums over the vocabulary
 then run over whole vectors of tokens, which XLA's CPU backend needs to vectorise
 them. N stands for the tokens of a chunk, W for the ids of a tile.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,13 +40,6 @@ class Tiles(NamedTuple):
   number: int
   width: int
 
-  def joined(self, most: int) -> "Tiles":
-    """At most so many tiles, each of several of these."""
-    for number in range(min(most, self.number), 1, -1):
-      if self.number % number == 0:
-        return Tiles(number, self.width * self.number // number)
-    return Tiles(1, self.width * self.number)
-
   def each(self, body: Callable, start: Any) -> Any:
     """`body(first id of a tile, carry)` for all tiles in turn."""
     if self.number == 1:
@@ -68,21 +61,28 @@ class Tiles(NamedTuple):
     return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis)
 
 
-class Slopes(NamedTuple):
-  """What the gradient of the loss with respect to the logits is made from.
+class Laws(NamedTuple):
+  """Both models' laws for each token, and what the gradient needs besides.
 
   Attributes:
-    slopes: `[V, N]`, derivative of each token's loss with respect to the student's
-      log-probs.
-    total: `[N]`, their sums.
-    student_logits: `[V, N]`, divided by the temperature.
-    normalizer: `[1, N]`, of the student's logits.
+    teacher_logits: `[V, N]`, divided by the temperature.
+    student_logits: likewise.
+    normalizers: `[1, N]` of each, the logarithm of Σ exp(logit).
+    slopes: `[1, N]`, the sum over the vocabulary of the derivatives of a token's
+      loss with respect to the student's log-probs.
   """
 
-  slopes: jax.Array
-  total: jax.Array
+  teacher_logits: jax.Array
   student_logits: jax.Array
-  normalizer: jax.Array
+  normalizers: tuple[jax.Array, jax.Array]
+  slopes: jax.Array
+
+  def log_probs(self, tiles: Tiles, first: Any) -> tuple[jax.Array, jax.Array]:
+    """Of a tile, `[W, N]` each: the teacher's and the student's."""
+    return (
+      tiles.of(self.teacher_logits, first) - self.normalizers[0],
+      tiles.of(self.student_logits, first) - self.normalizers[1],
+    )
 
 
 def token_losses(
@@ -90,8 +90,8 @@ def token_losses(
   tiles: Tiles,
   teacher_logits: jax.Array,
   student_logits: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array], Slopes]:
-  """`losses.token_losses` with what the gradient needs.
+) -> tuple[jax.Array, dict[str, jax.Array], Laws]:
+  """`losses.token_losses`, and what its gradient is made from.
 
   Args:
     rules: what the loss is.
@@ -100,61 +100,84 @@ def token_losses(
     student_logits: `[V, N]` float32.
 
   Returns:
-    Nats `[N]`, `losses.TOKEN_METRICS` `[N]` each, and what the gradient needs.
+    Nats `[N]`, `losses.TOKEN_METRICS` `[N]` each, and the laws.
   """
   # A mask has to follow a temperature, see `losses.without_padding`.
   p = _where_real(rules, teacher_logits / rules.teacher_temperature, -1e9)
   q = _where_real(rules, student_logits / rules.student_temperature, -1e9)
-  normalizers = [jax.nn.logsumexp(x, axis=0, keepdims=True) for x in (p, q)]
+  of = functools.partial(jax.nn.logsumexp, axis=0, keepdims=True)
+  zero = jnp.zeros(p.shape[1:], jnp.float32)
+  laws = Laws(p, q, (of(p), of(q)), zero[None])
 
   def sweep(first, carry):
-    loss, total, metrics, all_slopes = carry
-    log_p = tiles.of(p, first) - normalizers[0]
-    log_q = tiles.of(q, first) - normalizers[1]
-    of_student = lambda log_q: _along(rules.divergence)(log_p, log_q)
-    here, pull = jax.vjp(of_student, log_q)
-    (slopes,) = pull(jnp.ones_like(here))
+    loss, slopes, metrics, firsts = carry
+    log_p, log_q = laws.log_probs(tiles, first)
+    here, of_log_q = _loss_and_slopes(rules, log_p, log_q)
     new = _along(losses.summed_metrics)(log_p, log_q)
     return (
       loss + here,
-      total + jnp.sum(slopes, axis=0, keepdims=True),
+      slopes + jnp.sum(of_log_q, axis=0, keepdims=True),
       {name: metrics[name] + x for name, x in new.items()},
-      tiles.put(all_slopes, slopes, first),
+      tuple(map(_first_of_largest, firsts, (log_p, log_q), (first, first))),
     )
 
-  agree = losses.first_of_largest(p, 0) == losses.first_of_largest(q, 0)
-  zero = jnp.zeros(p.shape[1:], jnp.float32)
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
-  start = zero, zero[None], dict.fromkeys(names, zero), jnp.zeros_like(p)
-  loss, total, metrics, slopes = tiles.each(sweep, start)
-  metrics[losses.AGREEMENT] = agree
-  return loss, metrics, Slopes(slopes, total, q, normalizers[1])
+  none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
+  loss, slopes, metrics, firsts = tiles.each(
+    sweep, (zero, laws.slopes, dict.fromkeys(names, zero), (none, none))
+  )
+  metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
+  return loss, metrics, laws._replace(slopes=slopes)
 
 
 def logits_gradient(
-  rules: Rules, slopes: Slopes, shares: jax.Array
+  rules: Rules, tiles: Tiles, laws: Laws, shares: jax.Array, first: Any
 ) -> jax.Array:
-  """Gradient of Σ share · loss with respect to the student's logits.
+  """Gradient of Σ share · loss with respect to a tile of the student's logits.
+
+  The slopes are computed once more: held from `token_losses` on they would take
+  another `[V, N]`.
 
   Args:
     rules: what the loss is.
-    slopes: of `token_losses`.
+    tiles: of the vocabulary.
+    laws: of `token_losses`.
     shares: `[N]`, of each token's loss in the sum.
+    first: id of the tile's first token.
 
   Returns:
-    `[V, N]` float32.
+    `[W, N]` float32, of the logits before temperature.
   """
-  student = jnp.exp(slopes.student_logits - slopes.normalizer)
-  gradient = slopes.slopes - student * slopes.total
+  log_p, log_q = laws.log_probs(tiles, first)
+  _, slopes = _loss_and_slopes(rules, log_p, log_q)
+  gradient = slopes - jnp.exp(log_q) * laws.slopes
   gradient *= (shares / rules.student_temperature)[None]
-  return _where_real(rules, gradient, 0.0)
+  return _where_real(rules, gradient, 0.0, first)
 
 
-def _where_real(rules, x, otherwise):
-  """`x` `[V, N]` where a token id is none of the vocabulary's padding."""
+def _loss_and_slopes(rules, log_p, log_q):
+  """A tile's part of the loss `[N]`, its derivative `[W, N]` by log_q."""
+  of_student = lambda log_q: _along(rules.divergence)(log_p, log_q)
+  loss, pull = jax.vjp(of_student, log_q)
+  (slopes,) = pull(jnp.ones_like(loss))
+  return loss, slopes
+
+
+def _first_of_largest(so_far, x, first):
+  """Largest entry and its first id, of tiles so far and of one `[W, N]` more."""
+  largest, ids = so_far
+  here = jnp.max(x, axis=0)
+  ids = jnp.where(
+    here > largest, first + losses.first_of_largest(x, axis=0), ids
+  )
+  return jnp.maximum(largest, here), ids
+
+
+def _where_real(rules, x, otherwise, first=0):
+  """`x` `[W, N]` where a token id is none of the vocabulary's padding."""
   if rules.num_real_tokens is None:
     return x
-  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+  ids = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
   return jnp.where(ids < rules.num_real_tokens, x, otherwise)
 
 

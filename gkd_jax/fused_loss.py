@@ -103,7 +103,7 @@ def fused_distillation_loss(
     segment_ids: `[B, T]` int for packed rows, see `losses.token_weights`.
     num_real_tokens: see `losses.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
-      memory is about three times V · chunk_size float32 beside the gradients.
+      memory is about twice V · chunk_size float32 beside the gradients.
     data_axis: of the mesh, over which rows are split.
     model_axis: of the mesh, over which a vocabulary that it divides is split.
 
@@ -328,7 +328,7 @@ def _over_chunks(
       x, index * layout.chunk, layout.chunk, axis=1
     )
     rows, here = part(hidden), jax.tree.map(part, tokens)
-    loss, metrics, slopes = fused_chunks.token_losses(
+    loss, metrics, laws = fused_chunks.token_losses(
       rules,
       tiles,
       _logits(layout, here.teacher_hidden, teacher_head),
@@ -340,9 +340,11 @@ def _over_chunks(
     sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     if with_gradient:
-      d_logits = fused_chunks.logits_gradient(rules, slopes, shares)
+      of_logits = functools.partial(
+        fused_chunks.logits_gradient, rules, tiles, laws, shares
+      )
       gradients = _add_gradients(
-        layout, tiles, gradients, index, rows, head, d_logits
+        layout, tiles, gradients, index, rows, head, of_logits
       )
     return sums, *gradients
 
@@ -368,30 +370,32 @@ def _no_gradients(layout, hidden, head):
   )
 
 
-def _add_gradients(layout, tiles, gradients, index, rows, head, d_logits):
+def _add_gradients(layout, tiles, gradients, index, rows, head, of_logits):
   """Gradients of hidden states and head, with those of one chunk in them."""
   d_hidden, d_head = gradients
   flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
-  of_rows = jnp.einsum("dv,vn->nd", head.astype(jnp.float32), d_logits)
-  tiles = tiles.joined(8)  # wide ones: the products are faster
 
-  def sweep(first, d_head):
-    part = tiles.of(d_logits, first)
+  def sweep(first, carry):
+    of_rows, d_head = carry
+    d_logits = of_logits(first)
+    part = tiles.of(head, first, axis=1).astype(jnp.float32)
+    of_rows += jnp.einsum("dv,vn->nd", part, d_logits)
     if layout.data_shards == 1:
-      of_head = jnp.einsum("nd,vn->dv", flat, part)[None]
+      of_head = jnp.einsum("nd,vn->dv", flat, d_logits)[None]
     else:
-      by_shard = part.reshape(part.shape[0], *rows.shape[:2])
+      by_shard = d_logits.reshape(d_logits.shape[0], *rows.shape[:2])
       of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
-    old = tiles.of(d_head, first, axis=2)
-    return tiles.put(d_head, old + of_head, first, axis=2)
+    of_head += tiles.of(d_head, first, axis=2)
+    return of_rows, tiles.put(d_head, of_head, first, axis=2)
 
+  of_rows, d_head = tiles.each(sweep, (jnp.zeros_like(flat), d_head))
   d_hidden = jax.lax.dynamic_update_slice_in_dim(
     d_hidden,
     of_rows.reshape(rows.shape).astype(d_hidden.dtype),
     index * layout.chunk,
     axis=1,
   )
-  return d_hidden, tiles.each(sweep, d_head)
+  return d_hidden, d_head
 
 
 def _logits(layout, hidden, head):
