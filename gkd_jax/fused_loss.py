@@ -133,22 +133,22 @@ def fused_distillation_loss(
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
   if divergences.sums_over_vocabulary(divergence):
     layout = layout._replace(tiles=_tiles(vocab_size, layout))
+  order, chunks = _real_first(layout, weights)
   tokens = _Tokens(
-    jax.lax.stop_gradient(_where_real(teacher_hidden, weights)),
-    _where_real(student_hidden, weights),
-    weights,
-    shares,
+    jax.lax.stop_gradient(_by_shard(layout, teacher_hidden)),
+    _by_shard(layout, weights),
+    _by_shard(layout, shares),
+    order,
   )
-  tokens, chunks = _real_first(layout, tokens)
   rules_of, settings = _split_settings(
     divergence, teacher_temperature, student_temperature, num_real_tokens
   )
   sums: Any = _loss(
     rules_of,
     layout,
-    tokens.student_hidden,
+    _by_shard(layout, student_hidden),
     layout.constrain(student_head, None, layout.model_axis),
-    tokens._replace(student_hidden=None),
+    tokens,
     jax.lax.stop_gradient((_whole_columns(layout, teacher_head), settings)),
     chunks,
   )
@@ -172,12 +172,12 @@ _LOSS = "loss"  # beside the names of the metrics
 
 
 class _Tokens(NamedTuple):
-  """Tokens of a batch: `[B, T, ...]`, then `[R, tokens of a shard, ...]`."""
+  """Tokens of a batch, `[R, tokens of a shard, ...]`, and their order."""
 
   teacher_hidden: jax.Array
-  student_hidden: jax.Array | None
   weights: jax.Array
   shares: jax.Array
+  order: jax.Array  # places of the tokens, those of padding last
 
 
 class _Layout(NamedTuple):
@@ -244,31 +244,33 @@ def _tiles(vocab_size, layout):
   return layout.tiles
 
 
-def _where_real(hidden, weights):
-  """0 at padding, where a NaN would get into the head's gradient as 0 · NaN."""
-  return jnp.where(weights[:, :, None] > 0, hidden, 0)
+def _by_shard(layout, x):
+  """`[B, T, ...]` -> `[R, tokens of a shard, ...]`, with padding to whole chunks."""
+  x = x.reshape(layout.data_shards, -1, *x.shape[2:])
+  missing = -x.shape[1] % layout.chunk
+  x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+  return layout.constrain(x, layout.data_axis)
 
 
-def _real_first(layout, tokens):
-  """Each shard's tokens with padding last, and how many chunks hold others."""
-
-  def by_shard(x):
-    x = x.reshape(layout.data_shards, -1, *x.shape[2:])
-    missing = -x.shape[1] % layout.chunk
-    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-    return layout.constrain(x, layout.data_axis)
-
-  tokens = jax.tree.map(by_shard, tokens)
-  real = tokens.weights > 0
+def _real_first(layout, weights):
+  """Places of a shard's tokens, padding last, and how many chunks hold others."""
+  real = _by_shard(layout, weights) > 0
   order = jnp.argsort(jnp.logical_not(real), axis=1, stable=True)
-  take = jax.vmap(
-    lambda x, i: x.at[i].get(unique_indices=True, mode="promise_in_bounds")
-  )
   longest = jnp.max(jnp.sum(real, axis=1))
-  return (
-    jax.tree.map(lambda x: take(x, order), tokens),
-    (longest + layout.chunk - 1) // layout.chunk,
-  )
+  return order, (longest + layout.chunk - 1) // layout.chunk
+
+
+_IN_BOUNDS = {"unique_indices": True, "mode": "promise_in_bounds"}
+
+
+def _take(x, places):
+  """`[R, tokens, ...]` at `[R, C]` places."""
+  return jax.vmap(lambda x, i: x.at[i].get(**_IN_BOUNDS))(x, places)
+
+
+def _put(x, places, rows):
+  """`x` with rows `[R, C, ...]` at these places."""
+  return jax.vmap(lambda x, i, r: x.at[i].set(r, **_IN_BOUNDS))(x, places, rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -324,17 +326,23 @@ def _over_chunks(
   rules = rules_of(settings)
 
   def step(index, carry):
-    part = lambda x: jax.lax.dynamic_slice_in_dim(
-      x, index * layout.chunk, layout.chunk, axis=1
+    places = jax.lax.dynamic_slice_in_dim(
+      tokens.order, index * layout.chunk, layout.chunk, axis=1
     )
-    rows, here = part(hidden), jax.tree.map(part, tokens)
+    weights, shares = (
+      _take(tokens.weights, places),
+      _take(tokens.shares, places),
+    )
+    # 0 at padding, where a NaN would get into the head's gradient as 0 · NaN.
+    of_real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, places), 0)
+    rows = of_real(hidden)
     loss, metrics, laws = fused_chunks.token_losses(
       rules,
       tiles,
-      _logits(layout, here.teacher_hidden, teacher_head),
+      _logits(layout, of_real(tokens.teacher_hidden), teacher_head),
       _logits(layout, rows, head),
     )
-    weights, shares = here.weights.reshape(-1), here.shares.reshape(-1)
+    weights, shares = weights.reshape(-1), shares.reshape(-1)
     new = {name: weights * x for name, x in metrics.items()}
     new[_LOSS] = shares * loss
     sums, *gradients = carry
@@ -344,7 +352,7 @@ def _over_chunks(
         fused_chunks.logits_gradient, rules, tiles, laws, shares
       )
       gradients = _add_gradients(
-        layout, tiles, gradients, index, rows, head, of_logits
+        layout, tiles, gradients, places, rows, head, of_logits
       )
     return sums, *gradients
 
@@ -370,7 +378,7 @@ def _no_gradients(layout, hidden, head):
   )
 
 
-def _add_gradients(layout, tiles, gradients, index, rows, head, of_logits):
+def _add_gradients(layout, tiles, gradients, places, rows, head, of_logits):
   """Gradients of hidden states and head, with those of one chunk in them."""
   d_hidden, d_head = gradients
   flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
@@ -389,13 +397,8 @@ def _add_gradients(layout, tiles, gradients, index, rows, head, of_logits):
     return of_rows, tiles.put(d_head, of_head, first, axis=2)
 
   of_rows, d_head = tiles.each(sweep, (jnp.zeros_like(flat), d_head))
-  d_hidden = jax.lax.dynamic_update_slice_in_dim(
-    d_hidden,
-    of_rows.reshape(rows.shape).astype(d_hidden.dtype),
-    index * layout.chunk,
-    axis=1,
-  )
-  return d_hidden, d_head
+  of_rows = of_rows.reshape(rows.shape).astype(d_hidden.dtype)
+  return _put(d_hidden, places, of_rows), d_head
 
 
 def _logits(layout, hidden, head):
