@@ -234,11 +234,15 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
   )
 
 
+# Numbers in a tile: some ten arrays of so many are in a CPU's cache.
+_TILE = 2**17
+
+
 def _tiles(vocab_size, layout):
-  """Tiles of which a few are in a CPU's cache; one where there are no such."""
+  """Equal tiles for a CPU; one where the vocabulary has no fitting divisor."""
+  most = _TILE // layout.chunk
   if layout.model_axis is None:
-    tokens = layout.chunk * layout.data_shards
-    for width in range(min(vocab_size, 2**17 // tokens), 63, -1):
+    for width in range(min(vocab_size, most), most // 8, -1):
       if vocab_size % width == 0:
         return fused_chunks.Tiles(vocab_size // width, width)
   return layout.tiles

@@ -58,10 +58,20 @@ def assert_close(got, expected, tolerance=1e-5):
     )
 
 
+def in_two_tiles(monkeypatch):
+  """Has chunks of four tokens go over 16 token ids in two halves."""
+  monkeypatch.setattr(fused_loss, "_TILE", 32)
+  layout = fused_loss._layout((4, 5), 16, 4, "data", "model")
+  assert layout.chunk == 4
+  assert fused_loss._tiles(16, layout) == (2, 8)
+
+
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("name", divergences.names())
-def test_equals_the_dense_loss(name, normalization):
+def test_equals_the_dense_loss(name, normalization, monkeypatch):
   arguments = inputs()
+  if normalization == "token":
+    in_two_tiles(monkeypatch)
 
   def of(function, **options):
     def loss(beta, temperature, *arguments):
@@ -84,6 +94,43 @@ def test_equals_the_dense_loss(name, normalization):
   # 10 of 20 tokens are real: three chunks of four, one of them not full.
   got = of(fused_loss.fused_distillation_loss, chunk_size=4)
   assert_close(got, of(dense))
+
+
+def test_a_divergence_that_is_no_sum_is_not_cut_into_tiles(monkeypatch):
+  in_two_tiles(monkeypatch)
+  largest = lambda p, q: jnp.max(jnp.abs(p - q), axis=-1)
+  got, expected = (
+    results(functools.partial(loss, divergence=largest))(*inputs())
+    for loss in (
+      functools.partial(fused_loss.fused_distillation_loss, chunk_size=4),
+      dense,
+    )
+  )
+  assert_close(got, expected)
+
+
+def test_memory_is_that_of_a_chunks_logits_and_the_gradients():
+  vocab_size, width, chunk = 8192, 16, 128
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  program = results(
+    functools.partial(
+      fused_loss.fused_distillation_loss,
+      divergence=divergences.get("jsd", beta=0.5),
+      chunk_size=chunk,
+    )
+  ).lower(
+    shape(4, 256, width),
+    shape(width, vocab_size),
+    shape(4, 256, width),
+    shape(width, vocab_size),
+    shape(4, 256),
+  )
+  memory = program.compile().memory_analysis()
+  # Two arrays of logits; the head's gradient is formed where it is returned.
+  logits = 4 * vocab_size * chunk
+  assert memory.temp_size_in_bytes > 2 * logits
+  # Some ten arrays of a tile, which is an eighth of those here.
+  assert memory.temp_size_in_bytes < 4 * logits
 
 
 def test_forward_kl_equals_float64():
