@@ -170,14 +170,15 @@ def _written_first(update, keep, grads, old, params):
   old moment is then read by nothing but what overwrites it, and a donated state
   is updated in place; XLA's CPU backend copied all moments. After a skip the
   updates are of no use, and so may be made of the old moments.
+
+  This is for moments as large as a parameter: with Adafactor's factors made so
+  too, XLA's CPU backend kept all updates at once.
   """
   args = grads, old, params
   closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
   jaxpr, number = closed.jaxpr, len(jax.tree.leaves(shapes[0]))
   new = jax.tree.map(keep, update(*args)[1], old)
   sizes = {x.shape for x in jax.tree.leaves(params)}
-  hold = lambda x: _materialized(x) if x.shape in sizes else x
-  new = jax.tree.map(hold, new)
   made = {var for equation in jaxpr.eqns for var in equation.outvars}
   given = {
     var: value
@@ -195,16 +196,6 @@ def _written_first(update, keep, grads, old, params):
     *jax.tree.leaves(args), *given.values()
   )
   return jax.tree.unflatten(jax.tree.structure(shapes[0]), updates), new
-
-
-def _materialized(x):
-  """`x`, which XLA's CPU backend makes once instead of anew in each reader.
-
-  Elsewhere one fusion may write moments and parameters in one pass.
-  """
-  return jax.lax.platform_dependent(
-    x, cpu=jax.lax.optimization_barrier, default=lambda x: x
-  )
 
 
 class JitExecutor:
