@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import core
 
 from gkd_jax import models, optimizers, partitioning, schedules, types
 from gkd_jax.train_state import TrainState
@@ -146,18 +147,55 @@ def _accumulate(grad_fn, params, batch, row_ids, num_microbatches):
 
 
 def _update(state, grads, transform, rate, finite):
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
+  keep = functools.partial(jnp.where, finite)
+  updates, opt_state = _written_first(
+    transform.update, keep, grads, state.opt_state, state.params
+  )
   updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
   params = optax.apply_updates(state.params, updates)
-  keep = lambda new, old: jnp.where(finite, new, old)
   skip = jnp.logical_not(finite).astype(jnp.int32)
   return state.replace(
     step=state.step + 1,
     params=jax.tree.map(keep, params, state.params),
-    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    opt_state=opt_state,
     skipped=state.skipped + skip,
     skipped_in_row=(state.skipped_in_row + skip) * skip,
   )
+
+
+def _written_first(update, keep, grads, old, params):
+  """Updates and the state to keep, of optax's `update`.
+
+  Updates read the moments to keep, not the old ones that these are made of. An
+  old moment is then read by nothing but what overwrites it, and a donated state
+  is updated in place; XLA's CPU backend copied all moments. After a skip the
+  updates are of no use, and so may be made of the old moments.
+
+  This is for moments as large as a parameter: with Adafactor's factors made so
+  too, XLA's CPU backend kept all updates at once.
+  """
+  args = grads, old, params
+  closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
+  jaxpr, number = closed.jaxpr, len(jax.tree.leaves(shapes[0]))
+  new = jax.tree.map(keep, update(*args)[1], old)
+  sizes = {x.shape for x in jax.tree.leaves(params)}
+  made = {var for equation in jaxpr.eqns for var in equation.outvars}
+  given = {
+    var: value
+    for var, value in zip(
+      jaxpr.outvars[number:], jax.tree.leaves(new), strict=True
+    )
+    if isinstance(var, core.Var) and var in made and value.shape in sizes
+  }
+  rest = jaxpr.replace(
+    invars=[*jaxpr.invars, *given],
+    outvars=jaxpr.outvars[:number],
+    eqns=[x for x in jaxpr.eqns if not given.keys() >= set(x.outvars)],
+  )
+  updates = core.jaxpr_as_fun(core.ClosedJaxpr(rest, closed.consts))(
+    *jax.tree.leaves(args), *given.values()
+  )
+  return jax.tree.unflatten(jax.tree.structure(shapes[0]), updates), new
 
 
 class JitExecutor:
