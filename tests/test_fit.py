@@ -240,7 +240,7 @@ def choose(written, hbm_bytes=100, number=2):
     "data",
     None,
   )
-  rows = list(search.rows(2, 4))
+  rows = list(search.rows(fit.meshes(2, 4), 2, 4))
   best = search.confirm(rows, number)
   return rows, best and fit.Candidate(**best["settings"]).name
 

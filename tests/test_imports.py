@@ -18,6 +18,7 @@ LAYERS = (
     "hlo_text",
     "hlo_costs",
     "precompile_report",
+    "fit_report",
     "program_files",
     "fused_loss",
     "decode_loops",

@@ -1,12 +1,15 @@
 """The table of `docs/scale.md`."""
 
+import json
 import pathlib
+import shlex
 
 import pytest
 
-from gkd_jax import scale_table
+from gkd_jax import gin_utils, main, precompile, scale_table, train
 
 ROOT = pathlib.Path(__file__).parent.parent
+REPORTS = sorted((ROOT / "docs" / "results" / "scale").glob("*/*.json"))
 
 
 def test_a_row_is_what_the_report_says():
@@ -49,11 +52,40 @@ def test_a_row_is_what_the_report_says():
 
 
 def test_the_document_is_what_the_command_makes(tmp_path):
-  reports = sorted((ROOT / "docs" / "results" / "scale").glob("*.json"))
-  scale_table.write(str(tmp_path / "scale.md"), [str(r) for r in reports])
+  scale_table.write(str(tmp_path / "scale.md"), [str(r) for r in REPORTS])
   assert (tmp_path / "scale.md").read_text() == (
     ROOT / "docs" / "scale.md"
   ).read_text()
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
+def test_a_command_that_is_shown_makes_its_report(path):
+  report = json.loads(path.read_text())
+  program, mode, *arguments = shlex.split(report["command"])
+  assert (program, f"{mode}.json") == ("gkd", path.name)
+  flags = {"gin_file": [], "gin_bindings": []}
+  for argument in main._gin_flags(arguments):
+    name, _, value = argument.removeprefix("--").partition("=")
+    if name in ("gin_file", "gin_bindings"):
+      flags[name].append(value)
+    else:
+      flags[name] = value
+  assert ROOT / flags["output_path"] == path.parent
+  assert flags["topology"] == report["topology"]
+  assert flags["title"] == report["title"]
+  gin_utils.parse(flags["gin_file"], flags["gin_bindings"], [])
+  found = gin_utils.bindings(train.train, precompile.SETTINGS)
+  searched = ("num_microbatches", "shard_params_over_data")
+  for name in (
+    *("batch_size", "task_feature_lengths"),
+    *(searched if mode == "precompile" else ()),
+  ):
+    assert found[name] == report[name], name
+  if mode == "precompile":
+    assert found["num_partitions"] == report["mesh"]["model"]
+    asked = flags["phases"].split(",") if "phases" in flags else None
+    phases = precompile.chosen_phases(found["model"], asked, "jit")
+    assert list(phases) == list(report["phases"])
 
 
 def test_without_reports_it_says_what_to_run(tmp_path):
