@@ -24,8 +24,9 @@ The time is the least that operations, bytes and the chip's published rates allo
 with every output of full length; tokens/s and MFU follow from it and are the most
 that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CMEM
 costs no time here, so that its sampling looks too fast. The seconds of compilation
-are of one core that did other work too. Each figure is in the JSON that the
-command below it writes. This file is made of those by
+are of one core that did other work too. Each row is of the JSON that its command
+below writes; rows whose compiler is not named are of an earlier one and of an
+earlier version of this package, and may differ by a fifth. This file is made by
 
 ```
 gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
@@ -66,7 +67,9 @@ def write(path: str, reports: Sequence[str]) -> None:
       continue
     rows += [row(title, found, phase) for phase in found["phases"]]
     command = found.get("command", report)
-    commands.append(f"- {title}, {found['topology']}:\n  `{command}`")
+    commands.append(
+      f"- {title}, {found['topology']}, {_compiler(found)}:\n  `{command}`"
+    )
   text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
   if choices:
     text += [_CHOICES, *choices]
@@ -90,10 +93,17 @@ def choice(title: str, report: dict[str, Any]) -> list[str]:
     f" {lengths['targets']}, the {_PHASES[report['phase']]}.",
     "",
     "```",
-    report.get("command", ""),
+    f"$ {report.get('command', '')}",
     *fit_report.lines(report),
     "```",
   ]
+
+
+def _compiler(report):
+  versions = report.get("versions")
+  if versions is None:
+    return "compiler's version not kept"
+  return f"jax {versions['jax']}, libtpu {versions['libtpu']}"
 
 
 def row(title: str, report: dict[str, Any], phase: str) -> str:

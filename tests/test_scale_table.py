@@ -88,6 +88,51 @@ def test_a_command_that_is_shown_makes_its_report(path):
     assert list(phases) == list(report["phases"])
 
 
+def test_a_choice_is_shown_as_it_was_printed(tmp_path):
+  settings = {
+    **{"num_partitions": 1, "shard_params_over_data": True},
+    **{"num_microbatches": 1, "remat_policy": "none"},
+  }
+  row = {
+    **{"settings": settings, "flags": ["--gin.A=1"], "fits": True},
+    **{"peak_bytes": 3 * 2**29, "seconds": 0.04},
+    "report": {
+      "memory": {"peak": 2**30},
+      "roofline": {"seconds": 0.05},
+    },
+  }
+  found = {
+    **{"title": "A to B", "command": "gkd fit --topology=v5e:4x4"},
+    **{"topology": "v5e:4x4", "batch_size": 32, "phase": "student"},
+    "task_feature_lengths": {"inputs": 10, "targets": 20},
+    "candidates": [row],
+    "best": row,
+  }
+  (tmp_path / "fit.json").write_text(json.dumps(found))
+  scale_table.write(str(tmp_path / "scale.md"), [str(tmp_path / "fit.json")])
+  assert (
+    (tmp_path / "scale.md")
+    .read_text()
+    .endswith(
+      """### A to B, v5e:4x4
+
+Batch 32, 10 to 20, the on-policy step.
+
+```
+$ gkd fit --topology=v5e:4x4
+model axis  split over data  microbatches  remat  GiB at peak  ms at least
+         1              yes             1   none         1.50        40.00
+compiled whole, --gin.A=1:
+            GiB at peak  ms at least
+  estimated        1.50        40.00
+  whole            1.00        50.00
+fits: --gin.A=1
+```
+"""
+    )
+  )
+
+
 def test_without_reports_it_says_what_to_run(tmp_path):
   with pytest.raises(ValueError, match="got none; run `gkd precompile"):
     scale_table.write(str(tmp_path / "scale.md"), [])
