@@ -45,6 +45,6 @@ CHIPS = {
     Chip("v5p", 459e12, int(95.73 * _GIB), 2765e9, 600e9),
     # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps
     # bidirectional.
-    Chip("v6e", 918e12, int(31.25 * _GIB), 1638e9, 400e9),
+    Chip("v6e", 918e12, int(31.24 * _GIB), 1638e9, 400e9),
   )
 }
