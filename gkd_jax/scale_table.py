@@ -26,7 +26,9 @@ that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CM
 costs no time here, so that its sampling looks too fast. The seconds of compilation
 are of one core that did other work too. Each row is of the JSON that its command
 below writes; rows whose compiler is not named are of an earlier one and of an
-earlier version of this package, and may differ by a fifth. This file is made by
+earlier version of this package, and may differ by a fifth. All rows were compiled
+while token embeddings split over data were still gathered whole to be looked up.
+This file is made by
 
 ```
 gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
