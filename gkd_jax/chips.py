@@ -1,8 +1,8 @@
 """What each TPU chip can do at most, as its maker publishes it.
 
 Sources: the page of Cloud TPU's documentation named at each chip; usable HBM is
-what the TPU compiler (libtpu 0.0.42) names in its error for a program that needs
-more. All rates are of one chip.
+the least that TPU compilers (libtpu 0.0.42, 0.0.52) name in their error for a
+program that needs more. All rates are of one chip.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ CHIPS = {
     Chip("v5e", 197e12, int(15.75 * _GIB), 819e9, 200e9),
     # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GiB, 2765 GBps, 1200 GBps
     # bidirectional (4800 Gbps in earlier versions).
-    Chip("v5p", 459e12, int(95.74 * _GIB), 2765e9, 600e9),
+    Chip("v5p", 459e12, int(95.73 * _GIB), 2765e9, 600e9),
     # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps
     # bidirectional.
-    Chip("v6e", 918e12, int(31.25 * _GIB), 1638e9, 400e9),
+    Chip("v6e", 918e12, int(31.24 * _GIB), 1638e9, 400e9),
   )
 }

@@ -7,7 +7,6 @@ of these that fits is the answer.
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 from gkd_jax import (
   chips,
   depths,
+  fit_report,
   models,
   optimizers,
   partitioning,
@@ -23,8 +23,6 @@ from gkd_jax import (
   precompile_report,
   program_files,
 )
-
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,10 @@ def fit(
   seed: int = 0,
   pack: bool = False,
   executor: str = "jit",
+  model_axis: Sequence[int] | None = None,
   compiled_whole: int = 3,
   output_path: str | None = None,
+  about: Mapping[str, str] | None = None,
   **_: Any,
 ) -> dict[str, Any]:
   """Prints a table of candidates, and the settings of the fastest that fits.
@@ -82,16 +82,19 @@ def fit(
     seed: see there.
     pack: see there.
     executor: only "jit".
+    model_axis: its sizes to try; None for all with which a batch's rows fill the
+      data axis.
     compiled_whole: how many that fit are compiled whole.
     output_path: folder for `fit.json` and the compiled programs; a search that
       was cut off goes on there.
+    about: see there.
     **_: settings of the run that are searched.
 
   Returns:
     `{"topology", ..., "candidates": [...], "best": {...} or None}`.
 
   Raises:
-    ValueError: the chip is not known.
+    ValueError: the chip is not known, or no mesh has such a model axis.
   """
   if chip is None:
     raise ValueError(
@@ -100,6 +103,7 @@ def fit(
     )
   possible = precompile.chosen_phases(model, None, executor)
   phase = models.STUDENT if models.STUDENT in possible else models.DATA
+  tried = list(meshes(len(devices), batch_size, model_axis))
   search = _Search(
     model,
     lambda model, candidate: precompile.Programs(
@@ -120,16 +124,15 @@ def fit(
   )
   print(
     f"{topology}: {len(devices)} devices, batch {batch_size}, lengths"
-    f" {dict(task_feature_lengths)}, {precompile.TITLES[phase]}\n{_HEADER}",
+    f" {dict(task_feature_lengths)}, {precompile.TITLES[phase]}\n{fit_report.HEADER}",
     flush=True,
   )
-  rows = list(search.rows(len(devices), batch_size))
+  rows = list(search.rows(tried, len(devices), batch_size))
   best = search.confirm(rows, compiled_whole)
-  if best is None:
-    print("nothing fits")
-  else:
-    print("fits: " + shlex.join(best["flags"]))
+  print(fit_report.choice(best))
   result = {
+    **(about or {}),
+    "versions": program_files.versions(),
     "topology": topology,
     "devices": len(devices),
     "batch_size": batch_size,
@@ -144,12 +147,33 @@ def fit(
   return result
 
 
-def meshes(number: int, batch_size: int) -> Iterator[Candidate]:
-  """Candidates for a number of devices that fill a batch's rows, simplest first."""
-  for partitions in range(1, number + 1):
+def meshes(
+  number: int, batch_size: int, model_axis: Sequence[int] | None = None
+) -> Iterator[Candidate]:
+  """Candidates for a number of devices that fill a batch's rows, simplest first.
+
+  Args:
+    number: of devices.
+    batch_size: rows of a batch.
+    model_axis: its sizes to try; None for all that are possible.
+
+  Raises:
+    ValueError: a size that is not possible.
+  """
+  possible = [
+    size
+    for size in range(1, number + 1)
+    if number % size == 0 and batch_size % (number // size) == 0
+  ]
+  wrong = [size for size in model_axis or () if size not in possible]
+  if wrong:
+    raise ValueError(
+      f"expected sizes of the model axis of {possible}, which divide the"
+      f" {number} devices and leave a data axis that divides the batch's"
+      f" {batch_size} rows, got {wrong}; set --model_axis"
+    )
+  for partitions in model_axis or possible:
     data = number // partitions
-    if number % partitions or batch_size % data:
-      continue
     for split in (False, True) if data > 1 else (False,):
       yield Candidate(partitions, split)
 
@@ -184,9 +208,9 @@ class _Search:
     self._model, self._programs, self._chip = model, programs, chip
     self._topology, self._phase, self._folder = topology, phase, folder
 
-  def rows(self, number, batch_size):
+  def rows(self, tried, number, batch_size):
     """For each mesh the candidates up to the first that seem to fit."""
-    for mesh in meshes(number, batch_size):
+    for mesh in tried:
       if self._held(mesh) > self._chip.hbm_bytes:
         # Of arguments; nothing but the mesh and the split changes them.
         yield self._row(mesh, {"held_bytes": self._held(mesh), "fits": False})
@@ -213,10 +237,11 @@ class _Search:
         self._folder,
         f"{candidate.name}-whole",
       )
-      title = f"compiled whole, {shlex.join(row['flags'])}:"
-      print("\n".join(precompile_report.lines(title, report)), flush=True)
+      row["report"] = report
+      text = precompile_report.lines(precompile.TITLES[self._phase], report)
+      print("\n".join(fit_report.whole_lines(row) + text), flush=True)
       if report["fits"]:
-        found.append(row | {"report": report})
+        found.append(row)
       if len(found) == number:
         break
     return min(
@@ -265,7 +290,7 @@ class _Search:
       "flags": self._flags(candidate),
       **found,
     }
-    print(_line(candidate, row), flush=True)
+    print(fit_report.line(row), flush=True)
     return row
 
   def _flags(self, candidate):
@@ -284,33 +309,15 @@ class _Search:
 
 @contextlib.contextmanager
 def _little_effort():
-  """Compiles in a third of the time; the programs hold and do much the same."""
-  names = "jax_optimization_level", "jax_memory_fitting_level"
-  before = [getattr(jax.config, name) for name in names]
-  for name in names:
-    jax.config.update(name, "O1")
+  """Compiles in less time; the programs hold and do much the same.
+
+  Only the search for memory is cut short. Of the optimizations all are needed:
+  with fewer of them, libtpu 0.0.52 gathers weights split over data in float32,
+  before they are rounded to bfloat16, and sends and holds twice the bytes.
+  """
+  before = jax.config.jax_memory_fitting_level
+  jax.config.update("jax_memory_fitting_level", "O1")
   try:
     yield
   finally:
-    for name, value in zip(names, before, strict=True):
-      jax.config.update(name, value)
-
-
-_HEADER = (
-  "model axis  split over data  microbatches  remat  GiB at peak  ms at least"
-)
-
-
-def _line(candidate, row):
-  if "seconds" in row:
-    numbers = f"{row['peak_bytes'] / _GIB:11.2f}  {row['seconds'] * 1e3:11.2f}"
-  elif "held_bytes" in row:
-    numbers = f"{row['held_bytes'] / _GIB:11.2f}  of arguments alone"
-  else:
-    numbers = f"  {row['compiler_says'][:60]}"
-  return (
-    f"{candidate.num_partitions:10}"
-    f"  {'yes' if candidate.shard_params_over_data else 'no':>15}"
-    f"  {candidate.num_microbatches:12}  {candidate.remat_policy:>5}  {numbers}"
-    f"{'' if row['fits'] else '  does not fit'}"
-  )
+    jax.config.update("jax_memory_fitting_level", before)

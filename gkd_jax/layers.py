@@ -223,7 +223,10 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 `[B, S]` -> `[B, S, D]` in `dtype`."""
-    x = jnp.take(self._table(), tokens, axis=0).astype(self.dtype)
+    # The table stays where it lies. Split over the data axis, each device looks
+    # up its features of all rows' tokens, and rows are exchanged: bytes of
+    # activations, not of the table, and as few for its gradient.
+    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
     return partitioning.constrain(x, "batch", "length", "embed")
 
   def _table(self):

@@ -1,6 +1,7 @@
 """The command line: `gkd train|eval|infer|precompile|fit|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
 
 import os
+import shlex
 import sys
 
 from absl import app, flags, logging
@@ -82,6 +83,16 @@ flags.DEFINE_string(
   "topology",
   None,
   "precompile, fit: such as v5e:4x4 or cpu:8; else this machine",
+)
+flags.DEFINE_string("title", None, "precompile, fit: of the report")
+flags.DEFINE_list(
+  "model_axis", None, "fit: its sizes to try; all that are possible by default"
+)
+flags.DEFINE_integer(
+  "compiled_whole",
+  3,
+  "fit: how many that fit are compiled whole",
+  lower_bound=1,
 )
 flags.DEFINE_list(
   "phases", None, "precompile: of sampling, teacher, data, student, mixed"
@@ -186,11 +197,30 @@ def _compile_only(mode):
     "chip": chip,
     "topology": FLAGS.topology or devices[0].device_kind,
     "output_path": FLAGS.output_path,
+    "about": {"command": shlex.join(["gkd", *sys.argv[1:]])},
   }
+  if FLAGS.title:
+    settings["about"]["title"] = FLAGS.title
   if mode == "fit":
-    fit.fit(**settings)
+    fit.fit(
+      **settings,
+      model_axis=_numbers("model_axis"),
+      compiled_whole=FLAGS.compiled_whole,
+    )
   else:
     precompile.precompile(**settings, phases=FLAGS.phases)
+
+
+def _numbers(flag):
+  """A flag that is a list of whole numbers, or None."""
+  given = getattr(FLAGS, flag)
+  if given is None:
+    return None
+  if not all(number.isdecimal() for number in given):
+    raise ValueError(
+      f"expected whole numbers, got {','.join(given)}; set --{flag}"
+    )
+  return [int(number) for number in given]
 
 
 def _sweep():

@@ -69,6 +69,7 @@ def precompile(
   shard_params_over_data: bool = False,
   phases: Sequence[str] | None = None,
   output_path: str | None = None,
+  about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Compiles each phase, prints what it needs at once, and returns all of it.
 
@@ -93,6 +94,8 @@ def precompile(
     output_path: folder for `precompile.json`, rewritten after each phase, and
       the programs' texts. A program that is there already is not compiled
       again, but counted.
+    about: `title` and `command`, for the table of `scale_table`; kept with the
+      figures.
 
   Returns:
     `{"topology", "mesh", ..., "phases": {phase: report}}`; see
@@ -117,6 +120,8 @@ def precompile(
   )
   lengths = dict(task_feature_lengths)
   result = {
+    **(about or {}),
+    "versions": program_files.versions(),
     "topology": topology,
     "mesh": dict(mesh.shape),
     "batch_size": batch_size,

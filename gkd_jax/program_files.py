@@ -33,13 +33,17 @@ def fingerprint(lowered: jax.stages.Lowered, target: str) -> str:
     lowered: the program; its text names neither files nor lines.
     target: the devices that it is compiled for.
   """
-  versions = [jax.__version__, _version("jaxlib"), _version("libtpu")]
   efforts = [
     str(jax.config.jax_optimization_level),
     str(jax.config.jax_memory_fitting_level),
   ]
-  text = "\n".join([target, *versions, *efforts, lowered.as_text()])
+  text = "\n".join([target, *versions().values(), *efforts, lowered.as_text()])
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+  """Of what compiles, by package; "none" of what is not installed."""
+  return {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def read(folder: str, name: str, fingerprint: str) -> Program | None:

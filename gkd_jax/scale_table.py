@@ -1,9 +1,11 @@
-"""`docs/scale.md` from the reports of `gkd precompile`."""
+"""`docs/scale.md` from the reports of `gkd precompile` and `gkd fit`."""
 
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
+
+from gkd_jax import fit_report
 
 _GIB = 2**30
 _PHASES = {
@@ -22,15 +24,24 @@ The time is the least that operations, bytes and the chip's published rates allo
 with every output of full length; tokens/s and MFU follow from it and are the most
 that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CMEM
 costs no time here, so that its sampling looks too fast. The seconds of compilation
-are of one core that did other work too. This file is made by
+are of one core that did other work too. Each row is of the JSON that its command
+below writes; rows whose compiler is not named are of an earlier one and of an
+earlier version of this package, and may differ by a fifth. All rows were compiled
+while token embeddings split over data were still gathered whole to be looked up.
+This file is made by
 
 ```
-gkd precompile --markdown=docs/scale.md docs/results/scale/*.json
+gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
 ```
 
 | setting | devices | batch, lengths | phase | arguments | temporaries | peak of | fits | TFLOP | sent | ms at least | tokens/s | MFU | compiled in |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
+_CHOICES = """
+## What `gkd fit` chooses
+
+Estimates are extrapolated from programs of one and two layers, compiled with
+little effort; the whole program is compiled as it would run."""
 
 
 def write(path: str, reports: Sequence[str]) -> None:
@@ -38,7 +49,7 @@ def write(path: str, reports: Sequence[str]) -> None:
 
   Args:
     path: of the document.
-    reports: JSON files, each a `precompile.json`.
+    reports: JSON files, each a `precompile.json` or a `fit.json`.
 
   Raises:
     ValueError: no report.
@@ -48,18 +59,53 @@ def write(path: str, reports: Sequence[str]) -> None:
       "expected reports, got none; run `gkd precompile --markdown=FILE"
       " precompile.json ...`"
     )
-  rows, commands = [], []
+  rows, commands, choices = [], [], []
   for report in reports:
     with open(report, encoding="utf-8") as file:
       found = json.load(file)
     title = found.get("title") or os.path.basename(os.path.dirname(report))
+    if "candidates" in found:
+      choices += choice(title, found)
+      continue
     rows += [row(title, found, phase) for phase in found["phases"]]
+    command = found.get("command", report)
     commands.append(
-      f"- {title}, {found['topology']}: `{found.get('command', report)}`"
+      f"- {title}, {found['topology']}, {_compiler(found)}:\n  `{command}`"
     )
-  text = _HEAD + "\n".join(rows) + "\n\nCommands:\n\n" + "\n".join(commands)
+  text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
+  if choices:
+    text += [_CHOICES, *choices]
   with open(path, "w", encoding="utf-8") as file:
-    file.write(text + "\n")
+    file.write("\n".join(text) + "\n")
+
+
+def choice(title: str, report: dict[str, Any]) -> list[str]:
+  """Lines of a section: what `gkd fit` printed, but the programs' reports.
+
+  Args:
+    title: of the setting.
+    report: see `fit.fit`.
+  """
+  lengths = report["task_feature_lengths"]
+  return [
+    "",
+    f"### {title}, {report['topology']}",
+    "",
+    f"Batch {report['batch_size']}, {lengths['inputs']} to"
+    f" {lengths['targets']}, the {_PHASES[report['phase']]}.",
+    "",
+    "```",
+    f"$ {report.get('command', '')}",
+    *fit_report.lines(report),
+    "```",
+  ]
+
+
+def _compiler(report):
+  versions = report.get("versions")
+  if versions is None:
+    return "compiler's version not kept"
+  return f"jax {versions['jax']}, libtpu {versions['libtpu']}"
 
 
 def row(title: str, report: dict[str, Any], phase: str) -> str:

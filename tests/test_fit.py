@@ -139,6 +139,22 @@ def test_meshes_fill_the_rows_of_a_batch():
   assert found == [(2, False), (2, True), (4, False), (4, True), (8, False)]
 
 
+def test_only_the_model_axes_that_are_asked_for_are_tried():
+  found = [dataclasses.astuple(c)[:2] for c in fit.meshes(8, 4, [4])]
+  assert found == [(4, False), (4, True)]
+  with pytest.raises(ValueError, match=r"\[2, 4, 8\].*got \[1, 3\]; set --mod"):
+    list(fit.meshes(8, 4, [1, 3]))
+
+
+def test_estimates_leave_out_no_optimization():
+  before = jax.config.jax_optimization_level
+  with fit._little_effort():
+    # With "O1" weights split over data are gathered in float32.
+    assert jax.config.jax_optimization_level == before
+    assert jax.config.jax_memory_fitting_level == "O1"
+  assert jax.config.jax_memory_fitting_level != "O1"
+
+
 def test_memory_is_saved_step_by_step():
   first = fit.Candidate(2, True)
   levels = [
@@ -240,7 +256,7 @@ def choose(written, hbm_bytes=100, number=2):
     "data",
     None,
   )
-  rows = list(search.rows(2, 4))
+  rows = list(search.rows(fit.meshes(2, 4), 2, 4))
   best = search.confirm(rows, number)
   return rows, best and fit.Candidate(**best["settings"]).name
 

@@ -19,6 +19,7 @@ LAYERS = (
     "hlo_text",
     "hlo_costs",
     "precompile_report",
+    "fit_report",
     "program_files",
     "fused_chunks",
     "fused_loss",

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy_models
 from jax.sharding import NamedSharding
@@ -18,6 +20,7 @@ from gkd_jax import (
   chips,
   gin_utils,
   hlo_costs,
+  layers,
   optimizers,
   partitioning,
   placement,
@@ -86,17 +89,56 @@ def test_weights_split_over_data_are_gathered_and_activations_stay(
   whole = phases["teacher"]["collectives"]
   split = compile_toy(model, phases=["teacher"], shard_params_over_data=True)
   split = split["phases"]["teacher"]["collectives"]
-  # What the model axis adds up is the same; nothing is added up over data.
-  assert split["all-reduce"] == whole["all-reduce"]
+  # The model axis adds up no more; nothing is added up over data.
+  for name in ("count", "operand_bytes"):
+    assert split["all-reduce"][name] <= whole["all-reduce"][name]
   assert "all-to-all" not in split
   # A quarter of each matrix is here; see the count by hand above. The relative
-  # positions have no axis to split, norms have.
-  matrices = 2 * 16 * 12 + 3 * 4 * 12 * 8 + 2 * 3 * 12 * 8
+  # positions have no axis to split, norms have. A table may stay where it is:
+  # then what was looked up for all rows, a quarter of its features, is gathered.
+  table = 16 * 12
+  matrices = 2 * table + 3 * 4 * 12 * 8 + 2 * 3 * 12 * 8
+  looked_up = 16 * (6 + 7) * 12 // 4
   more = (
     split["all-gather"]["operand_bytes"]
     - whole.get("all-gather", {"operand_bytes": 0})["operand_bytes"]
   )
-  assert 4 * matrices // 2 // 4 <= more <= 4 * (matrices // 2 + 7 * 12) // 4
+  assert 4 * (matrices - table) // 2 // 4 <= more
+  assert more <= 4 * (matrices // 2 + 7 * 12) // 4 + 4 * looked_up
+
+
+def test_a_table_split_over_data_is_not_gathered_to_be_looked_up():
+  mesh = partitioning.make_mesh(1, jax.devices()[:8])
+  rng = np.random.default_rng(0)
+  table, of_rows = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((512, 32), (16, 4, 32))
+  )
+  tokens = rng.integers(512, size=(16, 4))
+  embed = layers.Embed(512, 32)
+
+  def loss(table, tokens, of_rows):
+    x = embed.apply({"params": {"embedding": table}}, tokens)
+    return jnp.sum(x * of_rows), x
+
+  split, rows = (
+    NamedSharding(mesh, P(*p)) for p in ((None, "data"), ("data",))
+  )
+  program = partitioning.jit(
+    jax.grad(loss, has_aux=True), mesh, out_shardings=(split, rows)
+  )
+  arguments = (
+    jax.device_put(table, split),
+    *(jax.device_put(x, rows) for x in (tokens, of_rows)),
+  )
+  gradient, x = program(*arguments)
+  expected = np.zeros_like(table)
+  np.add.at(expected, tokens, of_rows)
+  np.testing.assert_array_equal(x, table[tokens])
+  np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+  text = program.lower(*arguments).compile().as_text()
+  found = hlo_costs.collectives(hlo_costs.count(text, loop_length=1))
+  assert sum(c.operand_bytes for c in found.values()) < table.nbytes / 8
 
 
 def test_figures_are_those_of_a_program_with_real_arrays(model, phases):
@@ -413,5 +455,6 @@ def test_hbm_of_a_chip_is_what_its_compiler_allows(libtpu):
     )
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
       jax.jit(lambda x: x + 1).lower(huge).compile()
-    allowed = f"available HBM ({chip.hbm_bytes / 2**30:.2f}G)"
-    assert allowed in str(error.value)
+    allowed = re.search(r"available HBM \(([\d.]+)G\)", str(error.value))
+    # Versions of the compiler differ by 0.01 GiB.
+    assert 0 <= float(allowed[1]) - round(chip.hbm_bytes / 2**30, 2) < 0.015
