@@ -4,8 +4,7 @@ Student T5 1.1 small, teacher base, batch 8, 64 to 32 tokens, float32, no dropou
 the student samples, the teacher judges, JSD(½), AdamW. EOS is suppressed in both,
 so that every output has 32 tokens. PyTorch's step is transformers' `generate`, two
 forward passes, the divergence on whole logits, and AdamW's fused kernel. `data` is
-our step on fixed outputs of the same shapes. The loss takes 64 tokens at a time
-(`loss_chunk_size`), as a user short of memory sets it.
+our step on fixed outputs of the same shapes.
 
 Run: python -m tests.benchmarks.on_policy_step [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and transformers; by default this one. Pin it to a
@@ -33,13 +32,7 @@ def ours(source: str, options) -> dict:
 
   student = t5_shapes.ours(options.student, options.dtype)
   teacher = t5_shapes.ours(options.teacher, options.dtype)
-  model = models.GKDModel(
-    student,
-    teacher,
-    "jsd",
-    beta=0.5,
-    loss_chunk_size=options.loss_chunk_size,
-  )
+  model = models.GKDModel(student, teacher, "jsd", beta=0.5)
   model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(RATE, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
@@ -147,7 +140,6 @@ def main() -> None:
     parser.add_argument(f"--{name}", default=size, choices=t5_shapes.SIZES)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--batch", type=int, default=8)
-  parser.add_argument("--loss_chunk_size", type=int, default=64)
   options = parser.parse_args()
   if options.case:
     if options.case == "torch":
@@ -156,7 +148,7 @@ def main() -> None:
       source = "student" if options.case == "ours" else "data"
       print(json.dumps(ours(source, options)))
     return
-  carried = ("student", "teacher", "dtype", "batch", "loss_chunk_size")
+  carried = ("student", "teacher", "dtype", "batch")
   measured = turns.take(
     "tests.benchmarks.on_policy_step", options, CASES, carried
   )
