@@ -44,7 +44,7 @@ def normalized_jsd(
 ) -> jax.Array:
   """K_{1-β}(p, q) + K_β(q, p), `[..., V]` to `[...]` nats; `rest` is 1-β.
 
-  As the sum of two `skewed_kl`, in half of the time. A β that is not traced
+  The sum of two `skewed_kl`, in less time, since they have one mixture. A β that is not traced
   lies within 0 and 1.
   """
   terms = _jsd_terms(floored(log_p), floored(log_q), beta, rest)
@@ -81,6 +81,7 @@ def _term(a, gap, excess, log_m, shares):
   near_term = gap * z * (1 - (1 - z) * z * _artanh_rest(z * z))
   # Far terms are positive, but for the rounding of products near underflow.
   far_term = gap - a * log_m / jnp.maximum(s, _NO_SHARE)
+  # An excess that was cut, at e^40 or 2.4e17, is not near, however small s is.
   near = (jnp.abs(v) < 0.25) & (excess < 2e17)
   terms = jnp.where(near, near_term, jnp.maximum(far_term, 0.0))
   return jnp.where(jnp.less(s, _NO_SHARE), 0.0, terms)
@@ -169,7 +170,7 @@ def difference(
 ) -> tuple[jax.Array, jax.Array]:
   """b - a, with the digits that exp(log_b) - exp(log_a) loses near a = b.
 
-  And b/a - 1, which is at most e^40.
+  And b/a - 1, which is at most e^40; `[..., V]` float32 all.
   """
   log_ratio = log_b - log_a
   a = jnp.exp(log_a)
@@ -180,6 +181,7 @@ def difference(
 
 
 def floored(log_probs: jax.Array) -> jax.Array:
+  """Log-probs `[..., V]` in float32, -1e10 where they are lower."""
   return jnp.maximum(log_probs.astype(jnp.float32), _FLOOR)
 
 

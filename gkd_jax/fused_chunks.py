@@ -68,14 +68,14 @@ class Laws(NamedTuple):
     teacher_logits: `[V, N]`, divided by the temperature.
     student_logits: likewise.
     normalizers: `[1, N]` of each, the logarithm of Σ exp(logit).
-    slopes: `[1, N]`, the sum over the vocabulary of the derivatives of a token's
+    slope_sum: `[1, N]`, the sum over the vocabulary of the derivatives of a token's
       loss with respect to the student's log-probs.
   """
 
   teacher_logits: jax.Array
   student_logits: jax.Array
   normalizers: tuple[jax.Array, jax.Array]
-  slopes: jax.Array
+  slope_sum: jax.Array
 
   def log_probs(self, tiles: Tiles, first: Any) -> tuple[jax.Array, jax.Array]:
     """Of a tile, `[W, N]` each: the teacher's and the student's."""
@@ -102,32 +102,33 @@ def token_losses(
   Returns:
     Nats `[N]`, `losses.TOKEN_METRICS` `[N]` each, and the laws.
   """
-  # A mask has to follow a temperature, see `losses.without_padding`.
-  p = _where_real(rules, teacher_logits / rules.teacher_temperature, -1e9)
-  q = _where_real(rules, student_logits / rules.student_temperature, -1e9)
+  p = teacher_logits / rules.teacher_temperature
+  q = student_logits / rules.student_temperature
+  p = losses.without_padding(p, rules.num_real_tokens, axis=0)
+  q = losses.without_padding(q, rules.num_real_tokens, axis=0)
   of = functools.partial(jax.nn.logsumexp, axis=0, keepdims=True)
   zero = jnp.zeros(p.shape[1:], jnp.float32)
   laws = Laws(p, q, (of(p), of(q)), zero[None])
 
   def sweep(first, carry):
-    loss, slopes, metrics, firsts = carry
+    loss, slope_sum, metrics, firsts = carry
     log_p, log_q = laws.log_probs(tiles, first)
-    here, of_log_q = _loss_and_slopes(rules, log_p, log_q)
+    here, slopes = _loss_and_slopes(rules, log_p, log_q)
     new = _along(losses.summed_metrics)(log_p, log_q)
     return (
       loss + here,
-      slopes + jnp.sum(of_log_q, axis=0, keepdims=True),
+      slope_sum + jnp.sum(slopes, axis=0, keepdims=True),
       {name: metrics[name] + x for name, x in new.items()},
       tuple(map(_first_of_largest, firsts, (log_p, log_q), (first, first))),
     )
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
   none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
-  loss, slopes, metrics, firsts = tiles.each(
-    sweep, (zero, laws.slopes, dict.fromkeys(names, zero), (none, none))
+  loss, slope_sum, metrics, firsts = tiles.each(
+    sweep, (zero, laws.slope_sum, dict.fromkeys(names, zero), (none, none))
   )
   metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
-  return loss, metrics, laws._replace(slopes=slopes)
+  return loss, metrics, laws._replace(slope_sum=slope_sum)
 
 
 def logits_gradient(
@@ -150,9 +151,12 @@ def logits_gradient(
   """
   log_p, log_q = laws.log_probs(tiles, first)
   _, slopes = _loss_and_slopes(rules, log_p, log_q)
-  gradient = slopes - jnp.exp(log_q) * laws.slopes
+  gradient = slopes - jnp.exp(log_q) * laws.slope_sum
   gradient *= (shares / rules.student_temperature)[None]
-  return _where_real(rules, gradient, 0.0, first)
+  if rules.num_real_tokens is None:
+    return gradient
+  ids = first + jax.lax.broadcasted_iota(jnp.int32, gradient.shape, 0)
+  return jnp.where(ids < rules.num_real_tokens, gradient, 0.0)
 
 
 def _loss_and_slopes(rules, log_p, log_q):
@@ -171,14 +175,6 @@ def _first_of_largest(so_far, x, first):
     here > largest, first + losses.first_of_largest(x, axis=0), ids
   )
   return jnp.maximum(largest, here), ids
-
-
-def _where_real(rules, x, otherwise, first=0):
-  """`x` `[W, N]` where a token id is none of the vocabulary's padding."""
-  if rules.num_real_tokens is None:
-    return x
-  ids = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-  return jnp.where(ids < rules.num_real_tokens, x, otherwise)
 
 
 def _along(function):

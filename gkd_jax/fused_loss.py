@@ -117,19 +117,15 @@ def fused_distillation_loss(
   vocab_size = _check_shapes(
     student_hidden, student_head, teacher_hidden, teacher_head, weights
   )
-  if chunk_size < 1:
-    raise ValueError(
-      f"expected a chunk_size of at least 1, got {chunk_size};"
-      " set LOSS_CHUNK_SIZE"
-    )
+  _check_chunk_size(chunk_size)
+  losses.check_temperatures(teacher_temperature, student_temperature)
+  losses.check_num_real_tokens(num_real_tokens, vocab_size)
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
   shares, weight_sum = losses.token_weights(
     weights, length_normalization, segment_ids
   )
   weights = weights.astype(jnp.float32)
-  losses.check_temperatures(teacher_temperature, student_temperature)
-  losses.check_num_real_tokens(num_real_tokens, vocab_size)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
   if divergences.sums_over_vocabulary(divergence):
     layout = layout._replace(tiles=_tiles(vocab_size, layout))
@@ -326,6 +322,7 @@ def _over_chunks(
   constants,
   chunks,
 ):
+  """`_sums`, by these tiles of the vocabulary."""
   teacher_head, settings = constants
   rules = rules_of(settings)
 
@@ -333,10 +330,8 @@ def _over_chunks(
     places = jax.lax.dynamic_slice_in_dim(
       tokens.order, index * layout.chunk, layout.chunk, axis=1
     )
-    weights, shares = (
-      _take(tokens.weights, places),
-      _take(tokens.shares, places),
-    )
+    weights = _take(tokens.weights, places)
+    shares = _take(tokens.shares, places)
     # 0 at padding, where a NaN would get into the head's gradient as 0 · NaN.
     of_real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, places), 0)
     rows = of_real(hidden)
@@ -418,6 +413,14 @@ def _logits(layout, hidden, head):
     preferred_element_type=jnp.float32,
   )
   return layout.constrain(logits, layout.model_axis, layout.data_axis)
+
+
+def _check_chunk_size(chunk_size):
+  if chunk_size < 1:
+    raise ValueError(
+      f"expected a chunk_size of at least 1, got {chunk_size};"
+      " set LOSS_CHUNK_SIZE"
+    )
 
 
 def _check_shapes(

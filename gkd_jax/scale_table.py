@@ -25,10 +25,7 @@ with every output of full length; tokens/s and MFU follow from it and are the mo
 that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CMEM
 costs no time here, so that its sampling looks too fast. The seconds of compilation
 are of one core that did other work too. Each row is of the JSON that its command
-below writes; rows whose compiler is not named are of an earlier one and of an
-earlier version of this package, and may differ by a fifth. All rows were compiled
-while token embeddings split over data were still gathered whole to be looked up.
-This file is made by
+below writes. This file is made by
 
 ```
 gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
@@ -49,7 +46,8 @@ def write(path: str, reports: Sequence[str]) -> None:
 
   Args:
     path: of the document.
-    reports: JSON files, each a `precompile.json` or a `fit.json`.
+    reports: JSON files, each a `precompile.json` or a `fit.json`; a `note` that
+      was added by hand is shown below its command.
 
   Raises:
     ValueError: no report.
@@ -72,6 +70,8 @@ def write(path: str, reports: Sequence[str]) -> None:
     commands.append(
       f"- {title}, {found['topology']}, {_compiler(found)}:\n  `{command}`"
     )
+    if "note" in found:
+      commands.append(f"  {found['note']}")
   text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
   if choices:
     text += [_CHOICES, *choices]
