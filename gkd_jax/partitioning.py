@@ -15,6 +15,11 @@ from gkd_jax import mesh_axes, types
 
 DATA_AXIS, MODEL_AXIS = "data", "model"
 
+# How XLA's CPU backend is to order a program's operations.
+_LEAST_MEMORY = {
+  "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+}
+
 # T5X's standard rules for parameters: logical axis -> mesh axis.
 STANDARD_RULES = (
   ("vocab", MODEL_AXIS),
@@ -82,6 +87,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
   """`jax.jit` of a function in which `constrain` knows the mesh.
 
+  For a CPU the order of operations is the one that needs the least memory: by
+  default gradients are begun before the forward pass, as zeros.
+
   Args:
     function: to be compiled; its arguments lie on the mesh.
     mesh: see `make_mesh`.
@@ -93,7 +101,20 @@ def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return function(*args, **kwargs)
 
+  if mesh.devices.flat[0].platform == "cpu" and _knows_least_memory():
+    options["compiler_options"] = _LEAST_MEMORY
   return jax.jit(on_mesh, **options)
+
+
+@functools.cache
+def _knows_least_memory() -> bool:
+  """Whether this version of XLA has the option; the smallest program tells."""
+  try:
+    with jax.default_device(jax.devices("cpu")[0]):
+      jax.jit(lambda: 0).lower().compile(_LEAST_MEMORY)
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

@@ -107,8 +107,11 @@ def train_step(
   if axis_name is not None:
     grads, metrics = jax.lax.psum((grads, metrics), axis_name)
   weight = jnp.maximum(metrics["loss"][1], 1e-9)
-  grads = jax.tree.map(lambda g: g / weight, grads)
-  norm = optax.tree.norm(grads)
+  # By multiplication, which XLA's CPU backend repeats wherever a gradient is read;
+  # it kept quotients, and the squares of the norm, as copies of all gradients.
+  share = 1 / weight
+  norm = optax.tree.norm(grads) * share
+  grads = jax.tree.map(lambda g: g * share, grads)
   finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
   rate = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
   new_state = _update(state, grads, optimizer.transform, rate, finite)

@@ -28,7 +28,7 @@ def ours(source: str, options) -> dict:
   import jax
   import numpy as np
 
-  from gkd_jax import models, optimizers, train_state, trainer
+  from gkd_jax import models, optimizers, partitioning, train_state, trainer
 
   student = t5_shapes.ours(options.student, options.dtype)
   teacher = t5_shapes.ours(options.teacher, options.dtype)
@@ -38,7 +38,7 @@ def ours(source: str, options) -> dict:
   teacher_params = t5_shapes.our_params(teacher, 1)
   create = lambda params: train_state.create(params, optimizer.transform)
   state = jax.jit(create)(t5_shapes.our_params(student, 0))
-  step = jax.jit(
+  step = partitioning.jit(
     functools.partial(
       trainer.train_step,
       model=model,
@@ -46,6 +46,7 @@ def ours(source: str, options) -> dict:
       seed=0,
       source=source,
     ),
+    partitioning.make_mesh(),
     donate_argnums=(0,),
   )
   rng = np.random.default_rng(0)
