@@ -24,6 +24,7 @@ STANDARD_RULES = (
   ("kv", None),
   ("joined_kv", MODEL_AXIS),
   ("relpos_buckets", None),
+  ("layers", None),
 )
 
 # The same with the free axis of each matrix split over the data axis as well.
@@ -44,6 +45,7 @@ ACTIVATION_RULES = {
   "kv": None,
   "vocab": MODEL_AXIS,
   "relpos_buckets": None,
+  "layers": None,
 }
 
 

@@ -1,0 +1,48 @@
+"""Arrays of single layers, and stacks of them, as a checkpoint's names tell them.
+
+A checkpoint is read under the names of an unrolled network, one array for each
+layer: `import_t5x.split_scanned` takes stacks apart. A scanned network (see
+`layer_loops`) has them joined again, when they are read.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from gkd_jax import layer_loops, stored_arrays
+
+_LAYER = re.compile(rf"(.+)/{layer_loops.NAME}_(\d+)/(.+)")
+
+
+def joined(
+  flat: Mapping[str, stored_arrays.StoredArray], names: Collection[str]
+) -> dict[str, stored_arrays.StoredArray]:
+  """Joins the layers' arrays where a network has stacks; others stay.
+
+  Args:
+    flat: path, of an unrolled network, to array.
+    names: paths that the network has.
+  """
+  result, stacks = {}, {}
+  for name, array in flat.items():
+    match = _LAYER.fullmatch(name)
+    stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
+    if stack in names:
+      stacks.setdefault(stack, {})[int(match[2])] = array
+    else:
+      result[name] = array
+  for name, layers in stacks.items():
+    result[name] = _stack([layers[i] for i in sorted(layers)])
+  return result
+
+
+def _stack(layers) -> stored_arrays.StoredArray:
+  """Layers along a first axis; a part of it reads those layers alone."""
+
+  def fetch(index):
+    return np.stack([layer.fetch(index[1:]) for layer in layers[index[0]]])
+
+  return stored_arrays.StoredArray(
+    (len(layers), *layers[0].shape), layers[0].dtype, fetch
+  )
