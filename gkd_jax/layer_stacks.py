@@ -20,6 +20,8 @@ def joined(
 ) -> dict[str, stored_arrays.StoredArray]:
   """Joins the layers' arrays where a network has stacks; others stay.
 
+  So do layers that make no stack, since one is missing or has another shape.
+
   Args:
     flat: path, of an unrolled network, to array.
     names: paths that the network has.
@@ -29,11 +31,16 @@ def joined(
     match = _LAYER.fullmatch(name)
     stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
     if stack in names:
-      stacks.setdefault(stack, {})[int(match[2])] = array
+      stacks.setdefault(stack, {})[int(match[2])] = name
     else:
       result[name] = array
-  for name, layers in stacks.items():
-    result[name] = _stack([layers[i] for i in sorted(layers)])
+  for stack, layers in stacks.items():
+    arrays = {name: flat[name] for _, name in sorted(layers.items())}
+    alike = len({array.shape for array in arrays.values()}) == 1
+    if alike and sorted(layers) == list(range(len(layers))):
+      result[stack] = _stack(list(arrays.values()))
+    else:
+      result |= arrays
   return result
 
 
