@@ -82,12 +82,13 @@ def unstacked(params: Any) -> Any:
   Args:
     params: tree of arrays, with or without stacks.
   """
-  flat = {}
+  flat: dict[str, Any] = {}
   for path, x in traverse_util.flatten_dict(params, sep="/").items():
     side, found, rest = path.partition(f"/{NAME}/")
     if not found:
       flat[path] = x
       continue
     for i in range(x.shape[0]):
-      flat[f"{side}/{NAME}_{i}/{rest}"] = x[i]
+      layer = jax.lax.index_in_dim(x, i, keepdims=False)
+      flat[f"{side}/{NAME}_{i}/{rest}"] = layer
   return traverse_util.unflatten_dict(flat, sep="/")

@@ -30,7 +30,7 @@ def joined(
   for name, array in flat.items():
     match = _LAYER.fullmatch(name)
     stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
-    if stack in names:
+    if match and stack in names:
       stacks.setdefault(stack, {})[int(match[2])] = name
     else:
       result[name] = array
