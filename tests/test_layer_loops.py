@@ -334,8 +334,10 @@ def test_a_scanned_student_s_checkpoint_has_the_names_of_an_unrolled_one(
   checkpointer = checkpoints.Checkpointer(tmp_path, async_save=False)
   checkpointer.save(1, state, config=dataclasses.asdict(model.config))
   assert_equal(checkpointer.restore(1, state).params, params)
-  checkpointer.close()
   plain, (expected, _) = gkd(False), gkd_params(False)
+  with pytest.raises(ValueError, match="or configure the model that wrote it"):
+    checkpointer.restore(1, toy_models.state(expected, optimizer))
+  checkpointer.close()
   assert_equal(checkpoints.load_params(tmp_path), expected)
   assert_equal(load(plain.student, tmp_path), expected)
   assert_equal(load(model.student, tmp_path), params)
