@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import losses, partitioning, sampling, types
+from gkd_jax import layer_loops, losses, partitioning, sampling, types
 
 EOS_ID = 1
 
@@ -230,6 +230,17 @@ class BaseTransformerModel:
     model.default_decoder_params = default_decoder_params
     return model
 
+  @property
+  def _decoding_module(self):
+    """The network as it decodes: its layers are not scanned."""
+    return layer_loops.unrolled(self.module)
+
+  def _unstacked(self, params):
+    """The parameters of `_decoding_module`."""
+    if not layer_loops.is_scanned(self.module):
+      return params
+    return layer_loops.unstacked(params)
+
   def _decoding_params(self, params):
     """The parameters of a decoding loop, gathered before it once."""
     one = {f"{name}_input_tokens": (1, 1) for name in ("encoder", "decoder")}
@@ -240,7 +251,7 @@ class BaseTransformerModel:
       )
       return partitioning.logical_axes(variables["params_axes"])
 
-    return partitioning.gather(params, axes)
+    return self._unstacked(partitioning.gather(params, axes))
 
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""

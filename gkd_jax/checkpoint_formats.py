@@ -24,6 +24,7 @@ from gkd_jax import (
   checkpoint_errors,
   import_hf,
   import_t5x,
+  layer_stacks,
   network,
   parameter_table,
   paths,
@@ -105,8 +106,8 @@ def open_params(
 ) -> dict[str, stored_arrays.StoredArray]:
   """Lists the parameters at `path` under our names, without reading them.
 
-  Of a checkpoint only the parameters are listed, not the optimizer. T5X's
-  scanned layers are split.
+  Of a checkpoint only the parameters are listed, not the optimizer. Scanned
+  layers, T5X's and ours, are split.
 
   Args:
     path: a folder or a file, local or `gs://`.
@@ -120,6 +121,13 @@ def open_params(
       array raises it, too.
   """
   found = find(path, setting=setting)
+  return import_t5x.split_scanned(
+    _open(found, setting), path=found.path, setting=setting
+  )
+
+
+def _open(found: Found, setting: str) -> dict[str, stored_arrays.StoredArray]:
+  """The parameters of each format, scanned layers as they are stored."""
   if found.format == "safetensors":
     return safetensors_io.open_file(found.path, setting=setting)
   if found.format == "gkd":
@@ -130,17 +138,15 @@ def open_params(
     return import_hf.open_folder(found.path, setting=setting)
   remedy = f"copy it again, or set {setting}"
   if found.format == "t5x":
-    flat = import_t5x.open_legacy(found.path, remedy)
-  else:
-    saved = tensorstore_io.saved_tree(found.path, remedy)
-    key = "params" if "params" in saved else "target"
-    if key not in saved:
-      raise ValueError(
-        f"expected 'params' (or T5X's 'target') in {found.path}, got"
-        f" {sorted(saved)}; set {setting}"
-      )
-    flat = tensorstore_io.orbax_arrays(found.path, saved[key], remedy)
-  return import_t5x.split_scanned(flat, path=found.path, setting=setting)
+    return import_t5x.open_legacy(found.path, remedy)
+  saved = tensorstore_io.saved_tree(found.path, remedy)
+  key = "params" if "params" in saved else "target"
+  if key not in saved:
+    raise ValueError(
+      f"expected 'params' (or T5X's 'target') in {found.path}, got"
+      f" {sorted(saved)}; set {setting}"
+    )
+  return tensorstore_io.orbax_arrays(found.path, saved[key], remedy)
 
 
 def load_params(
@@ -159,7 +165,8 @@ def load_params(
       are float32, however a file stores them); None keeps the file's.
     like: nested dict of `jax.ShapeDtypeStruct`s with shardings, to read the
       parameters onto devices: each process then reads what its devices hold,
-      one array at a time, after names and shapes were compared.
+      one array at a time, after names and shapes were compared. Layers are
+      joined where it has the stacks of a scanned network.
 
   Returns:
     Nested dict of numpy arrays, or of `jax.Array`s with `like`.
@@ -171,6 +178,7 @@ def load_params(
   flat = open_params(path, setting=setting)
   if like is None:
     return stored_arrays.read_tree(flat, dtype)
+  flat = layer_stacks.joined(flat, stored_arrays.names(like))
   checkpoint_errors.check_matches(flat, like, setting=setting, path=path)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
   return stored_arrays.place_tree(flat, shardings, dtype)

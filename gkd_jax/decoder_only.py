@@ -231,7 +231,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
   def _step(self, params, tokens, cache):
     """`types.TokensToLogits`."""
-    logits, updated = self.module.apply(
+    logits, updated = self._decoding_module.apply(
       {"params": params, "cache": cache},
       tokens[:, None],
       tokens[:, None],
@@ -283,8 +283,8 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       )
     mask, lengths = _prompt_mask(batch), _prompt_lengths(batch)
     prompts = batch["decoder_input_tokens"] * mask
-    _, made = self.module.apply(
-      {"params": params},
+    _, made = self._decoding_module.apply(
+      {"params": self._unstacked(params)},
       prompts,
       # As targets they mark the positions that count: the prompt's, and the one
       # at which its last token is read.

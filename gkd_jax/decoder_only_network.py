@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import layers, network
+from gkd_jax import layer_loops, layers, network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
     """`[B, T, D]` and a bias that broadcasts to `[B, H, T, T]` -> `[B, T, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = network.attention(config, name="self_attention")(
+    y = layers.attention(config, name="self_attention")(
       y,
       None,
       bias,
@@ -78,11 +78,11 @@ class DecoderLayer(nn.Module):
       decode_index=decode_index,
       prefill=self.prefill,
     )
-    x = x + network.dropout(config)(y, deterministic=deterministic)
+    x = x + layers.dropout(config)(y, deterministic=deterministic)
     x = network.constrain(x)
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = network.mlp(config, name="mlp")(y, deterministic=deterministic)
-    x = x + network.dropout(config)(y, deterministic=deterministic)
+    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    x = x + layers.dropout(config)(y, deterministic=deterministic)
     return network.constrain(x)
 
 
@@ -90,6 +90,7 @@ class Decoder(nn.Module):
   """Token embedding, layers, final norm, output head."""
 
   config: TransformerConfig
+  scan_layers: bool = False
 
   @nn.compact
   def __call__(
@@ -125,6 +126,8 @@ class Decoder(nn.Module):
       bias = layers.mask_to_bias(mask) + relative(
         positions, positions, bidirectional=False
       )
+    if decode or prefill_lengths is not None:
+      layer_loops.check_unrolled(self.scan_layers)
     if prefill_lengths is not None:
       for name, value in (
         ("cache_index", prefill_lengths.astype(jnp.int32)),
@@ -134,15 +137,18 @@ class Decoder(nn.Module):
     embed = layers.Embed(
       config.vocab_size, config.emb_dim, config.dtype, name="token_embedder"
     )
-    x = network.dropout(config)(embed(tokens), deterministic=deterministic)
-    layer = network.layer_class(DecoderLayer, config)
-    prefill = prefill_lengths is not None
-    for i in range(config.num_layers):
-      x = layer(config, deterministic, prefill, name=f"layers_{i}")(
-        x, bias, index
-      )
+    x = layers.dropout(config)(embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      DecoderLayer,
+      (config, deterministic, prefill_lengths is not None),
+      config.num_layers,
+      self.scan_layers,
+      x,
+      bias,
+      index,
+    )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-    x = network.dropout(config)(x, deterministic=deterministic)
+    x = layers.dropout(config)(x, deterministic=deterministic)
     if return_hidden:
       return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
@@ -162,12 +168,18 @@ class Decoder(nn.Module):
 
 
 class DecoderWrapper(nn.Module):
-  """A decoder-only transformer with T5X's call and parameter names."""
+  """A decoder-only transformer with T5X's call and parameter names.
+
+  Attributes:
+    config: sizes.
+    scan_layers: see `layer_loops`.
+  """
 
   config: TransformerConfig
+  scan_layers: bool = False
 
   def setup(self):
-    self.decoder = Decoder(self.config)
+    self.decoder = Decoder(self.config, self.scan_layers)
 
   def __call__(
     self,

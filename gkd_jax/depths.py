@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gkd_jax import chips
+from gkd_jax import chips, layer_loops
 
 _DEPTHS = ("num_encoder_layers", "num_decoder_layers", "num_layers")
 _RESOURCES = ("flops", "hbm_bytes", "sent_bytes")
@@ -55,7 +55,7 @@ def changed(model: Any, changes: Mapping[Field, Any]) -> Any:
 def estimate(
   model: Any,
   report: Callable[[Any, str], dict[str, Any]],
-  depths: tuple[int, int] = (1, 2),
+  depths: tuple[int, int] | None = None,
 ) -> dict[str, float]:
   """The costs of a program, extrapolated.
 
@@ -65,7 +65,8 @@ def estimate(
   Args:
     model: the whole one.
     report: of a shallow model and a name for it: see `precompile.Programs`.
-    depths: what is compiled in place of greater depths.
+    depths: what is compiled in place of greater depths: 1 and 2, or 2 and 3
+      where layers are scanned, as XLA makes no loop of one turn.
 
   Returns:
     Name to number, see `costs`.
@@ -73,7 +74,7 @@ def estimate(
   Raises:
     MemoryError: a shallow model does not even compile.
   """
-  low, high = depths
+  low, high = depths or ((2, 3) if _is_scanned(model) else (1, 2))
   deep = {field: depth for field, depth in of(model).items() if depth > high}
   base = {field: low for field in deep}
   groups = sorted({(side, depth) for (side, _), depth in deep.items()})
@@ -93,6 +94,13 @@ def estimate(
     )
     for name, value in first.items()
   }
+
+
+def _is_scanned(model):
+  networks = (getattr(model, side) for side in ("student", "teacher"))
+  return any(
+    n is not None and layer_loops.is_scanned(n.module) for n in networks
+  )
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, float]:

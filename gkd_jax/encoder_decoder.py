@@ -179,7 +179,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     variables = {"params": params}
     if of_network is not None:
       variables["cache"] = of_network
-    logits, updated = self.module.apply(
+    logits, updated = self._decoding_module.apply(
       variables,
       encoded,
       inputs,

@@ -356,7 +356,7 @@ def _fusion_bytes(fusion, computation, module):
     if instruction.opcode == "parameter" and instruction.name not in passed:
       outside = computation[fusion.operands[int(instruction.literal)]]
       moved += min(
-        _in_hbm(outside.arrays), _bytes_read(instruction.name, inner)
+        _in_hbm(outside.arrays), _bytes_read(instruction.name, inner, module)
       )
   root = _root(inner)
   parts = root.operands if root.opcode == "tuple" else (root.name,)
@@ -398,15 +398,22 @@ def _passed_on(fusion, inner):
   return {name for name in parameters if users(name) <= passive}, kept
 
 
-def _bytes_read(name, inner):
-  """Bytes that a fusion reads of its parameter `name`."""
+def _bytes_read(name, inner, module):
+  """Bytes that a fusion, or one inside of it, reads of its parameter `name`."""
   read = 0
   for user in inner.values():
     if name not in user.operands:
       continue
     first_only = user.operands[0] == name and name not in user.operands[1:]
     if user.opcode == "bitcast":
-      read += _bytes_read(user.name, inner)
+      read += _bytes_read(user.name, inner, module)
+    elif user.opcode == "fusion":
+      deeper = module.computations[user.called("calls")[0]]
+      read += sum(
+        _bytes_read(i.name, deeper, module)
+        for i in deeper.values()
+        if i.opcode == "parameter" and user.operands[int(i.literal)] == name
+      )
     elif first_only and user.opcode in ("dynamic-slice", "slice", "gather"):
       read += sum(a.bytes for a in user.arrays)
     elif not (first_only and user.opcode == "dynamic-update-slice"):

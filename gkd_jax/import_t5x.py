@@ -7,7 +7,8 @@ layout is a folder `checkpoint_<step>` with an item `state`: `target`, the
 parameters; `state/step`; `state/param_states`, the optimizer.
 
 With scanned layers (T5X's scalable T5) the layers of a stack lie in one array,
-their axis the second, and heads have an axis of their own.
+their axis the second, and heads have an axis of their own. In our checkpoints of
+a scanned network (`layer_loops`) their axis is the first.
 
 Reference: T5X, Roberts et al. 2022 (arXiv 2203.17189).
 """
@@ -27,6 +28,7 @@ from flax import traverse_util
 
 from gkd_jax import (
   checkpoint_errors,
+  layer_loops,
   network,
   parameter_table,
   partitioning,
@@ -40,6 +42,7 @@ LEGACY_FILE = "checkpoint"
 # `encoder/encoder/mlp/wo/kernel`: the stack's name repeats that of its side.
 _SCANNED = re.compile(r"(encoder|decoder)/\1/(.+)")
 _SCAN_AXIS = 1
+_OURS = re.compile(rf"(encoder|decoder)/{layer_loops.NAME}/(.+)")
 # Of T5X's Adafactor.
 _MIN_SIZE_TO_FACTOR = 128
 
@@ -94,7 +97,9 @@ def split_scanned(
   """
   split, latest = {}, _Latest()
   for name, array in flat.items():
-    match = _SCANNED.fullmatch(name)
+    match, axis = _SCANNED.fullmatch(name), _SCAN_AXIS
+    if match is None:
+      match, axis = _OURS.fullmatch(name), 0
     if match is None or len(array.shape) not in (2, 3, 4):
       split[name] = array
       continue
@@ -102,9 +107,9 @@ def split_scanned(
     if rest.startswith("relpos_bias/"):
       split[f"{side}/{rest}"] = _shared(array, name, path, setting)
       continue
-    for layer in range(array.shape[_SCAN_AXIS]):
-      split[f"{side}/layers_{layer}/{rest}"] = _one_layer(
-        array, rest, layer, latest
+    for layer in range(array.shape[axis]):
+      split[f"{side}/{layer_loops.NAME}_{layer}/{rest}"] = _one_layer(
+        array, rest, layer, axis, latest
       )
   return split
 
@@ -126,9 +131,9 @@ class _Latest:
     return self._array
 
 
-def _one_layer(array, rest, layer, latest) -> stored_arrays.StoredArray:
+def _one_layer(array, rest, layer, axis, latest) -> stored_arrays.StoredArray:
   """The matrix or vector of one layer, with heads joined as ours are."""
-  shape = array.shape[:_SCAN_AXIS] + array.shape[_SCAN_AXIS + 1 :]
+  shape = array.shape[:axis] + array.shape[axis + 1 :]
   if len(shape) == 3:
     # [D, H, K] of a projection to heads, [H, K, D] of the one from them.
     joins_first = rest.endswith("out/kernel")
@@ -141,7 +146,7 @@ def _one_layer(array, rest, layer, latest) -> stored_arrays.StoredArray:
   def fetch(index):
     whole = latest.read(array)
     # A copy: a view would keep the whole stack in memory.
-    one = np.array(np.take(whole, layer, axis=_SCAN_AXIS))
+    one = np.array(np.take(whole, layer, axis=axis))
     return one.reshape(shape)[index]
 
   return stored_arrays.StoredArray(shape, array.dtype, fetch)

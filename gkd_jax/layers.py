@@ -405,6 +405,33 @@ def _by_head(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, 1, 2)
 
 
+def dropout(config: Any) -> nn.Dropout:
+  """Dropout with one mask for all positions of a sequence, as in T5X."""
+  return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+def attention(config: Any, **kwargs) -> Attention:
+  """Attention of the configuration's sizes."""
+  return Attention(
+    config.num_heads,
+    config.head_dim,
+    config.dropout_rate,
+    config.dtype,
+    **kwargs,
+  )
+
+
+def mlp(config: Any, **kwargs) -> MlpBlock:
+  """Feed-forward block of the configuration's sizes."""
+  return MlpBlock(
+    config.mlp_dim,
+    config.mlp_activations,
+    config.dropout_rate,
+    config.dtype,
+    **kwargs,
+  )
+
+
 def scaled_hidden(config: Any, x: jax.Array) -> jax.Array:
   """What times the head is the logits: a tied head's logits are rescaled."""
   if config.logits_via_embedding:

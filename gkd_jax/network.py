@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import layers, partitioning
+from gkd_jax import layer_loops, layers, partitioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,41 +98,9 @@ def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
     )
 
 
-def dropout(config: Any) -> nn.Dropout:
-  """Dropout with one mask for all positions of a sequence, as in T5X."""
-  return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-
-
-def attention(config: Any, **kwargs) -> layers.Attention:
-  """Attention of the configuration's sizes."""
-  return layers.Attention(
-    config.num_heads,
-    config.head_dim,
-    config.dropout_rate,
-    config.dtype,
-    **kwargs,
-  )
-
-
-def mlp(config: Any, **kwargs) -> layers.MlpBlock:
-  """Feed-forward block of the configuration's sizes."""
-  return layers.MlpBlock(
-    config.mlp_dim,
-    config.mlp_activations,
-    config.dropout_rate,
-    config.dtype,
-    **kwargs,
-  )
-
-
 def constrain(x: jax.Array) -> jax.Array:
   """`[B, T, D]`, with rows on the data axis of the mesh."""
   return partitioning.constrain(x, "batch", "length", "embed")
-
-
-def layer_class(cls: Any, config: Any) -> Any:
-  """A layer's class, or the one that recomputes it in the backward pass."""
-  return nn.remat(cls) if config.remat_policy == "full" else cls
 
 
 class EncoderLayer(nn.Module):
@@ -146,13 +114,13 @@ class EncoderLayer(nn.Module):
     """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_attention_layer_norm")(x)
-    y = attention(config, name="attention")(
+    y = layers.attention(config, name="attention")(
       y, None, bias, deterministic=deterministic
     )
-    x = constrain(x + dropout(config)(y, deterministic=deterministic))
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = mlp(config, name="mlp")(y, deterministic=deterministic)
-    return constrain(x + dropout(config)(y, deterministic=deterministic))
+    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
 
 
 class DecoderLayer(nn.Module):
@@ -174,7 +142,7 @@ class DecoderLayer(nn.Module):
     """`[B, T, D]` and the encoded `[B, S, D]` -> `[B, T, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = attention(config, name="self_attention")(
+    y = layers.attention(config, name="self_attention")(
       y,
       None,
       bias,
@@ -182,19 +150,19 @@ class DecoderLayer(nn.Module):
       decode_index=decode_index,
       decode_length=self.decode_length,
     )
-    x = constrain(x + dropout(config)(y, deterministic=deterministic))
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
-    y = attention(config, name="encoder_decoder_attention")(
+    y = layers.attention(config, name="encoder_decoder_attention")(
       y,
       encoded,
       cross_bias,
       deterministic=deterministic,
       decode_index=decode_index,
     )
-    x = constrain(x + dropout(config)(y, deterministic=deterministic))
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = mlp(config, name="mlp")(y, deterministic=deterministic)
-    return constrain(x + dropout(config)(y, deterministic=deterministic))
+    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
@@ -202,6 +170,7 @@ class Encoder(nn.Module):
 
   config: T5Config
   embed: layers.Embed
+  scan_layers: bool = False
 
   @nn.compact
   def __call__(
@@ -216,10 +185,15 @@ class Encoder(nn.Module):
     bias = layers.mask_to_bias(mask) + relative(
       positions, positions, bidirectional=True
     )
-    x = dropout(config)(self.embed(tokens), deterministic=deterministic)
-    layer = layer_class(EncoderLayer, config)
-    for i in range(config.num_encoder_layers):
-      x = layer(config, deterministic, name=f"layers_{i}")(x, bias)
+    x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      EncoderLayer,
+      (config, deterministic),
+      config.num_encoder_layers,
+      self.scan_layers,
+      x,
+      bias,
+    )
     x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
     return constrain(
       nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
@@ -231,6 +205,7 @@ class Decoder(nn.Module):
 
   config: T5Config
   embed: layers.Embed
+  scan_layers: bool = False
 
   @nn.compact
   def __call__(
@@ -263,20 +238,27 @@ class Decoder(nn.Module):
     )
     index = None
     if decode:
+      layer_loops.check_unrolled(self.scan_layers)
       index, bias = self._decode_bias(relative, max_decode_length)
     else:
       positions = jnp.arange(tokens.shape[1])
       bias = layers.mask_to_bias(mask) + relative(
         positions, positions, bidirectional=False
       )
-    x = dropout(config)(self.embed(tokens), deterministic=deterministic)
-    layer = layer_class(DecoderLayer, config)
-    for i in range(config.num_decoder_layers):
-      x = layer(config, deterministic, max_decode_length, name=f"layers_{i}")(
-        x, encoded, bias, layers.mask_to_bias(cross_mask), index
-      )
+    x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      DecoderLayer,
+      (config, deterministic, max_decode_length),
+      config.num_decoder_layers,
+      self.scan_layers,
+      x,
+      encoded,
+      bias,
+      layers.mask_to_bias(cross_mask),
+      index,
+    )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-    x = dropout(config)(x, deterministic=deterministic)
+    x = layers.dropout(config)(x, deterministic=deterministic)
     if return_hidden:
       return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
@@ -301,17 +283,23 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-  """An encoder-decoder T5 with T5X's call and parameter names."""
+  """An encoder-decoder T5 with T5X's call and parameter names.
+
+  Attributes:
+    config: sizes.
+    scan_layers: see `layer_loops`.
+  """
 
   config: T5Config
+  scan_layers: bool = False
 
   def setup(self):
     config = self.config
     self.token_embedder = layers.Embed(
       config.vocab_size, config.emb_dim, config.dtype
     )
-    self.encoder = Encoder(config, self.token_embedder)
-    self.decoder = Decoder(config, self.token_embedder)
+    stack = config, self.token_embedder, self.scan_layers
+    self.encoder, self.decoder = Encoder(*stack), Decoder(*stack)
 
   def encode(
     self,

@@ -29,6 +29,7 @@ STANDARD_RULES = (
   ("kv", None),
   ("joined_kv", MODEL_AXIS),
   ("relpos_buckets", None),
+  ("layers", None),
 )
 
 # The same with the free axis of each matrix split over the data axis as well.
@@ -49,6 +50,7 @@ ACTIVATION_RULES = {
   "kv": None,
   "vocab": MODEL_AXIS,
   "relpos_buckets": None,
+  "layers": None,
 }
 
 

@@ -26,9 +26,9 @@ def part(numbers, prefix):
   }
 
 
-def params(numbers):
-  """The parameter tree."""
-  return traverse_util.unflatten_dict(part(numbers, "params"), sep="/")
+def params(numbers, prefix="params"):
+  """The parameter tree, or that of their gradients."""
+  return traverse_util.unflatten_dict(part(numbers, prefix), sep="/")
 
 
 def model(name, **kwargs):

@@ -202,6 +202,38 @@ def test_an_asynchronous_slice_reads_what_it_keeps():
   assert once.hbm_bytes == 400
 
 
+def test_a_slice_within_a_product_s_fusion_is_read_alone():
+  text = """HloModule m
+
+%layer (stack: f32[24,8,4], turn: s32[]) -> f32[8,4] {
+  %stack = f32[24,8,4] parameter(0)
+  %turn = s32[] parameter(1)
+  %none = s32[] constant(0)
+  %one = f32[1,8,4] dynamic-slice(%stack, %turn, %none, %none), dynamic_slice_sizes={1,8,4}
+  ROOT %matrix = f32[8,4] bitcast(%one)
+}
+
+%product (x: f32[2,8], weights: f32[24,8,4], i: s32[]) -> f32[2,4] {
+  %x = f32[2,8] parameter(0)
+  %weights = f32[24,8,4] parameter(1)
+  %i = s32[] parameter(2)
+  %w = f32[8,4] fusion(%weights, %i), kind=kLoop, calls=%layer
+  ROOT %y = f32[2,4] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[2,8], weights: f32[24,8,4], i: s32[]) -> f32[2,4] {
+  %x = f32[2,8] parameter(0)
+  %weights = f32[24,8,4] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = f32[2,4] fusion(%x, %weights, %i), kind=kOutput, calls=%product
+}
+"""
+  (once,) = hlo_costs.count(text, loop_length=1)
+  # Of 24 layers one, 8 x 4; x, the index and the result.
+  assert once.hbm_bytes == 4 * (8 * 4 + 2 * 8 + 1 + 2 * 4)
+  assert once.flops == 2 * 2 * 8 * 4
+
+
 # What a TPU program makes of an all-gather that a product overlaps with.
 PIECES = """HloModule m, num_partitions=4
 

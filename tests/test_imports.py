@@ -31,7 +31,13 @@ LAYERS = (
     "decoding",
     "schedules",
   ),
-  ("layers", "network", "decoder_only_network", "partitioning"),
+  (
+    "layers",
+    "layer_loops",
+    "network",
+    "decoder_only_network",
+    "partitioning",
+  ),
   (
     "base_model",
     "encoder_decoder",
@@ -57,6 +63,7 @@ LAYERS = (
     "export",
     "import_hf",
     "import_t5x",
+    "layer_stacks",
     "model_card",
     "output_folders",
     "parameter_table",
