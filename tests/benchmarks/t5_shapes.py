@@ -11,7 +11,9 @@ SIZES = {
 }
 
 
-def ours(size: str, dtype: str = "float32", **options) -> Any:
+def ours(
+  size: str, dtype: str = "float32", *, scan_layers: bool = False, **options
+) -> Any:
   """A model of ours, without dropout."""
   from gkd_jax import encoder_decoder, network
 
@@ -29,7 +31,7 @@ def ours(size: str, dtype: str = "float32", **options) -> Any:
     dropout_rate=0.0,
   )
   return encoder_decoder.EncoderDecoderModel(
-    network.Transformer(config), **options
+    network.Transformer(config, scan_layers), **options
   )
 
 
