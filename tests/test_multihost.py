@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 STEPS = 20
+PERIOD = 12  # of checkpoints
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 MAX_STEPS = 400  # none of the processes comes to its end by itself
 
@@ -23,7 +24,7 @@ def settings(folder, **macros):
     "LOG_PERIOD": 1,
     "EVAL_NUM_EXAMPLES": 2,
     "EVAL_PERIOD": MAX_STEPS,
-    "CHECKPOINT_PERIOD": 3,
+    "CHECKPOINT_PERIOD": PERIOD,
     "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 12},
     "TRAIN_STEPS": MAX_STEPS,
     # As four processes read them: the order of the data is the same in all runs.
@@ -118,9 +119,10 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   assert "loss" in printed[0][0]
   assert not any("loss" in out for out, _ in printed[1:])
 
-  # Two go on; one is lost: the other says so, and ends.
+  # Two go on; one is lost some steps after a checkpoint: the other says so, and ends.
   second = start(2, tmp_path)
-  assert f"at step {stopped}\n" in until(second[0], stopped + STEPS)
+  lost = stopped + STEPS + -(stopped + STEPS) % PERIOD + 5
+  assert f"at step {stopped}\n" in until(second[0], lost)
   second[1].kill()
   begin = time.monotonic()
   _, errors = second[0].communicate(timeout=60)

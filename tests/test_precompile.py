@@ -149,9 +149,8 @@ def test_figures_are_those_of_a_program_with_real_arrays(model, phases):
   )
   params = jax.device_put(toy_models.params(model.teacher, 2), shardings)
   batch = partitioning.put_batch(toy_models.batch(rows=16), mesh)
-  stats = (
-    jax.jit(model.teacher.logits).lower(params, batch).compile()
-  ).memory_analysis()
+  teacher = partitioning.jit(model.teacher.logits, mesh)
+  stats = teacher.lower(params, batch).compile().memory_analysis()
   memory = phases["teacher"]["memory"]
   assert memory["arguments"] == stats.argument_size_in_bytes
   assert memory["outputs"] == stats.output_size_in_bytes

@@ -2,10 +2,11 @@
 
 Student T5 1.1 small, teacher base, batch 8, 64 to 32 tokens, float32, no dropout:
 the student samples, the teacher judges, JSD(½), AdamW. EOS is suppressed in both,
-so that every output has 32 tokens. Our teacher's layers are scanned, our loss goes by
-128 tokens: what takes the least memory, at no cost in time. PyTorch's step is transformers' `generate`, two
-forward passes, the divergence on whole logits, and AdamW's fused kernel. `data` is
-our step on fixed outputs of the same shapes.
+so that every output has 32 tokens. Ours is set to take little memory: layers are
+scanned, the student's are computed again in the backward pass, the loss goes by 128
+tokens. PyTorch's step is transformers' `generate`, two forward passes, the divergence
+on whole logits, and AdamW's fused kernel. `data` is our step on fixed outputs of the
+same shapes.
 
 Run: python -m tests.benchmarks.on_policy_step [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and transformers; by default this one. Pin it to a
@@ -32,7 +33,9 @@ def ours(source: str, options) -> dict:
 
   from gkd_jax import models, optimizers, partitioning, train_state, trainer
 
-  student = t5_shapes.ours(options.student, options.dtype)
+  student = t5_shapes.ours(
+    options.student, options.dtype, scan_layers=True, remat_policy="full"
+  )
   teacher = t5_shapes.ours(options.teacher, options.dtype, scan_layers=True)
   model = models.GKDModel(
     student, teacher, "jsd", beta=0.5, loss_chunk_size=CHUNK

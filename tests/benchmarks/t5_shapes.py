@@ -12,7 +12,12 @@ SIZES = {
 
 
 def ours(
-  size: str, dtype: str = "float32", *, scan_layers: bool = False, **options
+  size: str,
+  dtype: str = "float32",
+  *,
+  scan_layers: bool = False,
+  remat_policy: str = "none",
+  **options,
 ) -> Any:
   """A model of ours, without dropout."""
   from gkd_jax import encoder_decoder, network
@@ -29,6 +34,7 @@ def ours(
     mlp_dim=mlp_dim,
     mlp_activations=("gelu", "linear"),
     dropout_rate=0.0,
+    remat_policy=remat_policy,
   )
   return encoder_decoder.EncoderDecoderModel(
     network.Transformer(config, scan_layers), **options
