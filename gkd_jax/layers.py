@@ -18,7 +18,8 @@ from flax.linen import partitioning as flax_partitioning
 from gkd_jax import partitioning, projections
 
 param_with_axes = flax_partitioning.param_with_axes
-Dense, Embed = projections.Dense, projections.Embed
+Dense = projections.Dense
+Embed = projections.Embed
 
 # Added to attention logits that a mask rules out. A finite number: a row with
 # every key masked (padding) then attends evenly instead of giving NaN.

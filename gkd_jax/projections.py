@@ -63,16 +63,16 @@ def _matrix(module, name, init, shape, axes, dtype):
   if dtype == jnp.float32:
     return param_with_axes(name, init, shape, dtype, axes=axes), None
   if dtype != jnp.int8:
-    draw = lambda key: init(key, shape, jnp.float32).astype(dtype)
-    return param_with_axes(name, draw, axes=axes), None
+    rounded = lambda key: init(key, shape, jnp.float32).astype(dtype)
+    return param_with_axes(name, rounded, axes=axes), None
   # One draw for both; where parameters are given, only its shapes are asked for.
-  key = module.make_rng("params") if module.is_initializing() else None
+  first = module.make_rng("params") if module.is_initializing() else None
   axis = SCALED_AXIS[name]
 
-  def draw(other_key):
-    matrix = init(other_key if key is None else key, shape, jnp.float32)
-    head = fused_loss.quantize_head(matrix if axis else matrix.T)
-    return head if axis else head._replace(values=head.values.T)
+  def draw(key):
+    matrix = init(key if first is None else first, shape, jnp.float32)
+    columns = fused_loss.quantize_head(matrix if axis else matrix.T)
+    return columns if axis else columns._replace(values=columns.values.T)
 
   values = param_with_axes(name, lambda key: draw(key).values, axes=axes)
   scales = param_with_axes(
