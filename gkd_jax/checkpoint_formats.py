@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from gkd_jax import (
   checkpoint_errors,
@@ -30,6 +31,7 @@ from gkd_jax import (
   paths,
   safetensors_io,
   stored_arrays,
+  stored_weights,
   tensorstore_io,
 )
 
@@ -162,14 +164,16 @@ def load_params(
     path: a folder or a file, local or `gs://`.
     setting: what the user set the path with, for the messages.
     dtype: what floating-point arrays are converted to (the network's parameters
-      are float32, however a file stores them); None keeps the file's.
-    like: nested dict of `jax.ShapeDtypeStruct`s with shardings, to read the
-      parameters onto devices: each process then reads what its devices hold,
-      one array at a time, after names and shapes were compared. Layers are
-      joined where it has the stacks of a scanned network.
+      are float32, however a file stores them); None keeps the file's. Not read
+      with `like`.
+    like: nested dict of `jax.ShapeDtypeStruct`s, whose names and shapes are
+      compared before anything is read. Arrays are converted to its types, see
+      `stored_weights`, and layers joined where it has the stacks of a scanned
+      network. With shardings the parameters are read onto devices: each process
+      then reads what its devices hold, one array at a time.
 
   Returns:
-    Nested dict of numpy arrays, or of `jax.Array`s with `like`.
+    Nested dict of numpy arrays, or of `jax.Array`s with shardings.
 
   Raises:
     ValueError: if `path` holds none of the formats, is damaged, or has other
@@ -178,10 +182,13 @@ def load_params(
   flat = open_params(path, setting=setting)
   if like is None:
     return stored_arrays.read_tree(flat, dtype)
-  flat = layer_stacks.joined(flat, stored_arrays.names(like))
+  wanted = traverse_util.flatten_dict(like, sep="/")
+  flat = layer_stacks.joined(stored_weights.converted(flat, wanted), wanted)
   checkpoint_errors.check_matches(flat, like, setting=setting, path=path)
+  if all(leaf.sharding is None for leaf in wanted.values()):
+    return stored_arrays.read_tree(flat)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-  return stored_arrays.place_tree(flat, shardings, dtype)
+  return stored_arrays.place_tree(flat, shardings)
 
 
 def load_config(

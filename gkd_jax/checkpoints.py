@@ -54,13 +54,13 @@ def load_placed(
 
   Args:
     path: see `load_params`.
-    shapes: nested dict of anything with a `shape`.
+    shapes: nested dict of anything with a `shape` and a `dtype`.
     shardings: of the same structure.
     setting: what the user set the path with, for the messages.
     of: what the model is, such as "teacher", for the message.
 
   Returns:
-    Nested dict of `jax.Array`s, float32.
+    Nested dict of `jax.Array`s of these types.
 
   Raises:
     ValueError: no path, or as `load_params`.

@@ -26,6 +26,7 @@ from gkd_jax import (
   base_model,
   decoder_only_network,
   decoding,
+  projections,
   sampling,
   types,
 )
@@ -138,12 +139,12 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       **options,
     )
 
-  def output_head(self, params: Any) -> jax.Array:
+  def output_head(self, params: Any) -> projections.Head:
     """See `types.TransformerModel.output_head`."""
     decoder = params["decoder"]
     if self.config.logits_via_embedding:
-      return decoder["token_embedder"]["embedding"].T
-    return decoder["logits_dense"]["kernel"]
+      return projections.head(decoder["token_embedder"], tied=True)
+    return projections.head(decoder["logits_dense"], tied=False)
 
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import layer_loops, layers, network
+from gkd_jax import layer_loops, layers, network, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class DecoderLayer(nn.Module):
   config: TransformerConfig
   deterministic: bool
   prefill: bool
+  weights: str = "float32"
 
   @nn.compact
   def __call__(
@@ -70,7 +71,7 @@ class DecoderLayer(nn.Module):
     """`[B, T, D]` and a bias that broadcasts to `[B, H, T, T]` -> `[B, T, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = layers.attention(config, name="self_attention")(
+    y = layers.attention(config, self.weights, name="self_attention")(
       y,
       None,
       bias,
@@ -81,7 +82,9 @@ class DecoderLayer(nn.Module):
     x = x + layers.dropout(config)(y, deterministic=deterministic)
     x = network.constrain(x)
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    y = layers.mlp(config, self.weights, name="mlp")(
+      y, deterministic=deterministic
+    )
     x = x + layers.dropout(config)(y, deterministic=deterministic)
     return network.constrain(x)
 
@@ -91,6 +94,7 @@ class Decoder(nn.Module):
 
   config: TransformerConfig
   scan_layers: bool = False
+  weights: str = "float32"
 
   @nn.compact
   def __call__(
@@ -134,13 +138,11 @@ class Decoder(nn.Module):
         ("positions", jnp.arange(tokens.shape[1])),
       ):
         self.variable("cache", name, lambda v=value: v).value = value
-    embed = layers.Embed(
-      config.vocab_size, config.emb_dim, config.dtype, name="token_embedder"
-    )
+    embed = projections.embed(config, self.weights, name="token_embedder")
     x = layers.dropout(config)(embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
       DecoderLayer,
-      (config, deterministic, prefill_lengths is not None),
+      (config, deterministic, prefill_lengths is not None, self.weights),
       config.num_layers,
       self.scan_layers,
       x,
@@ -153,9 +155,7 @@ class Decoder(nn.Module):
       return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
-    return layers.Dense(
-      config.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense"
-    )(x)
+    return projections.to_logits(config, self.weights, name="logits_dense")(x)
 
   def _next_position(self, relative):
     """Each row's position `[B]`, and the bias `[B, H, 1, T]` of its query."""
@@ -173,13 +173,15 @@ class DecoderWrapper(nn.Module):
   Attributes:
     config: sizes.
     scan_layers: see `layer_loops`.
+    weights: type of the matrices, see `projections`.
   """
 
   config: TransformerConfig
   scan_layers: bool = False
+  weights: str = "float32"
 
   def setup(self):
-    self.decoder = Decoder(self.config, self.scan_layers)
+    self.decoder = Decoder(self.config, self.scan_layers, self.weights)
 
   def __call__(
     self,

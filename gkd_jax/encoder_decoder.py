@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import base_model, decoding, sampling, types
+from gkd_jax import base_model, decoding, projections, sampling, types
 
 
 class EncoderDecoderModel(base_model.BaseTransformerModel):
@@ -89,11 +89,11 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       **options,
     )
 
-  def output_head(self, params: Any) -> jax.Array:
+  def output_head(self, params: Any) -> projections.Head:
     """See `types.TransformerModel.output_head`."""
     if self.config.logits_via_embedding:
-      return params["token_embedder"]["embedding"].T
-    return params["decoder"]["logits_dense"]["kernel"]
+      return projections.head(params["token_embedder"], tied=True)
+    return projections.head(params["decoder"]["logits_dense"], tied=False)
 
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None

@@ -15,6 +15,7 @@ from gkd_jax import (
   evaluate,
   measurements,
   partitioning,
+  placement,
   teacher_data,
   teacher_records,
 )
@@ -69,7 +70,7 @@ def infer(
     _check_temperature(temperature)
     total = teacher_data.write(
       model.student,
-      checkpoints.load_params(checkpoint_path, setting="CHECKPOINT_PATH"),
+      _load(model.student, checkpoint_path),
       data.load_task(mixture_or_task_name, mixture_or_task_module),
       task_feature_lengths,
       output_path,
@@ -208,13 +209,21 @@ def _predict(
     converter=model.student.FEATURE_CONVERTER_CLS,
     **options,
   )
-  params = checkpoints.load_params(checkpoint_path, setting="CHECKPOINT_PATH")
-  params = jax.device_put(params, partitioning.replicated(mesh))
+  params = jax.device_put(
+    _load(model.student, checkpoint_path), partitioning.replicated(mesh)
+  )
   options = {"temperature": temperature} if temperature else None
   predict = lambda seed: evaluator.predict(
     model.student, params, seed=seed, decoder_params=options
   )
   return _Run(evaluator, params, mesh, predict), predict(seed)
+
+
+def _load(model, path):
+  """Parameters on the host, in the types of the network."""
+  return checkpoints.load_params(
+    path, setting="CHECKPOINT_PATH", like=placement.host_params(model)
+  )
 
 
 class _Run(NamedTuple):

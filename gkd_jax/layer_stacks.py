@@ -15,6 +15,18 @@ from gkd_jax import layer_loops, stored_arrays
 _LAYER = re.compile(rf"(.+)/{layer_loops.NAME}_(\d+)/(.+)")
 
 
+def place(name: str, names: Collection[str]) -> str:
+  """The stack that a layer's array belongs to; any other's own name.
+
+  Args:
+    name: path, of an unrolled network.
+    names: paths that the network has.
+  """
+  match = _LAYER.fullmatch(name)
+  stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
+  return stack if stack in names else name
+
+
 def joined(
   flat: Mapping[str, stored_arrays.StoredArray], names: Collection[str]
 ) -> dict[str, stored_arrays.StoredArray]:
@@ -28,9 +40,8 @@ def joined(
   """
   result, stacks = {}, {}
   for name, array in flat.items():
-    match = _LAYER.fullmatch(name)
-    stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
-    if match and stack in names:
+    match, stack = _LAYER.fullmatch(name), place(name, names)
+    if match and stack != name:
       stacks.setdefault(stack, {})[int(match[2])] = name
     else:
       result[name] = array

@@ -15,17 +15,16 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-from gkd_jax import partitioning
+from gkd_jax import partitioning, projections
 
 param_with_axes = flax_partitioning.param_with_axes
+Dense = projections.Dense
+Embed = projections.Embed
 
 # Added to attention logits that a mask rules out. A finite number: a row with
 # every key masked (padding) then attends evenly instead of giving NaN.
 MASKED = -1e10
 
-_TRUNCATED_NORMAL = nn.initializers.variance_scaling(
-  1.0, "fan_in", "truncated_normal"
-)
 _NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -166,77 +165,6 @@ class LayerNorm(nn.Module):
     return (y * jnp.expand_dims(scale, range(y.ndim - 1))).astype(self.dtype)
 
 
-class Dense(nn.Module):
-  """Projection of the last axis, without bias.
-
-  Attributes:
-    features: size of the result's last axis.
-    kernel_axes: logical names of the kernel's two axes.
-    dtype: of the computation; the kernel is stored in float32.
-    kernel_init: distribution of the initial kernel.
-  """
-
-  features: int
-  kernel_axes: tuple[str, str]
-  dtype: Any = jnp.float32
-  kernel_init: Callable[..., jax.Array] = _TRUNCATED_NORMAL
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., in]` -> `[..., features]`."""
-    kernel = param_with_axes(
-      "kernel",
-      self.kernel_init,
-      (x.shape[-1], self.features),
-      jnp.float32,
-      axes=self.kernel_axes,
-    )
-    # One matrix product: XLA's CPU backend takes twice as long for the kernel's
-    # gradient when it contracts over batch and length as two axes.
-    rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-    kernel = partitioning.constrain(
-      kernel.astype(self.dtype), *self.kernel_axes
-    )
-    y = jnp.dot(rows, kernel)
-    return y.reshape(*x.shape[:-1], self.features)
-
-
-class Embed(nn.Module):
-  """Token embedding, by gather.
-
-  T5X multiplies by a one-hot matrix; a gather gives the same numbers without
-  the `[B*S, V]` product.
-  """
-
-  num_embeddings: int
-  features: int
-  dtype: Any = jnp.float32
-
-  def setup(self):
-    self.embedding = param_with_axes(
-      "embedding",
-      nn.initializers.normal(stddev=1.0),
-      (self.num_embeddings, self.features),
-      jnp.float32,
-      axes=("vocab", "embed"),
-    )
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """int32 `[B, S]` -> `[B, S, D]` in `dtype`."""
-    # The table stays where it lies. Split over the data axis, each device looks
-    # up its features of all rows' tokens, and rows are exchanged: bytes of
-    # activations, not of the table, and as few for its gradient.
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-    return partitioning.constrain(x, "batch", "length", "embed")
-
-  def _table(self):
-    return partitioning.constrain(self.embedding, "vocab", "embed")
-
-  def attend(self, x: jax.Array) -> jax.Array:
-    """`[B, T, D]` -> logits `[B, T, V]` by the transposed table, float32."""
-    return jnp.dot(x.astype(jnp.float32), self._table().T)
-
-
 class MlpBlock(nn.Module):
   """Feed-forward block; several activations are multiplied (gated units).
 
@@ -246,12 +174,18 @@ class MlpBlock(nn.Module):
       `("gelu", "linear")` T5 1.1, `("silu", "linear")` a gated SiLU.
     dropout_rate: on the intermediate activations, shared along the length.
     dtype: of the computation.
+    weights: type of the kernels, see `projections`.
   """
 
   mlp_dim: int
   activations: Sequence[str]
   dropout_rate: float
   dtype: Any = jnp.float32
+  weights: str = "float32"
+
+  def _project(self, features, axes, name, x):
+    dense = Dense(features, axes, self.dtype, weights=self.weights, name=name)
+    return dense(x)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -260,7 +194,7 @@ class MlpBlock(nn.Module):
     branches = []
     for i, activation in enumerate(self.activations):
       name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-      y = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
+      y = self._project(self.mlp_dim, ("embed", "mlp"), name, x)
       if activation != "linear":
         y = getattr(nn, activation)(y)
       branches.append(y)
@@ -269,7 +203,7 @@ class MlpBlock(nn.Module):
     y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
       y, deterministic=deterministic
     )
-    return Dense(features, ("mlp", "embed"), self.dtype, name="wo")(y)
+    return self._project(features, ("mlp", "embed"), "wo", y)
 
 
 class Attention(nn.Module):
@@ -286,12 +220,14 @@ class Attention(nn.Module):
     head_dim: K.
     dropout_rate: on the attention weights, shared along the queries.
     dtype: of the computation; the softmax is float32 always.
+    weights: type of the kernels, see `projections`.
   """
 
   num_heads: int
   head_dim: int
   dropout_rate: float
   dtype: Any = jnp.float32
+  weights: str = "float32"
 
   def _project(self, name: str, x: jax.Array) -> jax.Array:
     kernel_init = _NORMAL
@@ -303,6 +239,7 @@ class Attention(nn.Module):
       ("embed", "joined_kv"),
       self.dtype,
       kernel_init,
+      self.weights,
       name=name,
     )(x)
     y = y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
@@ -363,6 +300,7 @@ class Attention(nn.Module):
       ("joined_kv", "embed"),
       self.dtype,
       _NORMAL,
+      self.weights,
       name="out",
     )(out.reshape(*queries.shape[:-1], self.num_heads * self.head_dim))
 
@@ -410,24 +348,26 @@ def dropout(config: Any) -> nn.Dropout:
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
-def attention(config: Any, **kwargs) -> Attention:
+def attention(config: Any, weights: str, **kwargs) -> Attention:
   """Attention of the configuration's sizes."""
   return Attention(
     config.num_heads,
     config.head_dim,
     config.dropout_rate,
     config.dtype,
+    weights,
     **kwargs,
   )
 
 
-def mlp(config: Any, **kwargs) -> MlpBlock:
+def mlp(config: Any, weights: str, **kwargs) -> MlpBlock:
   """Feed-forward block of the configuration's sizes."""
   return MlpBlock(
     config.mlp_dim,
     config.mlp_activations,
     config.dropout_rate,
     config.dtype,
+    weights,
     **kwargs,
   )
 

@@ -12,15 +12,22 @@ import rich.console
 import rich.progress
 from clu import metric_writers
 
-from gkd_jax import compilation, types
+from gkd_jax import compilation, projections, types
 
 # Metrics of distillation and of SFT whose weight is the number of tokens.
 _PER_TOKEN = ("top1_agreement", "accuracy")
 
 
 def count(params: Any) -> int:
-  """Number of parameters of a tree of arrays or shapes."""
-  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+  """Number of parameters of a tree of arrays or shapes, without scales of int8."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return sum(
+    int(np.prod(x.shape))
+    for path, x in leaves
+    if not jax.tree_util.keystr(path, simple=True, separator="/").endswith(
+      projections.SCALE
+    )
+  )
 
 
 def bytes_per_device(params: Any) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import layer_loops, layers, partitioning
+from gkd_jax import layer_loops, layers, partitioning, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,21 @@ class EncoderLayer(nn.Module):
 
   config: T5Config
   deterministic: bool
+  weights: str = "float32"
 
   @nn.compact
   def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
     """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_attention_layer_norm")(x)
-    y = layers.attention(config, name="attention")(
+    y = layers.attention(config, self.weights, name="attention")(
       y, None, bias, deterministic=deterministic
     )
     x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    y = layers.mlp(config, self.weights, name="mlp")(
+      y, deterministic=deterministic
+    )
     return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
 
 
@@ -129,6 +132,7 @@ class DecoderLayer(nn.Module):
   config: T5Config
   deterministic: bool
   decode_length: int | None
+  weights: str = "float32"
 
   @nn.compact
   def __call__(
@@ -142,7 +146,7 @@ class DecoderLayer(nn.Module):
     """`[B, T, D]` and the encoded `[B, S, D]` -> `[B, T, D]`."""
     config, deterministic = self.config, self.deterministic
     y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = layers.attention(config, name="self_attention")(
+    y = layers.attention(config, self.weights, name="self_attention")(
       y,
       None,
       bias,
@@ -152,7 +156,9 @@ class DecoderLayer(nn.Module):
     )
     x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
-    y = layers.attention(config, name="encoder_decoder_attention")(
+    y = layers.attention(
+      config, self.weights, name="encoder_decoder_attention"
+    )(
       y,
       encoded,
       cross_bias,
@@ -161,7 +167,9 @@ class DecoderLayer(nn.Module):
     )
     x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
     y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, name="mlp")(y, deterministic=deterministic)
+    y = layers.mlp(config, self.weights, name="mlp")(
+      y, deterministic=deterministic
+    )
     return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
 
 
@@ -171,6 +179,7 @@ class Encoder(nn.Module):
   config: T5Config
   embed: layers.Embed
   scan_layers: bool = False
+  weights: str = "float32"
 
   @nn.compact
   def __call__(
@@ -188,7 +197,7 @@ class Encoder(nn.Module):
     x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
       EncoderLayer,
-      (config, deterministic),
+      (config, deterministic, self.weights),
       config.num_encoder_layers,
       self.scan_layers,
       x,
@@ -206,6 +215,7 @@ class Decoder(nn.Module):
   config: T5Config
   embed: layers.Embed
   scan_layers: bool = False
+  weights: str = "float32"
 
   @nn.compact
   def __call__(
@@ -248,7 +258,7 @@ class Decoder(nn.Module):
     x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
       DecoderLayer,
-      (config, deterministic, max_decode_length),
+      (config, deterministic, max_decode_length, self.weights),
       config.num_decoder_layers,
       self.scan_layers,
       x,
@@ -263,9 +273,7 @@ class Decoder(nn.Module):
       return layers.scaled_hidden(config, x)
     if config.logits_via_embedding:
       return self.embed.attend(x) / jnp.sqrt(config.emb_dim)
-    return layers.Dense(
-      config.vocab_size, ("embed", "vocab"), jnp.float32, name="logits_dense"
-    )(x)
+    return projections.to_logits(config, self.weights, name="logits_dense")(x)
 
   def _decode_bias(self, relative, max_decode_length):
     """The position being decoded, of all rows or `[B]`, and its bias."""
@@ -288,17 +296,16 @@ class Transformer(nn.Module):
   Attributes:
     config: sizes.
     scan_layers: see `layer_loops`.
+    weights: type of the matrices, see `projections`.
   """
 
   config: T5Config
   scan_layers: bool = False
+  weights: str = "float32"
 
   def setup(self):
-    config = self.config
-    self.token_embedder = layers.Embed(
-      config.vocab_size, config.emb_dim, config.dtype
-    )
-    stack = config, self.token_embedder, self.scan_layers
+    self.token_embedder = projections.embed(self.config, self.weights)
+    stack = self.config, self.token_embedder, self.scan_layers, self.weights
     self.encoder, self.decoder = Encoder(*stack), Decoder(*stack)
 
   def encode(

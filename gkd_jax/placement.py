@@ -29,6 +29,21 @@ def rules(shard_params_over_data: bool) -> Sequence[tuple[str, str | None]]:
   return partitioning.STANDARD_RULES
 
 
+def host_params(model: types.TransformerModel) -> Any:
+  """Shapes and types of a model's parameters, which have no place.
+
+  Args:
+    model: student or teacher.
+  """
+  return _variables(model, input_shapes({"inputs": 1, "targets": 1}))["params"]
+
+
+def _variables(model, shapes):
+  return jax.eval_shape(
+    lambda: model.get_initial_variables(jax.random.key(0), shapes)
+  )
+
+
 def params(
   model: types.TransformerModel,
   shapes: Mapping[str, tuple[int, ...]],
@@ -43,9 +58,7 @@ def params(
     mesh: see `partitioning.make_mesh`.
     rules: logical axis to mesh axis.
   """
-  variables = jax.eval_shape(
-    lambda: model.get_initial_variables(jax.random.key(0), shapes)
-  )
+  variables = _variables(model, shapes)
   axes = partitioning.logical_axes(variables["params_axes"])
   shardings = partitioning.param_shardings(
     variables["params"], axes, mesh, rules
@@ -60,8 +73,18 @@ def state(
   mesh: Any,
   rules: Sequence[tuple[str, str | None]],
 ) -> tuple[Any, Any]:
-  """Shapes of the train state and its shardings; arguments as of `params`."""
+  """Shapes of the train state and its shardings; arguments as of `params`.
+
+  Raises:
+    ValueError: a student whose parameters are not float32.
+  """
   student_params, shardings = params(student, shapes, mesh, rules)
+  types_ = {leaf.dtype.name for leaf in jax.tree.leaves(student_params)}
+  if types_ != {"float32"}:
+    raise ValueError(
+      "expected float32 parameters of the network that is trained, got"
+      f" {', '.join(sorted(types_))}; set its weights to 'float32'"
+    )
   abstract = jax.eval_shape(
     lambda p: train_state.create(p, optimizer.transform), student_params
   )

@@ -101,11 +101,6 @@ def unflatten(flat: Mapping[str, StoredArray]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def names(tree: Mapping[str, Any]) -> list[str]:
-  """The paths of a nested dict's leaves, joined by "/"."""
-  return list(traverse_util.flatten_dict(dict(tree), sep="/"))
-
-
 def read_tree(
   flat: Mapping[str, StoredArray], dtype: str | None = None
 ) -> dict[str, Any]:
@@ -125,21 +120,20 @@ def read_tree(
 
 
 def place_tree(
-  flat: Mapping[str, StoredArray], shardings: Any, dtype: str | None = None
+  flat: Mapping[str, StoredArray], shardings: Any
 ) -> dict[str, Any]:
   """Reads arrays onto devices; each process reads what its devices hold.
 
   Args:
     flat: path to array.
     shardings: nested dict of `jax.sharding.Sharding`, of the same structure.
-    dtype: see `StoredArray.cast`.
 
   Returns:
     Nested dict of `jax.Array`.
   """
   placed = {}
   for name, sharding in traverse_util.flatten_dict(shardings, sep="/").items():
-    x = flat[name].cast(dtype, name)
+    x = flat[name]
     parts: dict[Any, np.ndarray] = {}
 
     def part(index, x=x, parts=parts):

@@ -126,7 +126,7 @@ class TransformerModel(Protocol):
     ...
 
   def output_head(self, params: Any) -> Any:
-    """The head `[D, V]`, of the parameters or made of them."""
+    """The head `[D, V]`, of the parameters or made of them; see `fused_loss`."""
     ...
 
   def sample_outputs(

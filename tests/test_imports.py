@@ -37,6 +37,7 @@ LAYERS = (
     "network",
     "decoder_only_network",
     "partitioning",
+    "projections",
   ),
   (
     "base_model",
@@ -71,6 +72,7 @@ LAYERS = (
     "safetensors_io",
     "shards",
     "stored_arrays",
+    "stored_weights",
     "tensorstore_io",
   ),
   (
