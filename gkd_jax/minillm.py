@@ -138,7 +138,7 @@ class MiniLLMModel(models.GKDModel):
       return law, (teacher_cache, student_cache)
 
     batch_size, length = batch["decoder_target_tokens"].shape
-    tokens = sampling.sample(
+    tokens, log_probs = sampling.sample(
       step,
       (teacher_cache, student_cache),
       key,
@@ -148,9 +148,10 @@ class MiniLLMModel(models.GKDModel):
       row_ids=row_ids,
       active=chosen,
       **rows,
-    ).tokens
+    )
     # PAD is suppressed, so that zeros stand after an output's end alone.
-    return tokens, (tokens != sampling.PAD_ID).astype(jnp.float32)
+    weights = (tokens != sampling.PAD_ID).astype(jnp.float32)
+    return tokens, weights, log_probs
 
   def _loss(self, batch, teacher_logits, student_logits, step):
     _, _, aux = super()._loss(batch, teacher_logits, student_logits, step)

@@ -189,14 +189,9 @@ class RLGKDModel(models.GKDModel):
       length_normalization=self.length_normalization,
     )
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    ended = jnp.any((targets == base_model.EOS_ID) & (weights > 0), axis=1)
-    number = jnp.sum(rows)
-    aux |= more | {
+    aux |= base_model.output_metrics(targets, weights) | more | {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
-      "reward": (jnp.sum(rows * batch[REWARDS]), number),
-      "sampled_length": (jnp.sum(weights), number),
-      "sampled_eos": (jnp.sum(rows * ended), number),
-      "on_policy_share": (number, number),
+      "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
     }
     loss = rewards.rl_gkd_loss(gradient, divergence, self.alpha)
     return loss, weight, aux
