@@ -148,9 +148,7 @@ def chunked_target_log_probs(
   def of_chunk(parts):
     hidden, targets, weights = parts
     nothing = lambda *_: jnp.zeros(targets.shape, jnp.float32)
-    return jax.lax.cond(
-      jnp.any(weights > 0), scored, nothing, hidden, targets
-    )
+    return jax.lax.cond(jnp.any(weights > 0), scored, nothing, hidden, targets)
 
   found = jax.lax.map(of_chunk, (cut(hidden), cut(targets), cut(weights)))
   return jnp.moveaxis(found, 0, 1).reshape(rows, -1)[:, :length]

@@ -40,6 +40,7 @@ _FIXED = {
   "beta": None,
   "decode_slots": None,
   "length_normalization": "sequence",
+  "sample_ahead": False,
 }
 
 
@@ -55,8 +56,9 @@ class MiniLLMModel(models.GKDModel):
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
     **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
-      `decode_slots` None, `length_normalization` "sequence": a run that sets another value of what
-      GKD can choose learns that it has no effect here.
+      `decode_slots` None, `length_normalization` "sequence", `sample_ahead` False:
+      a run that sets another value of what GKD can choose learns that it has no
+      effect here.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.

@@ -254,7 +254,8 @@ class GKDModel:
     if ahead:
       clean = outputs  # without dropout, as outputs are drawn
       if decoder_key is not None:
-        clean = run(params, self.student.encode(params, batch), batch)
+        fixed = jax.lax.stop_gradient(params)
+        clean = run(fixed, self.student.encode(fixed, batch), batch)
       batch, metrics = importance.weighted(self, params, batch, clean, chunk)
     if chunk:
       loss, weight, aux = fused_loss.fused_distillation_loss(

@@ -40,6 +40,7 @@ LAYERS = (
   ),
   (
     "base_model",
+    "importance",
     "encoder_decoder",
     "decoder_only",
     "models",
@@ -82,6 +83,7 @@ LAYERS = (
     "infer",
     "precompile",
     "rollouts",
+    "sample_ahead",
     "teacher_data",
     "teacher_records",
     "train",
