@@ -1,13 +1,14 @@
 """Outputs of an older student, weighted, have the newer one's loss in the mean."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_decoder_only
-import toy_models
 
-from gkd_jax import importance, models, partitioning, sampling
+from gkd_jax import importance, losses, models, partitioning
 
 LENGTH, REAL = 3, 4
 
@@ -19,50 +20,36 @@ def every_output(prefix=()):
   return [y for token in (1, 2, 3) for y in every_output((*prefix, token))]
 
 
-def features(rows=1):
-  """Every output after one prompt, `rows` times."""
-  prompt = toy_models.batch()["encoder_input_tokens"][5]
-  outputs = every_output() * rows
-  targets = np.array([[*y, *[0] * (LENGTH - len(y))] for y in outputs])
-  targets = targets.astype(np.int32)
-  return {
-    "encoder_input_tokens": np.tile(prompt, (len(outputs), 1)),
-    "decoder_target_tokens": targets,
-    "decoder_input_tokens": np.asarray(sampling.shift_right(targets)),
-    "decoder_loss_weights": (targets > 0).astype(np.float32),
-  }
+def padded():
+  """`every_output`, `[15, 3]`."""
+  rows = [[*y, *[0] * (LENGTH - len(y))] for y in every_output()]
+  return np.array(rows, np.int32)
 
 
-def gkd(dropout_rate=0.0, **settings):
+def gkd(**settings):
   """A model of four tokens; parameters of a newer and an older student, a teacher."""
-  real = {"num_real_tokens": REAL}
-  student = toy_models.model(8, dropout_rate, **real)
-  teacher = toy_models.model(12, **real)
+  student, teacher = (
+    toy_decoder_only.model(width, num_real_tokens=REAL) for width in (8, 12)
+  )
   model = models.GKDModel(student, teacher, sample_ahead=True, **settings)
-  new = toy_models.params(student, 1)
-  noise = toy_models.params(student, 4)
+  new, noise = (toy_decoder_only.params(student, seed) for seed in (3, 4))
   old = jax.tree.map(lambda a, b: a + 0.3 * b, new, noise)
-  return model, new, old, toy_models.params(teacher, 2)
+  return model, new, old, toy_decoder_only.params(teacher, 2)
 
 
-def log_law(model, params, batch):
-  """Log-probs of all tokens in float64, as a sampler without a cache has them."""
-  logits = np.array(jax.jit(model.student.logits)(params, batch), np.float64)
-  logits = logits[..., 1:REAL] / model.sampling["temperature"]
-  return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+def log_probs(model, logits, batch):
+  """Log-probs `[B, T]` of a batch's outputs in float64, 0 elsewhere."""
+  real = model.student.num_real_tokens
+  logits = np.array(logits, np.float64)[..., 1:real]  # PAD is not drawn
+  logits = logits / model.sampling["temperature"]
+  law = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+  used = np.asarray(batch["decoder_loss_weights"]) > 0
+  ids = np.where(used, np.asarray(batch["decoder_target_tokens"]) - 1, 0)
+  return np.take_along_axis(law, ids[..., None], axis=-1)[..., 0] * used
 
 
-def log_probs(model, params, batch):
-  """Log-probs `[B, T]` of the batch's tokens, float64, 0 after the end."""
-  law = log_law(model, params, batch)
-  targets = batch["decoder_target_tokens"]
-  ids = np.maximum(targets - 1, 0)[..., None]
-  return np.take_along_axis(law, ids, axis=-1)[..., 0] * (targets > 0)
-
-
-def of_each(model, params, teacher, batch, gradients):
-  """Losses, their weights and their gradients, of each row by itself."""
-  source = "student" if importance.LOG_PROBS in batch else "data"
+def of_each(model, teacher):
+  """A function to losses, their weights and gradients, of each row by itself."""
 
   def loss(params, row):
     one = {name: x[None] for name, x in row.items()}
@@ -70,53 +57,98 @@ def of_each(model, params, teacher, batch, gradients):
       params,
       teacher,
       one,
-      source=source,
+      source="student",
       step=0,
       key=jax.random.key(0),
       row_ids=jnp.arange(1),
     )
     return value, weight
 
-  both = jax.value_and_grad(loss, has_aux=True) if gradients else loss
+  both = jax.value_and_grad(loss, has_aux=True)
   rows = jax.jit(lambda p, rows: jax.lax.map(lambda row: both(p, row), rows))
-  found = [
-    np.asarray(x, np.float64) for x in jax.tree.leaves(rows(params, batch))
-  ]
-  values, weights, *gradients = found
-  gradients = [x.reshape(len(values), -1) for x in gradients]
-  return values, weights, *gradients
+
+  def run(params, batch, old_scores):
+    scores = {importance.LOG_PROBS: old_scores.astype(np.float32)}
+    found = jax.tree.leaves(rows(params, batch | scores))
+    return [np.asarray(x, np.float64).reshape(len(x), -1) for x in found]
+
+  return run
 
 
-@pytest.mark.parametrize(
-  ("normalization", "chunk", "temperature"),
-  [("sequence", 0, 1.0), ("token", 2, 0.7)],
-)
-def test_the_mean_over_all_outputs_is_the_newer_students(
-  normalization, chunk, temperature
-):
+def test_the_mean_over_all_outputs_is_the_newer_students():
   model, new, old, teacher = gkd(
-    length_normalization=normalization,
-    loss_chunk_size=chunk,
-    sampling_temperature=temperature,
+    length_normalization="token",
+    loss_chunk_size=2,
+    sampling_temperature=0.7,
     max_importance_weight=np.inf,
   )
-  batch = features()
-  now, before = (log_probs(model, p, batch) for p in (new, old))
+  batch = toy_decoder_only.rows([([9, 7], y) for y in every_output()], 5)
+  logits = jax.jit(model.student.logits)
+  now, before = (log_probs(model, logits(p, batch), batch) for p in (new, old))
   q, older = (np.exp(x.sum(axis=1)) for x in (now, before))
   np.testing.assert_allclose([q.sum(), older.sum()], 1.0, rtol=1e-12)
-  assert np.abs(np.log(q / older)).max() > 0.5
-  gradients = normalization == "token"
-  plain = of_each(model, new, teacher, batch, gradients)
-  drawn = batch | {importance.LOG_PROBS: before.astype(np.float32)}
-  weighted = of_each(model, new, teacher, drawn, gradients)
-  differ = []
+  run = of_each(model, teacher)
+  plain = run(new, batch, now)  # each weight is 1
+  weighted = run(new, batch, before)
   for a, b in zip(plain, weighted, strict=True):
     expected = q @ a
     scale = np.abs(expected).max()
     np.testing.assert_allclose(older @ b, expected, atol=5e-6 * scale, rtol=0)
-    differ.append(np.abs(older @ a - expected).max() > 1e-2 * scale)
-  # Without weights the means differ; a sequence counts as one whatever it weighs.
-  assert differ[0] and differ[1] == gradients and all(differ[2:])
+    # Without weights the means differ, so that they are needed.
+    assert np.abs(older @ a - expected).max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_the_mean_of_a_loss_of_tables(normalization):
+  """As above, of laws that are tables: a row of logits for each prefix."""
+  targets = padded()
+  rng = np.random.default_rng(0)
+  draw = functools.cache(lambda *_: rng.normal(size=REAL))
+  table = lambda of: np.array(
+    [[draw(of, *row[:t]) for t in range(LENGTH)] for row in targets.tolist()]
+  )
+  teacher, old, change = (table(of) for of in ("teacher", "old", "change"))
+  new = old + 0.5 * change
+  used = (targets > 0).astype(np.float64)
+
+  def scores(logits):
+    law = np.log(np.exp(logits[..., 1:]).sum(axis=-1))
+    ids = targets[..., None]
+    return (np.take_along_axis(logits, ids, axis=-1)[..., 0] - law) * used
+
+  q, older = (np.exp(scores(x).sum(axis=1)) for x in (new, old))
+  np.testing.assert_allclose([q.sum(), older.sum()], 1.0, rtol=1e-12)
+
+  @jax.vmap
+  def loss(old_scores, teacher, new, targets, used):
+    one = [x[None] for x in (old_scores, teacher, new, targets, used)]
+    old_scores, teacher, new, targets, used = one
+    found = importance.factors(
+      importance.target_log_probs(
+        new, targets, num_real_tokens=None, suppress_ids=(0,)
+      ),
+      old_scores,
+      used,
+      length_normalization=normalization,
+      largest=np.inf,
+    )
+    settings = {
+      "divergence": "forward_kl",
+      "length_normalization": normalization,
+    }
+    plain = losses.distillation_loss(teacher, new, used, **settings)
+    more = losses.distillation_loss(
+      teacher, new, used, importance=found, **settings
+    )
+    return plain[:2], more[:2]
+
+  found = jax.jit(loss)(scores(old), teacher, new, targets, used)
+  (a, a_sum), (b, b_sum) = jax.tree.map(lambda x: np.asarray(x, float), found)
+  np.testing.assert_allclose(older @ b, q @ a, rtol=1e-5)
+  np.testing.assert_allclose(older @ b_sum, q @ a_sum, rtol=1e-5)
+  assert abs(older @ a / (q @ a) - 1) > 0.01
+  if normalization == "sequence":
+    np.testing.assert_allclose(b, q / older * a, rtol=1e-5)
 
 
 def test_weights_are_cut_and_counted():
@@ -162,36 +194,11 @@ def test_chunks_have_the_log_probs_of_whole_logits():
   np.testing.assert_allclose(got, expected, rtol=2e-6)
 
 
-def test_weights_are_of_the_network_without_dropout():
-  model, new, old, teacher = gkd(0.5, length_normalization="token")
-  batch = features()
-  now, before = (log_probs(model, p, batch) for p in (new, old))
-  used = batch["decoder_loss_weights"]
-  ratios = np.cumsum(now - before, axis=1) - (now - before)
-  expected = np.sum(np.minimum(np.exp(ratios), 2.0) * used)
-  loss = jax.jit(
-    lambda *args: model.train_loss(
-      *args,
-      source="student",
-      step=0,
-      key=jax.random.key(3),
-      row_ids=jnp.arange(len(used)),
-    )
+def test_weights_are_of_outputs_as_they_stand_and_are_drawn():
+  """In decoder-only rows after the prompts, and without the step's dropout."""
+  model, new, teacher = toy_decoder_only.gkd(
+    dropout_rate=0.5, sample_ahead=True
   )
-  drawn = batch | {importance.LOG_PROBS: before.astype(np.float32)}
-  _, weight, metrics = loss(new, teacher, drawn)
-  np.testing.assert_allclose(weight, expected, rtol=1e-5)
-  np.testing.assert_allclose(
-    metrics["importance_weight"], (expected, used.sum()), rtol=1e-5
-  )
-  assert metrics["on_policy_share"] == (15, 15)
-  assert metrics["sampled_length"] == (used.sum(), 15)
-  # Eight have three tokens, and no EOS.
-  assert metrics["sampled_eos"] == (7, 15)
-
-
-def test_outputs_of_decoder_only_rows_are_weighted_where_they_stand():
-  model, new, _ = toy_decoder_only.gkd(sample_ahead=True)
   old = jax.tree.map(lambda x: 1.2 * x, new)
   key = jax.random.key(3)
   batch = jax.jit(lambda *args: importance.draw(model, *args))(
@@ -199,28 +206,28 @@ def test_outputs_of_decoder_only_rows_are_weighted_where_they_stand():
   )
   used = np.asarray(batch["decoder_loss_weights"]) > 0
   assert not used.all() and not used[:, 0].all()
-
-  run = jax.jit(model.student.logits)
-
-  def picked(params):
-    logits = np.array(run(params, batch), np.float64)
-    logits[..., 0] = -np.inf  # PAD is not drawn
-    law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    ids = np.asarray(batch["decoder_target_tokens"])[..., None]
-    return np.where(used, np.take_along_axis(law, ids, -1)[..., 0], 0.0)
-
-  before, now = picked(old), picked(new)
+  logits = jax.jit(model.student.logits)
+  now, before = (log_probs(model, logits(p, batch), batch) for p in (new, old))
   got = np.asarray(batch[importance.LOG_PROBS])
   np.testing.assert_allclose(got[used], before[used], atol=2e-5)
-  ratio = np.exp((now - before).sum(axis=1))
-  _, metrics = importance.weighted(model, new, batch, run(new, batch), 0)
-  expected = np.sum(np.minimum(ratio, 2.0)[:, None] * used)
-  np.testing.assert_allclose(
-    metrics["importance_weight"], (expected, used.sum()), rtol=1e-5
+  ratio = np.exp((now - before).sum(axis=1, keepdims=True))
+  loss = jax.jit(
+    lambda *args: model.train_loss(
+      *args, source="student", step=0, key=key, row_ids=jnp.arange(8)
+    )
   )
-  cut = np.sum((ratio > 2.0)[:, None] * used)
-  assert 0 < cut < used.sum()
-  np.testing.assert_allclose(metrics["importance_cut"], (cut, used.sum()))
+  _, weight, metrics = loss(new, teacher, batch)
+  assert weight == 8
+  number = used.sum()
+  for name, value, total in (
+    ("importance_weight", np.sum(np.minimum(ratio, 2.0) * used), number),
+    ("importance_cut", np.sum((ratio > 2.0) * used), number),
+    ("on_policy_share", 8, 8),
+    ("sampled_length", number, 8),
+    ("sampled_eos", np.sum((batch["decoder_target_tokens"] == 1) & used), 8),
+  ):
+    assert value > 0
+    np.testing.assert_allclose(metrics[name], (value, total), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -240,14 +247,14 @@ def test_outputs_of_decoder_only_rows_are_weighted_where_they_stand():
   ],
 )
 def test_settings_that_outputs_cannot_be_drawn_ahead_with(settings, message):
-  toy_models.gkd(**settings)  # without it they are settings as any other
+  toy_decoder_only.gkd(**settings)  # without it they are settings as any other
   with pytest.raises(ValueError, match=message):
-    toy_models.gkd(sample_ahead=True, **settings)
+    toy_decoder_only.gkd(sample_ahead=True, **settings)
 
 
 def test_packed_rows_are_refused():
-  model, params, _ = toy_models.gkd(sample_ahead=True)
-  batch = toy_models.batch()
+  model, params, _ = toy_decoder_only.gkd(sample_ahead=True)
+  batch = toy_decoder_only.batch()
   batch["decoder_segment_ids"] = np.ones_like(batch["decoder_target_tokens"])
   with pytest.raises(ValueError, match="set PACK = False"):
     importance.draw(model, params, batch, jax.random.key(0))
