@@ -282,6 +282,36 @@ def loss_weights(batch: types.Batch) -> jax.Array:
   return weights.astype(jnp.float32)
 
 
+def check_unpacked(batch: types.Batch) -> None:
+  """Raises a ValueError for a packed batch, whose outputs cannot be replaced."""
+  if "decoder_segment_ids" in batch:
+    raise ValueError(
+      "expected unpacked batches for on-policy training, got packed ones;"
+      " set PACK = False"
+    )
+
+
+def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
+  """Metrics of a batch whose outputs the student wrote, all of them.
+
+  Args:
+    targets: `[B, T]` int32.
+    weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
+
+  Returns:
+    Mean `sampled_length` in tokens, share `sampled_eos` of outputs that ended,
+    and `on_policy_share`, 1; rows without an output count for nothing.
+  """
+  rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
+  ended = jnp.any((targets == EOS_ID) & (weights > 0), axis=1)
+  number = jnp.sum(rows)
+  return {
+    "sampled_length": (jnp.sum(weights), number),
+    "sampled_eos": (jnp.sum(rows * ended), number),
+    "on_policy_share": (number, number),
+  }
+
+
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
   """The keys of a network: that of dropout, or none."""
   return {} if key is None else {"dropout": key}

@@ -309,12 +309,13 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     key: jax.Array,
     **sampling_options,
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `types.TransformerModel.sample_outputs`."""
     del encoded
-    tokens = self.sample(params, batch, key, **sampling_options).tokens
+    tokens, log_probs = self.sample(params, batch, key, **sampling_options)
     # Not by EOS alone: a row that is cut has zeros after its end too.
-    return tokens, (tokens != sampling.PAD_ID).astype(jnp.float32)
+    weights = (tokens != sampling.PAD_ID).astype(jnp.float32)
+    return tokens, weights, log_probs
 
   def has_inputs(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.has_inputs`."""

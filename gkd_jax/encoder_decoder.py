@@ -224,17 +224,18 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     key: jax.Array,
     **sampling_options,
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `types.TransformerModel.sample_outputs`."""
-    tokens = self.sample(
+    tokens, log_probs = self.sample(
       params,
       encoded,
       batch["encoder_input_tokens"],
       key,
       max_decode_length=batch["decoder_target_tokens"].shape[1],
       **sampling_options,
-    ).tokens
-    return tokens, sampling.sequence_weights(tokens, base_model.EOS_ID)
+    )
+    weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
+    return tokens, weights, log_probs
 
   def has_inputs(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.has_inputs`."""

@@ -67,6 +67,7 @@ def fused_distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
+  importance: jax.Array | None = None,
   num_real_tokens: int | None = None,
   chunk_size: int = 256,
   data_axis: str = "data",
@@ -101,6 +102,7 @@ def fused_distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: see `losses.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `losses.token_weights`.
+    importance: see `losses.distillation_loss`.
     num_real_tokens: see `losses.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
       memory is about twice V · chunk_size float32 beside the gradients.
@@ -123,7 +125,7 @@ def fused_distillation_loss(
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
   shares, weight_sum = losses.token_weights(
-    weights, length_normalization, segment_ids
+    weights, length_normalization, segment_ids, importance
   )
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
@@ -149,12 +151,9 @@ def fused_distillation_loss(
     chunks,
   )
   total = jnp.sum(weights)
-  metrics = {
-    name: (jax.lax.stop_gradient(value), total)
-    for name, value in sums.items()
-    if name != _LOSS
-  }
-  return sums[_LOSS], weight_sum, metrics
+  loss = sums.pop(_LOSS)
+  metrics = {k: (jax.lax.stop_gradient(x), total) for k, x in sums.items()}
+  return loss, weight_sum, metrics
 
 
 def _whole_columns(layout, head):

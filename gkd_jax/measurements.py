@@ -126,7 +126,7 @@ def _sums(model, params, teacher_params, batch, key, start):
     return sums
   sums[DATA] = _compare(model, teacher_params, batch, logits)
   encoded = student.encode(params, batch)
-  tokens, weights = student.sample_outputs(
+  tokens, weights, _ = student.sample_outputs(
     params,
     encoded,
     batch,

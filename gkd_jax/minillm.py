@@ -40,6 +40,7 @@ _FIXED = {
   "beta": None,
   "decode_slots": None,
   "length_normalization": "sequence",
+  "sample_ahead": False,
 }
 
 
@@ -55,8 +56,9 @@ class MiniLLMModel(models.GKDModel):
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
     **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
-      `decode_slots` None, `length_normalization` "sequence": a run that sets another value of what
-      GKD can choose learns that it has no effect here.
+      `decode_slots` None, `length_normalization` "sequence", `sample_ahead` False:
+      a run that sets another value of what GKD can choose learns that it has no
+      effect here.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -138,7 +140,7 @@ class MiniLLMModel(models.GKDModel):
       return law, (teacher_cache, student_cache)
 
     batch_size, length = batch["decoder_target_tokens"].shape
-    tokens = sampling.sample(
+    tokens, log_probs = sampling.sample(
       step,
       (teacher_cache, student_cache),
       key,
@@ -148,9 +150,10 @@ class MiniLLMModel(models.GKDModel):
       row_ids=row_ids,
       active=chosen,
       **rows,
-    ).tokens
+    )
     # PAD is suppressed, so that zeros stand after an output's end alone.
-    return tokens, (tokens != sampling.PAD_ID).astype(jnp.float32)
+    weights = (tokens != sampling.PAD_ID).astype(jnp.float32)
+    return tokens, weights, log_probs
 
   def _loss(self, batch, teacher_logits, student_logits, step):
     _, _, aux = super()._loss(batch, teacher_logits, student_logits, step)

@@ -17,6 +17,7 @@ from gkd_jax import (
   divergences,
   encoder_decoder,
   fused_loss,
+  importance,
   losses,
   sampling,
   schedules,
@@ -56,6 +57,9 @@ class GKDModel:
     loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
       `losses.distillation_loss` on whole logits; None for the former with chunks
       of 256 where a batch has more than 2^22 logits (B T V).
+    sample_ahead: outputs are drawn one update before they are trained on, see
+      `sample_ahead`, and weighted, see `importance`.
+    max_importance_weight: where those weights are cut.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -82,6 +86,8 @@ class GKDModel:
     decode_slots: int | None = None,
     length_normalization: str = "sequence",
     loss_chunk_size: int | None = None,
+    sample_ahead: bool = False,
+    max_importance_weight: float = 2.0,
   ):
     self.student = student
     self.teacher = teacher
@@ -101,6 +107,8 @@ class GKDModel:
     self.decode_slots = decode_slots
     self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
+    self.sample_ahead = sample_ahead
+    self.max_importance_weight = max_importance_weight
     self._check()
 
   def _check(self):
@@ -161,6 +169,10 @@ class GKDModel:
         "expected a loss_chunk_size of at least 0, got"
         f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
+    if self.sample_ahead:
+      importance.check_settings(
+        self.sampling, self.student_data_granularity, self.max_importance_weight
+      )
     self._divergence_at(0)
 
   @property
@@ -210,7 +222,8 @@ class GKDModel:
     Args:
       params: the student's; the only argument that the loss is a function of.
       teacher_params: the teacher's.
-      batch: T5X's features, `[B, ...]`.
+      batch: T5X's features, `[B, ...]`; outputs that `importance.draw` put in
+        are trained on, and weighted.
       source: whose outputs: "data", "student", or "mixed" (a coin per row).
       step: `[]`, for schedules.
       key: of this step; a row's sample depends on it and on the row alone.
@@ -226,7 +239,8 @@ class GKDModel:
     )
     encoded = self.student.encode(params, batch, encoder_key)
     metrics = {}
-    if source != DATA:
+    ahead = importance.LOG_PROBS in batch
+    if source != DATA and not ahead:
       clean = encoded  # with dropout 0 the encoder runs once for both uses
       if encoder_key is not None:
         clean = self.student.encode(params, batch)
@@ -235,9 +249,17 @@ class GKDModel:
         params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
     chunk = self._loss_chunk(batch)
+    run = self.student.decoder_hidden if chunk else self.student.decoder_logits
+    outputs = run(params, encoded, batch, decoder_key)
+    if ahead:
+      clean = outputs  # without dropout, as outputs are drawn
+      if decoder_key is not None:
+        fixed = jax.lax.stop_gradient(params)
+        clean = run(fixed, self.student.encode(fixed, batch), batch)
+      batch, metrics = importance.weighted(self, params, batch, clean, chunk)
     if chunk:
       loss, weight, aux = fused_loss.fused_distillation_loss(
-        self.student.decoder_hidden(params, encoded, batch, decoder_key),
+        outputs,
         self.student.output_head(params),
         self.teacher.decoder_hidden(
           teacher_params, self.teacher.encode(teacher_params, batch), batch
@@ -247,12 +269,9 @@ class GKDModel:
         **self._loss_settings(batch, step),
       )
     else:
-      student_logits = self.student.decoder_logits(
-        params, encoded, batch, decoder_key
-      )
       teacher_logits = self.teacher.logits(teacher_params, batch)
       loss, weight, aux = self._loss(
-        batch, jax.lax.stop_gradient(teacher_logits), student_logits, step
+        batch, jax.lax.stop_gradient(teacher_logits), outputs, step
       )
     return loss, weight, aux | metrics
 
@@ -273,6 +292,7 @@ class GKDModel:
       "student_temperature": self.student_temperature,
       "length_normalization": self.length_normalization,
       "segment_ids": batch.get("decoder_segment_ids"),
+      "importance": batch.get(importance.FACTORS),
       "num_real_tokens": self.student.num_real_tokens,
     }
 
@@ -294,13 +314,9 @@ class GKDModel:
     self, params, encoded, batch, chosen, key, row_ids, teacher_params=None
   ):
     """The batch with the chosen rows' outputs sampled by the student."""
-    if "decoder_segment_ids" in batch:
-      raise ValueError(
-        "expected unpacked batches for on-policy training, got packed ones;"
-        " set PACK = False"
-      )
+    base_model.check_unpacked(batch)
     # Tokens are data: no gradient flows through sampling (paper, section 3).
-    tokens, weights = self._sample(
+    tokens, weights, _ = self._sample(
       *jax.lax.stop_gradient((params, encoded)),
       batch,
       key,
@@ -334,7 +350,7 @@ class GKDModel:
     Here the teacher has no part in it; a subclass may mix it in.
 
     Returns:
-      Tokens and weights, `[B, T]` each; see `TransformerModel.sample_outputs`.
+      See `types.TransformerModel.sample_outputs`.
     """
     del teacher_params
     slots = {} if self.decode_slots is None else {"slots": self.decode_slots}
@@ -359,9 +375,24 @@ class GKDModel:
       batch: T5X's features, `[B, ...]`; T is the length of the targets.
       key: of the samples.
     """
+    return self.sample_outputs(params, batch, key)[0]
+
+  def sample_outputs(
+    self, params: Any, batch: types.Batch, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `sample_batch`, with weights and log-probs.
+
+    Args:
+      params: the student's.
+      batch: see `sample_batch`.
+      key: of the samples.
+
+    Returns:
+      See `types.TransformerModel.sample_outputs`.
+    """
     encoded = self.student.encode(params, batch)
     row_ids = jnp.arange(batch["decoder_target_tokens"].shape[0])
-    return self._sample(params, encoded, batch, key, row_ids, None)[0]
+    return self._sample(params, encoded, batch, key, row_ids, None)
 
   # T5X's protocol, on the student.
 

@@ -23,6 +23,7 @@ from gkd_jax import (
   precompile_report,
   program_files,
   reinforce,
+  sample_ahead,
   stored_teacher,
   train,
   trainer,
@@ -199,6 +200,13 @@ class Programs:
     self._sampler = trainer.sampler(model, mesh)
     if _judged(model):
       self._roll_out(lengths)
+    elif _samples_ahead(model):
+      self._sampler = sample_ahead.sampler(model, mesh)
+      self._step_batch = self._placed(
+        jax.eval_shape(
+          self._sampler, self._state.params, self._batch, self._key
+        )
+      )
     step = functools.partial(
       trainer.train_step,
       model=model,
@@ -255,7 +263,8 @@ class Programs:
       arguments = self._teacher, self._batch
       teacher = partitioning.jit(self._model.teacher.logits, self._mesh)
       return teacher.lower(*arguments), arguments
-    arguments = self._state, self._teacher, self._step_batch
+    batch = self._batch if phase == models.DATA else self._step_batch
+    arguments = self._state, self._teacher, batch
     return self._step.lower(*arguments, phase), arguments
 
   def _roll_out(self, lengths):
@@ -308,6 +317,10 @@ def _compile(lowered, arguments, topology, folder, name):
 
 def _judged(model):
   return isinstance(model, reinforce.RLGKDModel) and model.needs_rewards
+
+
+def _samples_ahead(model):
+  return isinstance(model, models.GKDModel) and model.sample_ahead
 
 
 def chosen_phases(

@@ -47,7 +47,8 @@ class RLGKDModel(models.GKDModel):
     whiten_rewards: give the batch's rewards mean 0 and standard deviation 1
       before the baseline. Their scale then means nothing to α.
     baseline_decay: of "running_mean", per step.
-    **gkd_settings: of `GKDModel`; λ is 1 and cannot be set to anything else.
+    **gkd_settings: of `GKDModel`; λ is 1 and nothing is sampled ahead, which
+      cannot be set to anything else.
 
   Raises:
     ValueError: a setting is out of range, or settings do not go together.
@@ -70,6 +71,11 @@ class RLGKDModel(models.GKDModel):
   ):
     super().__init__(student, teacher, **gkd_settings)
     check_on_policy(self)
+    if self.sample_ahead:
+      raise ValueError(
+        "expected outputs of the newest student, as a policy gradient is of them,"
+        " got SAMPLE_AHEAD = True; set SAMPLE_AHEAD = False"
+      )
     self.reward = reward
     self.alpha = alpha
     self.samples_per_prompt = samples_per_prompt
@@ -189,14 +195,9 @@ class RLGKDModel(models.GKDModel):
       length_normalization=self.length_normalization,
     )
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    ended = jnp.any((targets == base_model.EOS_ID) & (weights > 0), axis=1)
-    number = jnp.sum(rows)
-    aux |= more | {
+    aux |= base_model.output_metrics(targets, weights) | more | {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
-      "reward": (jnp.sum(rows * batch[REWARDS]), number),
-      "sampled_length": (jnp.sum(weights), number),
-      "sampled_eos": (jnp.sum(rows * ended), number),
-      "on_policy_share": (number, number),
+      "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
     }
     loss = rewards.rl_gkd_loss(gradient, divergence, self.alpha)
     return loss, weight, aux

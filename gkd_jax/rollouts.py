@@ -2,8 +2,9 @@
 
 Between two steps of RL + GKD (`reinforce.RLGKDModel`): the batch's prompts go
 to the device, N outputs for each come back, the host decodes and judges them,
-and the outputs with their advantages are the next step's batch. Any other
-model's batches are those of the data, as they are.
+and the outputs with their advantages are the next step's batch. Outputs drawn one
+step ahead are `sample_ahead`'s. Any other model's batches are those of the data,
+as they are.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import partitioning, reinforce, rewards
+from gkd_jax import models, partitioning, reinforce, rewards, sample_ahead
 
 _FILE = "running_mean.json"
 
@@ -63,6 +64,9 @@ class Batches:
         )
       )
     self._mean = rewards.RunningMean()
+    self._ahead = None
+    if isinstance(model, models.GKDModel) and model.sample_ahead:
+      self._ahead = sample_ahead.Ahead(iterator, model, seed=seed, mesh=mesh)
 
   def next(self, step: int, params: Any) -> dict[str, np.ndarray]:
     """This process's rows for a step.
@@ -74,6 +78,8 @@ class Batches:
     Raises:
       ValueError: the reward gave something else than a number for each output.
     """
+    if self._ahead:
+      return self._ahead.next(step, params)
     batch = next(self._iterator)
     if not self.judged:
       return batch
@@ -142,7 +148,7 @@ class Batches:
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the position into the folder `path`."""
-    self._iterator.save_state(path)
+    (self._ahead or self._iterator).save_state(path)
     if self._keeps_mean and jax.process_index() == 0:
       with open(os.path.join(path, _FILE), "w") as file:
         json.dump(self._mean._asdict(), file)
@@ -151,9 +157,12 @@ class Batches:
     """Goes to the position that `save_state` wrote.
 
     Raises:
-      ValueError: a running mean is needed, and none was saved.
+      ValueError: a running mean is needed, and none was saved; or outputs were
+        drawn ahead, and no longer are.
     """
-    self._iterator.restore_state(path)
+    if not self._ahead:
+      sample_ahead.check_none(path)
+    (self._ahead or self._iterator).restore_state(path)
     if not self._keeps_mean:
       return
     try:

@@ -136,7 +136,7 @@ class TransformerModel(Protocol):
     batch: Batch,
     key: jax.Array,
     **sampling_options: Any,
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples one output for each row's input.
 
     Args:
@@ -147,8 +147,9 @@ class TransformerModel(Protocol):
       **sampling_options: of `sampling.sample`; a PAD must not be drawn.
 
     Returns:
-      Tokens `[B, T]` int32 from the output's first on, zeros after EOS, and
-      their weights `[B, T]` float32, 1 up to EOS or the row's end.
+      Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
+      weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
+      `[B, T]` float32, nats, see `sampling.SampleResult`.
     """
     ...
 

@@ -41,6 +41,7 @@ LAYERS = (
   ),
   (
     "base_model",
+    "importance",
     "encoder_decoder",
     "decoder_only",
     "models",
@@ -84,6 +85,7 @@ LAYERS = (
     "infer",
     "precompile",
     "rollouts",
+    "sample_ahead",
     "teacher_data",
     "teacher_records",
     "train",

@@ -159,7 +159,7 @@ def features(rows, length):
 
 
 def draw(model, params, teacher, batch, key):
-  """What a step samples: (tokens, weights)."""
+  """What a step samples: (tokens, weights, log-probs)."""
 
   @jax.jit
   def run(params, teacher, batch):
@@ -173,7 +173,7 @@ def draw(model, params, teacher, batch, key):
 def test_outputs_follow_the_mixture_token_by_token():
   rows, mix = 12_000, 0.4
   model, student, teacher = mini(teacher_mix=mix, teacher_temperature=0.5)
-  tokens, _ = draw(
+  tokens, _, _ = draw(
     model, student, teacher, features(rows, 2), jax.random.key(3)
   )
   tokens = np.asarray(tokens)
@@ -214,8 +214,8 @@ def test_a_teacher_equal_to_the_student_changes_no_output(toys):
   plain, student, _ = toys.gkd()
   model = minillm.MiniLLMModel(plain.student, plain.student, teacher_mix=0.3)
   batch, key = toys.batch(), jax.random.key(1)
-  tokens, weights = draw(model, student, student, batch, key)
-  alone, alone_weights = draw(plain, student, None, batch, key)
+  tokens, weights, _ = draw(model, student, student, batch, key)
+  alone, alone_weights, _ = draw(plain, student, None, batch, key)
   np.testing.assert_array_equal(tokens, alone)
   np.testing.assert_array_equal(weights, alone_weights)
   lengths = np.asarray(weights).sum(1)
@@ -243,7 +243,7 @@ def test_the_steps_gradient_is_the_papers():
   got, metrics = step_gradient(1)
   key = jax.random.fold_in(jax.random.key(0), 0)
   batch = toy_models.batch()
-  tokens, weights = draw(
+  tokens, weights, _ = draw(
     model, student, teacher, batch, jax.random.split(key, 3)[1]
   )
   batch |= model.student.output_features(batch, tokens, weights)
