@@ -18,6 +18,7 @@ pre-training corpus is left out.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: see `minillm_loss`.
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
+    output_buckets: see `GKDModel`.
     **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
       `decode_slots` None, `length_normalization` "sequence": a run that sets another value of what
       GKD can choose learns that it has no effect here.
@@ -74,6 +76,7 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: bool = True,
     teacher_temperature: float = 1.0,
     sampling_temperature: float = 1.0,
+    output_buckets: Sequence[int] | None = None,
     **fixed: Any,
   ):
     for name, value in fixed.items():
@@ -89,6 +92,7 @@ class MiniLLMModel(models.GKDModel):
       teacher_temperature=teacher_temperature,
       student_temperature=sampling_temperature or 1.0,
       sampling_temperature=sampling_temperature,
+      output_buckets=output_buckets,
     )
     reinforce.check_on_policy(self)
     self.teacher_mix = teacher_mix

@@ -6,6 +6,7 @@ needs: the student's own samples, the teacher's distributions, and the divergenc
 between the two (Agarwal et al., arXiv 2306.13649, algorithm 1).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from gkd_jax import (
   encoder_decoder,
   fused_loss,
   losses,
+  output_buckets,
   sampling,
   schedules,
   types,
@@ -56,6 +58,12 @@ class GKDModel:
     loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
       `losses.distillation_loss` on whole logits; None for the former with chunks
       of 256 where a batch has more than 2^22 logits (B T V).
+    output_buckets: ascending lengths; T of the decoders and of the loss is the
+      first that holds the longest output of a (micro)batch, or the whole T where
+      none does. The results are those of the whole T to rounding, but for dropout
+      on the weights of the decoder's self-attention: its masks have the length of
+      a row, and so other numbers of the same law. Each length below T is another
+      branch of the compiled step. None: the whole T always.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -63,6 +71,8 @@ class GKDModel:
 
   # Whether the loss of a subclass is a function of whole logits.
   NEEDS_LOGITS = False
+  # How the names of the features `[B, T]` begin.
+  OF_OUTPUTS = ("decoder_",)
 
   def __init__(
     self,
@@ -82,6 +92,7 @@ class GKDModel:
     decode_slots: int | None = None,
     length_normalization: str = "sequence",
     loss_chunk_size: int | None = None,
+    output_buckets: Sequence[int] | None = None,
   ):
     self.student = student
     self.teacher = teacher
@@ -101,6 +112,7 @@ class GKDModel:
     self.decode_slots = decode_slots
     self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
+    self.output_buckets = tuple(output_buckets or ())
     self._check()
 
   def _check(self):
@@ -161,6 +173,7 @@ class GKDModel:
         "expected a loss_chunk_size of at least 0, got"
         f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
+    output_buckets.check(self.output_buckets, "OUTPUT_BUCKETS")
     self._divergence_at(0)
 
   @property
@@ -234,14 +247,42 @@ class GKDModel:
       batch, metrics = self._with_samples(
         params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
+    of_teacher = teacher_params, self.teacher.encode(teacher_params, batch)
+    loss, weight, aux = self._outputs_loss(
+      params, encoded, of_teacher, batch, decoder_key, step
+    )
+    return loss, weight, aux | metrics
+
+  def _outputs_loss(self, params, encoded, of_teacher, batch, key, step):
+    """The loss of a batch whose outputs are chosen: (loss, weight, metrics)."""
+    weights = self.student.loss_weights(batch)
+    lengths = output_buckets.lengths(self.output_buckets, weights.shape[1])
+    fixed = of_teacher, dict(batch), key, step
+    if len(lengths) == 1:
+      loss, (weight, aux) = self._loss_of_length(
+        *lengths, (params, encoded), fixed
+      )
+    else:
+      loss, (weight, aux) = output_buckets.loss(
+        self._loss_of_length,
+        lengths,
+        output_buckets.used_length(weights),
+        (self.student.decoder_params(params), encoded),
+        fixed,
+      )
+    return loss, weight, aux
+
+  def _loss_of_length(self, length, trained, fixed):
+    """See `output_buckets.LossOfLength`: the loss, and (weight, metrics)."""
+    params, encoded = trained
+    (teacher_params, encoded_by_teacher), batch, decoder_key, step = fixed
+    batch = output_buckets.cut(batch, length, self.OF_OUTPUTS)
     chunk = self._loss_chunk(batch)
     if chunk:
       loss, weight, aux = fused_loss.fused_distillation_loss(
         self.student.decoder_hidden(params, encoded, batch, decoder_key),
         self.student.output_head(params),
-        self.teacher.decoder_hidden(
-          teacher_params, self.teacher.encode(teacher_params, batch), batch
-        ),
+        self.teacher.decoder_hidden(teacher_params, encoded_by_teacher, batch),
         self.teacher.output_head(teacher_params),
         chunk_size=chunk,
         **self._loss_settings(batch, step),
@@ -250,11 +291,13 @@ class GKDModel:
       student_logits = self.student.decoder_logits(
         params, encoded, batch, decoder_key
       )
-      teacher_logits = self.teacher.logits(teacher_params, batch)
+      teacher_logits = self.teacher.decoder_logits(
+        teacher_params, encoded_by_teacher, batch
+      )
       loss, weight, aux = self._loss(
         batch, jax.lax.stop_gradient(teacher_logits), student_logits, step
       )
-    return loss, weight, aux | metrics
+    return loss, (weight, aux)
 
   def _loss_chunk(self, batch):
     """Tokens of a chunk of the fused loss; 0 where logits are needed whole."""

@@ -23,6 +23,7 @@ LAYERS = (
     "program_files",
     "fused_chunks",
     "fused_loss",
+    "output_buckets",
     "decode_loops",
     "sampling",
     "instruments",
