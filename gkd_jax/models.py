@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from gkd_jax import (
   base_model,
+  buckets,
   decoder_only,
   divergences,
   encoder_decoder,
   fused_loss,
   losses,
-  output_buckets,
   sampling,
   schedules,
   types,
@@ -173,7 +173,7 @@ class GKDModel:
         "expected a loss_chunk_size of at least 0, got"
         f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
-    output_buckets.check(self.output_buckets, "OUTPUT_BUCKETS")
+    buckets.check(self.output_buckets, "OUTPUT_BUCKETS")
     self._divergence_at(0)
 
   @property
@@ -256,27 +256,27 @@ class GKDModel:
   def _outputs_loss(self, params, encoded, of_teacher, batch, key, step):
     """The loss of a batch whose outputs are chosen: (loss, weight, metrics)."""
     weights = self.student.loss_weights(batch)
-    lengths = output_buckets.lengths(self.output_buckets, weights.shape[1])
+    lengths = buckets.lengths(self.output_buckets, weights.shape[1])
     fixed = of_teacher, dict(batch), key, step
     if len(lengths) == 1:
       loss, (weight, aux) = self._loss_of_length(
         *lengths, (params, encoded), fixed
       )
     else:
-      loss, (weight, aux) = output_buckets.loss(
+      loss, (weight, aux) = buckets.loss(
         self._loss_of_length,
         lengths,
-        output_buckets.used_length(weights),
+        buckets.used_length(weights),
         (self.student.decoder_params(params), encoded),
         fixed,
       )
     return loss, weight, aux
 
   def _loss_of_length(self, length, trained, fixed):
-    """See `output_buckets.LossOfLength`: the loss, and (weight, metrics)."""
+    """See `buckets.LossOfLength`: the loss, and (weight, metrics)."""
     params, encoded = trained
     (teacher_params, encoded_by_teacher), batch, decoder_key, step = fixed
-    batch = output_buckets.cut(batch, length, self.OF_OUTPUTS)
+    batch = buckets.cut(batch, length, self.OF_OUTPUTS)
     chunk = self._loss_chunk(batch)
     if chunk:
       loss, weight, aux = fused_loss.fused_distillation_loss(

@@ -11,8 +11,8 @@ import jax
 
 from gkd_jax import (
   base_model,
+  buckets,
   models,
-  output_buckets,
   stored_targets,
   types,
 )
@@ -118,7 +118,7 @@ class StoredTeacherModel(models.GKDModel):
   def _loss_of_length(self, length, trained, fixed):
     params, encoded = trained
     _, batch, decoder_key, step = fixed
-    batch = output_buckets.cut(batch, length, self.OF_OUTPUTS)
+    batch = buckets.cut(batch, length, self.OF_OUTPUTS)
     loss, weight, aux = stored_targets.stored_distillation_loss(
       batch[TOP_K_IDS],
       batch[TOP_K_LOG_PROBS],

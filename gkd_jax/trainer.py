@@ -279,7 +279,7 @@ class SamplingClock:
   def __init__(self, model: Any, seed: int, mesh: Any):
     self._seed, self._mesh = seed, mesh
     self._sample = sampler(model, mesh)
-    self._compiled = False
+    self._compiled = set()  # shapes of batches
 
   def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
     """Seconds of sampling an output for each row of the whole batch.
@@ -290,9 +290,10 @@ class SamplingClock:
     """
     placed = partitioning.put_batch(batch, self._mesh)
     args = params, placed, jax.random.key(self._seed)
-    if not self._compiled:
+    shapes = tuple(x.shape for x in placed.values())
+    if shapes not in self._compiled:
       jax.block_until_ready(self._sample(*args))
-      self._compiled = True
+      self._compiled.add(shapes)
     begin = time.monotonic()
     jax.block_until_ready(self._sample(*args))
     return time.monotonic() - begin

@@ -23,7 +23,7 @@ LAYERS = (
     "program_files",
     "fused_chunks",
     "fused_loss",
-    "output_buckets",
+    "buckets",
     "decode_loops",
     "sampling",
     "instruments",
@@ -55,6 +55,7 @@ LAYERS = (
   ),
   (
     "data",
+    "cut_inputs",
     "feature_converters",
     "checkpoints",
     "checkpoint_errors",
