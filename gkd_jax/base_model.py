@@ -98,6 +98,10 @@ class BaseTransformerModel:
     """See `types.TransformerModel.logits`."""
     raise NotImplementedError
 
+  def decoder_params(self, params: Any) -> Any:
+    """See `types.TransformerModel.decoder_params`; here all of them."""
+    return params
+
   def loss_weights(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.loss_weights`."""
     return loss_weights(batch)

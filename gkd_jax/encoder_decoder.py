@@ -89,6 +89,10 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       **options,
     )
 
+  def decoder_params(self, params: Any) -> Any:
+    """See `types.TransformerModel.decoder_params`; the embedding is shared."""
+    return {name: x for name, x in params.items() if name != "encoder"}
+
   def output_head(self, params: Any) -> projections.Head:
     """See `types.TransformerModel.output_head`."""
     if self.config.logits_via_embedding:

@@ -8,6 +8,7 @@ segment: what runs once, and each loop.
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable
 
@@ -51,7 +52,7 @@ class Segment:
   """The work of one device in one run of a piece of the program.
 
   Attributes:
-    name: "once", or that of the loop.
+    name: "once", or that of the loop or of the branch.
     runs: how often this piece runs.
     trip_count_known: False of a loop that may end early, whose `runs`, and those
       of what is in it, are the most that there can be.
@@ -77,7 +78,8 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
   """Counts a compiled program.
 
   Elementwise work is left out of `flops`, as in model-FLOPs utilisation. Bytes
-  are without the padding of tiled layouts, and of every branch of a condition.
+  are without the padding of tiled layouts. Of a condition's branches, such as a
+  step's at several lengths, the one with the most work counts alone.
 
   Args:
     text: `jax.stages.Compiled.as_text()`.
@@ -86,7 +88,7 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
       `at_most_N` runs N times.
 
   Returns:
-    First what runs once, then each loop.
+    First what runs once, then each loop and each condition's branch.
 
   Raises:
     ValueError: text of another form than is known here.
@@ -140,11 +142,29 @@ def _walk(
       for part in instruction.called("condition", "body"):
         _walk(module, part, loop, segments, loop_length, channels, fused=fused)
       continue
+    if instruction.opcode == "conditional":
+      names = instruction.called(*_BRANCHES)
+      segments += _branch(module, names, segment, loop_length, channels)
+      continue
     inside = fused or instruction.opcode == "fusion"
     for part in instruction.called(*_callees(instruction.opcode)):
       _walk(
         module, part, segment, segments, loop_length, channels, fused=inside
       )
+
+
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+
+
+def _branch(module, names, segment, loop_length, channels):
+  """Segments of the branch with the most FLOPs, at equal ones with the most bytes."""
+  walked = []
+  for name in names:
+    segments = [Segment(name, segment.runs, segment.trip_count_known)]
+    _walk(module, name, segments[0], segments, loop_length, set(channels))
+    of = lambda field, s=segments: total(s, operator.attrgetter(field))
+    walked.append((of("flops"), of("hbm_bytes"), len(walked), segments))
+  return max(walked)[-1]
 
 
 def _seen(instruction, channels):
@@ -202,8 +222,6 @@ def _callees(opcode):
     return ("calls",)
   if opcode == "call":
     return ("to_apply", "calls")
-  if opcode == "conditional":
-    return ("branch_computations", "true_computation", "false_computation")
   return ()  # what a reduction applies to each element is no matrix product
 
 

@@ -18,6 +18,7 @@ pre-training corpus is left out.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: see `minillm_loss`.
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss alike.
+    output_buckets: see `GKDModel`.
     **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
       `decode_slots` None, `length_normalization` "sequence", `sample_ahead` False:
       a run that sets another value of what GKD can choose learns that it has no
@@ -76,6 +78,7 @@ class MiniLLMModel(models.GKDModel):
     normalize_returns: bool = True,
     teacher_temperature: float = 1.0,
     sampling_temperature: float = 1.0,
+    output_buckets: Sequence[int] | None = None,
     **fixed: Any,
   ):
     for name, value in fixed.items():
@@ -91,6 +94,7 @@ class MiniLLMModel(models.GKDModel):
       teacher_temperature=teacher_temperature,
       student_temperature=sampling_temperature or 1.0,
       sampling_temperature=sampling_temperature,
+      output_buckets=output_buckets,
     )
     reinforce.check_on_policy(self)
     self.teacher_mix = teacher_mix

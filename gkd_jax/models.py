@@ -6,17 +6,20 @@ needs: the student's own samples, the teacher's distributions, and the divergenc
 between the two (Agarwal et al., arXiv 2306.13649, algorithm 1).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import (
   base_model,
+  buckets,
   decoder_only,
   divergences,
   encoder_decoder,
   fused_loss,
+  gkd_settings,
   importance,
   losses,
   sampling,
@@ -28,6 +31,25 @@ from gkd_jax import (
 EncoderDecoderModel = encoder_decoder.EncoderDecoderModel
 DecoderOnlyModel = decoder_only.DecoderOnlyModel
 DATA, STUDENT, MIXED = base_model.DATA, base_model.STUDENT, base_model.MIXED
+
+
+class Fixed(NamedTuple):
+  """What the loss of a batch reads besides the student.
+
+  Attributes:
+    batch: features `[B, ...]`, their outputs chosen.
+    decoder_key: of dropout in the student's decoder, or None.
+    step: `[]`, for schedules.
+    of_teacher: the teacher's parameters and encoded inputs, if there is one.
+    clean: the student's encoded inputs without dropout, where an older student
+      drew the outputs.
+  """
+
+  batch: types.Batch
+  decoder_key: jax.Array | None
+  step: jax.Array
+  of_teacher: tuple[Any, Any] | None = None
+  clean: jax.Array | None = None
 
 
 class GKDModel:
@@ -60,6 +82,12 @@ class GKDModel:
     sample_ahead: outputs are drawn one update before they are trained on, see
       `sample_ahead`, and weighted, see `importance`.
     max_importance_weight: where those weights are cut.
+    output_buckets: ascending lengths; T of the decoders and of the loss is the
+      first that holds the longest output of a (micro)batch, or the whole T where
+      none does. The results are those of the whole T to rounding, but for dropout
+      on the weights of the decoder's self-attention: its masks have the length of
+      a row, and so other numbers of the same law. Each length below T is another
+      branch of the compiled step. None: the whole T always.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -67,6 +95,8 @@ class GKDModel:
 
   # Whether the loss of a subclass is a function of whole logits.
   NEEDS_LOGITS = False
+  # How the names of the features `[B, T]` begin.
+  OF_OUTPUTS = ("decoder_", importance.LOG_PROBS)
 
   def __init__(
     self,
@@ -88,6 +118,7 @@ class GKDModel:
     loss_chunk_size: int | None = None,
     sample_ahead: bool = False,
     max_importance_weight: float = 2.0,
+    output_buckets: Sequence[int] | None = None,
   ):
     self.student = student
     self.teacher = teacher
@@ -109,70 +140,8 @@ class GKDModel:
     self.loss_chunk_size = loss_chunk_size
     self.sample_ahead = sample_ahead
     self.max_importance_weight = max_importance_weight
-    self._check()
-
-  def _check(self):
-    kinds = (
-      self.teacher.FEATURE_CONVERTER_CLS,
-      self.student.FEATURE_CONVERTER_CLS,
-    )
-    if kinds[0] != kinds[1]:
-      raise ValueError(
-        "expected teacher and student that read the same features, got those of"
-        f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
-        " TEACHER_MODEL"
-      )
-    sizes = self.teacher.config.vocab_size, self.student.config.vocab_size
-    if sizes[0] != sizes[1]:
-      raise ValueError(
-        "expected teacher and student with one vocabulary, got vocab_size"
-        f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
-      )
-    real = self.teacher.num_real_tokens, self.student.num_real_tokens
-    if real[0] != real[1]:
-      raise ValueError(
-        "expected teacher and student with the same num_real_tokens, got"
-        f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
-      )
-    for name, value, setting in (
-      ("λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"),
-      ("β", self.beta, "BETA"),
-    ):
-      if isinstance(value, (int, float)) and not 0 <= value <= 1:
-        raise ValueError(
-          f"expected {name} in [0, 1], got {value}; set {setting}"
-        )
-    for name in ("teacher_temperature", "student_temperature"):
-      if getattr(self, name) <= 0:
-        raise ValueError(
-          f"expected a {name} above 0, got {getattr(self, name)};"
-          f" set {name.upper()}"
-        )
-    if self.sampling["temperature"] < 0:
-      raise ValueError(
-        "expected a sampling temperature of at least 0, got"
-        f" {self.sampling['temperature']}; set SAMPLING_TEMPERATURE"
-      )
-    if self.student_data_granularity not in ("step", "example"):
-      raise ValueError(
-        "expected student_data_granularity 'step' or 'example', got"
-        f" {self.student_data_granularity!r};"
-        " set models.GKDModel.student_data_granularity"
-      )
-    if self.length_normalization not in ("sequence", "token"):
-      raise ValueError(
-        "expected length normalisation 'sequence' or 'token', got"
-        f" {self.length_normalization!r}; set LENGTH_NORMALIZATION"
-      )
-    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
-      raise ValueError(
-        "expected a loss_chunk_size of at least 0, got"
-        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
-      )
-    if self.sample_ahead:
-      importance.check_settings(
-        self.sampling, self.student_data_granularity, self.max_importance_weight
-      )
+    self.output_buckets = tuple(output_buckets or ())
+    gkd_settings.check(self)
     self._divergence_at(0)
 
   @property
@@ -239,41 +208,72 @@ class GKDModel:
     )
     encoded = self.student.encode(params, batch, encoder_key)
     metrics = {}
+    clean = encoded  # with dropout 0 the encoder runs once for both uses
     ahead = importance.LOG_PROBS in batch
+    if encoder_key is not None and (ahead or source != DATA):
+      clean = self.student.encode(params, batch)
     if source != DATA and not ahead:
-      clean = encoded  # with dropout 0 the encoder runs once for both uses
-      if encoder_key is not None:
-        clean = self.student.encode(params, batch)
       chosen = self._choose(source, step, coin_key, row_ids)
       batch, metrics = self._with_samples(
         params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
+    of_teacher = teacher_params, self.teacher.encode(teacher_params, batch)
+    fixed = Fixed(
+      batch, decoder_key, step, of_teacher, clean if ahead else None
+    )
+    loss, weight, aux = self._outputs_loss(params, encoded, fixed)
+    return loss, weight, aux | metrics
+
+  def _outputs_loss(self, params, encoded, fixed):
+    """The loss of a batch whose outputs are chosen: (loss, weight, metrics)."""
+    weights = self.student.loss_weights(fixed.batch)
+    lengths = buckets.lengths(self.output_buckets, weights.shape[1])
+    if len(lengths) == 1:
+      loss, (weight, aux) = self._loss_of_length(
+        *lengths, (params, encoded), fixed
+      )
+    else:
+      loss, (weight, aux) = buckets.loss(
+        self._loss_of_length,
+        lengths,
+        buckets.used_length(weights),
+        (self.student.decoder_params(params), encoded),
+        fixed,
+      )
+    return loss, weight, aux
+
+  def _loss_of_length(self, length, trained, fixed):
+    """See `buckets.LossOfLength`: the loss, and (weight, metrics)."""
+    params, encoded = trained
+    batch, decoder_key, step, of_teacher, clean = fixed
+    teacher_params, encoded_by_teacher = of_teacher
+    batch = buckets.cut(batch, length, self.OF_OUTPUTS)
     chunk = self._loss_chunk(batch)
     run = self.student.decoder_hidden if chunk else self.student.decoder_logits
     outputs = run(params, encoded, batch, decoder_key)
-    if ahead:
-      clean = outputs  # without dropout, as outputs are drawn
+    metrics = {}
+    if clean is not None:  # an older student drew, without dropout
+      scored = outputs
       if decoder_key is not None:
-        fixed = jax.lax.stop_gradient(params)
-        clean = run(fixed, self.student.encode(fixed, batch), batch)
-      batch, metrics = importance.weighted(self, params, batch, clean, chunk)
+        scored = run(*jax.lax.stop_gradient((params, clean)), batch)
+      batch, metrics = importance.weighted(self, params, batch, scored, chunk)
     if chunk:
       loss, weight, aux = fused_loss.fused_distillation_loss(
         outputs,
         self.student.output_head(params),
-        self.teacher.decoder_hidden(
-          teacher_params, self.teacher.encode(teacher_params, batch), batch
-        ),
+        self.teacher.decoder_hidden(teacher_params, encoded_by_teacher, batch),
         self.teacher.output_head(teacher_params),
         chunk_size=chunk,
         **self._loss_settings(batch, step),
       )
     else:
-      teacher_logits = self.teacher.logits(teacher_params, batch)
+      teacher_logits = self.teacher.decoder_logits(
+        teacher_params, encoded_by_teacher, batch
+      )
       loss, weight, aux = self._loss(
         batch, jax.lax.stop_gradient(teacher_logits), outputs, step
       )
-    return loss, weight, aux | metrics
+    return loss, (weight, aux | metrics)
 
   def _loss_chunk(self, batch):
     """Tokens of a chunk of the fused loss; 0 where logits are needed whole."""

@@ -54,6 +54,8 @@ class RLGKDModel(models.GKDModel):
     ValueError: a setting is out of range, or settings do not go together.
   """
 
+  OF_OUTPUTS = (*models.GKDModel.OF_OUTPUTS, ADVANTAGES)
+
   def __init__(
     self,
     student: types.TransformerModel,

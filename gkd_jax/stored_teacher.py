@@ -4,11 +4,18 @@ The teacher's laws come with the data: its top-k log-probs at each target, as
 `gkd infer` stores them (`teacher_data`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from gkd_jax import base_model, models, stored_targets, types
+from gkd_jax import (
+  base_model,
+  buckets,
+  models,
+  stored_targets,
+  types,
+)
 
 # Features of a batch beside the model's own.
 TOP_K_IDS, TOP_K_LOG_PROBS = "top_k_ids", "top_k_log_probs"
@@ -27,10 +34,13 @@ class StoredTeacherModel(models.GKDModel):
     skew_alpha: see `GKDModel`.
     student_temperature: of the student's softmax in the loss.
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
+    output_buckets: see `GKDModel`.
 
   Raises:
     ValueError: a setting is out of range.
   """
+
+  OF_OUTPUTS = (*models.GKDModel.OF_OUTPUTS, TOP_K_IDS, TOP_K_LOG_PROBS)
 
   def __init__(
     self,
@@ -41,6 +51,7 @@ class StoredTeacherModel(models.GKDModel):
     skew_alpha: float = 0.1,
     student_temperature: float = 1.0,
     length_normalization: str = "sequence",
+    output_buckets: Sequence[int] | None = None,
   ):
     super().__init__(
       student,
@@ -51,6 +62,7 @@ class StoredTeacherModel(models.GKDModel):
       skew_alpha=skew_alpha,
       student_temperature=student_temperature,
       length_normalization=length_normalization,
+      output_buckets=output_buckets,
     )
     self.teacher = None
 
@@ -101,13 +113,20 @@ class StoredTeacherModel(models.GKDModel):
       self.student.config.dropout_rate, jax.random.split(key, 3)[0], row_ids
     )
     encoded = self.student.encode(params, batch, encoder_key)
-    return stored_targets.stored_distillation_loss(
+    fixed = models.Fixed(batch, decoder_key, step)
+    return self._outputs_loss(params, encoded, fixed)
+
+  def _loss_of_length(self, length, trained, fixed):
+    params, encoded = trained
+    batch = buckets.cut(fixed.batch, length, self.OF_OUTPUTS)
+    loss, weight, aux = stored_targets.stored_distillation_loss(
       batch[TOP_K_IDS],
       batch[TOP_K_LOG_PROBS],
-      self.student.decoder_logits(params, encoded, batch, decoder_key),
+      self.student.decoder_logits(params, encoded, batch, fixed.decoder_key),
       self.student.loss_weights(batch),
-      divergence=self._divergence_at(step),
+      divergence=self._divergence_at(fixed.step),
       student_temperature=self.student_temperature,
       length_normalization=self.length_normalization,
       num_real_tokens=self.student.num_real_tokens,
     )
+    return loss, (weight, aux)

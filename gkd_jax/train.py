@@ -6,7 +6,7 @@ Reads top to bottom. Everything that it needs is an argument; gin binds them.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from gkd_jax import (
   checkpoints,
+  cut_inputs,
   data,
   evaluate,
   logs,
@@ -42,6 +43,7 @@ def train(
   teacher_checkpoint_path: str | None = None,
   seed: int = 0,
   pack: bool = False,
+  input_buckets: Sequence[int] | None = None,
   use_cached_tasks: bool = False,
   num_microbatches: int = 1,
   executor: str = "jit",
@@ -75,6 +77,7 @@ def train(
     teacher_checkpoint_path: the teacher's parameters.
     seed: of everything random.
     pack: pack examples (fixed data only).
+    input_buckets: lengths of `cut_inputs.CutInputs`; None cuts nothing.
     use_cached_tasks: read seqio's cache.
     num_microbatches: see `trainer.train_step`.
     executor: "jit" (a mesh) or "pmap" (data parallel).
@@ -105,22 +108,22 @@ def train(
   mesh = partitioning.make_mesh(num_partitions)
   check_batch(batch_size, num_microbatches, mesh, executor)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  batches = rollouts.Batches(
-    data.TrainIterator(
-      task,
-      task_feature_lengths,
-      batch_size,
-      seed=seed,
-      converter=model.FEATURE_CONVERTER_CLS,
-      pack=pack,
-      share=_share(mesh, batch_size, data_shards, model_dir),
-      use_cached=use_cached_tasks,
-    ),
-    model,
+  iterator = data.TrainIterator(
     task,
+    task_feature_lengths,
+    batch_size,
     seed=seed,
-    mesh=mesh,
+    converter=model.FEATURE_CONVERTER_CLS,
+    pack=pack,
+    share=_share(mesh, batch_size, data_shards, model_dir),
+    use_cached=use_cached_tasks,
   )
+  if input_buckets:
+    features = data.feature_lengths(
+      model.FEATURE_CONVERTER_CLS, task_feature_lengths, pack
+    )
+    iterator = cut_inputs.CutInputs(iterator, input_buckets, features)
+  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
   shapes = placement.input_shapes(task_feature_lengths)
   rules = placement.rules(shard_params_over_data)
   abstract_state, state_shardings = placement.state(

@@ -279,7 +279,7 @@ class SamplingClock:
   def __init__(self, model: Any, seed: int, mesh: Any):
     self._seed, self._mesh = seed, mesh
     self._sample = sampler(model, mesh)
-    self._compiled = set()
+    self._compiled = set()  # kinds of batches
 
   def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
     """Seconds of sampling an output for each row of the whole batch.
@@ -290,8 +290,8 @@ class SamplingClock:
     """
     placed = partitioning.put_batch(batch, self._mesh)
     args = params, placed, jax.random.key(self._seed)
-    # Batches of the data and batches drawn ahead have other features.
-    kind = frozenset((name, x.dtype) for name, x in placed.items())
+    # Lengths may be cut, and outputs drawn ahead have features of their own.
+    kind = frozenset((name, x.shape, x.dtype) for name, x in placed.items())
     if kind not in self._compiled:
       jax.block_until_ready(self._sample(*args))
       self._compiled.add(kind)

@@ -125,6 +125,10 @@ class TransformerModel(Protocol):
     """Hidden states `[B, T, D]`; times `output_head` they are `decoder_logits`."""
     ...
 
+  def decoder_params(self, params: Any) -> Any:
+    """Those that `decoder_logits`, `decoder_hidden` and `output_head` read."""
+    ...
+
   def output_head(self, params: Any) -> Any:
     """The head `[D, V]`, of the parameters or made of them; see `fused_loss`."""
     ...

@@ -23,6 +23,7 @@ LAYERS = (
     "program_files",
     "fused_chunks",
     "fused_loss",
+    "buckets",
     "decode_loops",
     "sampling",
     "instruments",
@@ -44,6 +45,7 @@ LAYERS = (
     "importance",
     "encoder_decoder",
     "decoder_only",
+    "gkd_settings",
     "models",
     "reinforce",
     "minillm",
@@ -56,6 +58,7 @@ LAYERS = (
   ),
   (
     "data",
+    "cut_inputs",
     "feature_converters",
     "checkpoints",
     "checkpoint_errors",
