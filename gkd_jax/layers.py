@@ -226,7 +226,7 @@ class Embed(nn.Module):
     # The table stays where it lies. Split over the data axis, each device looks
     # up its features of all rows' tokens, and rows are exchanged: bytes of
     # activations, not of the table, and as few for its gradient.
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    x = partitioning.look_up(self.embedding, tokens).astype(self.dtype)
     return partitioning.constrain(x, "batch", "length", "embed")
 
   def _table(self):
