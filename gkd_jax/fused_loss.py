@@ -216,8 +216,7 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
   sizes = mesh_axes.auto_axes()
   row_axes, shards = mesh_axes.rows(sizes, data_axis)
   parts = sizes.get(model_axis, 1)
-  if shape[0] % shards:
-    shards = 1
+  shards = 1 if shape[0] % shards else shards
   of_shard = shape[0] * shape[1] // shards
   # As few chunks as there can be, all of one size.
   chunk = -(-of_shard // -(-of_shard // chunk_size))
