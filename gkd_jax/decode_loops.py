@@ -199,8 +199,8 @@ def in_slots(
     active: `[P]` bool. Rows that are False get no slot, and stay zero.
     max_decode_length: T.
     eos_id: the token that ends a row.
-    data_axis: of the mesh, over which rows are split: each shard has a queue of
-      its own, and waits for no other before it is done.
+    data_axis: of the mesh, over which rows are split, as over its slices: each
+      shard has a queue of its own, and waits for no other before it is done.
 
   Raises:
     ValueError: the data axis does not divide P.
@@ -215,7 +215,7 @@ def in_slots(
     max_decode_length=max_decode_length,
     eos_id=eos_id,
   )
-  shards = mesh_axes.auto_axes().get(data_axis, 1)
+  axes, shards = mesh_axes.rows(mesh_axes.auto_axes(), data_axis)
   if shards == 1:
     return run(*of_rows)
   rows = start_tokens.shape[0]
@@ -228,19 +228,19 @@ def in_slots(
   def on_shard(*of_rows):
     done = run(*of_rows)
     return done._replace(
-      steps=lax.pmax(done.steps, data_axis),
-      busy=lax.psum(done.busy, data_axis),
+      steps=lax.pmax(done.steps, axes),
+      busy=lax.psum(done.busy, axes),
     )
 
-  split = P(data_axis)
+  split = P(axes)
   whole = jax.tree.map(
-    lambda axis: P() if axis < 0 else P(*[None] * axis, data_axis), row_axes
+    lambda axis: P() if axis < 0 else P(*[None] * axis, axes), row_axes
   )
   return jax.shard_map(
     on_shard,
     in_specs=(whole, split, split, split, split),
     out_specs=Refilled(split, split, P(), P()),
-    axis_names={data_axis},
+    axis_names={axes} if isinstance(axes, str) else set(axes),
     check_vma=False,
   )(*of_rows)
 

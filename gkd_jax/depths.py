@@ -7,13 +7,14 @@ follow, in a fraction of the time that its compilation takes.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gkd_jax import chips, layer_loops
+from gkd_jax import chips, hlo_collectives, layer_loops
 
 _DEPTHS = ("num_encoder_layers", "num_decoder_layers", "num_layers")
-_RESOURCES = ("flops", "hbm_bytes", "sent_bytes")
+_RESOURCES = ("flops", "hbm_bytes", "sent_bytes", "dcn_bytes")
 
 # A side ("student" or "teacher"), and a field of its configuration.
 Field = tuple[str, str]
@@ -110,9 +111,9 @@ def costs(report: Mapping[str, Any]) -> dict[str, float]:
     report: see `precompile.Programs.report`.
 
   Returns:
-    Bytes by kind of memory; FLOPs, bytes of HBM and sent bytes of what runs as
-    often as the program says ("flops" and so on) and of the loops that may end
-    early, at their longest ("loop_flops").
+    Bytes by kind of memory; FLOPs, bytes of HBM and bytes sent within a slice and
+    to others of what runs as often as the program says ("flops" and so on) and
+    of the loops that may end early, at their longest ("loop_flops").
 
   Raises:
     MemoryError: the report is of a program that was too large to compile.
@@ -128,8 +129,10 @@ def costs(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of(segment, name):
-  if name == "sent_bytes":
-    return sum(c["sent_bytes"] for c in segment["collectives"].values())
+  if name in ("sent_bytes", "dcn_bytes"):
+    return hlo_collectives.sent_bytes(
+      segment["collectives"], name == "dcn_bytes"
+    )
   return segment[name]
 
 
@@ -148,6 +151,7 @@ def seconds(costs: Mapping[str, float], chip: chips.Chip) -> float:
       costs[f"{prefix}flops"] / chip.peak_flops,
       costs[f"{prefix}hbm_bytes"] / chip.hbm_bandwidth,
       costs[f"{prefix}sent_bytes"] / chip.ici_bandwidth,
+      costs[f"{prefix}dcn_bytes"] / (chip.dcn_bandwidth or math.inf),
     )
     for prefix in ("", "loop_")
   )

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from gkd_jax import checkpoints, partitioning, placement, types
 
@@ -60,7 +59,7 @@ class EntailmentReward:
     shard_params_over_data: bool = False,
   ):
     self._mesh = partitioning.make_mesh(num_partitions)
-    data_axis = self._mesh.shape[partitioning.DATA_AXIS]
+    data_axis = partitioning.row_shards(self._mesh)
     if batch_size < 1 or batch_size % data_axis:
       raise ValueError(
         f"expected a scorer's batch size that is a multiple of {data_axis}"
@@ -132,12 +131,8 @@ class EntailmentReward:
     batch = partitioning.put_batch(
       {"tokens": np.pad(tokens, ((0, missing), (0, 0)))}, self._mesh
     )
-    scores = multihost_utils.global_array_to_host_local_array(
-      self._score(self._params, batch["tokens"]),
-      self._mesh,
-      partitioning.batch_sharding(self._mesh).spec,
-    )
-    return np.asarray(scores)[: len(tokens)]
+    scores = self._score(self._params, batch["tokens"])
+    return partitioning.local_rows(scores)[: len(tokens)]
 
 
 def entailment(

@@ -208,15 +208,15 @@ def batches(
 
   Args:
     features: name to rows, all of one number.
-    batch_size: rounded up to a multiple of the data axis.
-    mesh: rows are split over its data axis.
+    batch_size: rounded up to a multiple of the parts that rows are split into.
+    mesh: see `partitioning.make_mesh`.
 
   Yields:
     The number of the batch's first row, and the batch on its devices.
   """
   sharding = partitioning.batch_sharding(mesh)
-  data_axis = mesh.shape[partitioning.DATA_AXIS]
-  size = -(-batch_size // data_axis) * data_axis
+  parts = partitioning.row_shards(mesh)
+  size = -(-batch_size // parts) * parts
   count = len(next(iter(features.values()), ()))
   for start in range(0, count, size):
     batch = {}

@@ -59,6 +59,7 @@ def fit(
   seed: int = 0,
   pack: bool = False,
   executor: str = "jit",
+  num_slices: int | None = None,
   model_axis: Sequence[int] | None = None,
   compiled_whole: int = 3,
   output_path: str | None = None,
@@ -82,6 +83,7 @@ def fit(
     seed: see there.
     pack: see there.
     executor: only "jit".
+    num_slices: see there.
     model_axis: its sizes to try; None for all with which a batch's rows fill the
       data axis.
     compiled_whole: how many that fit are compiled whole.
@@ -103,13 +105,16 @@ def fit(
     )
   possible = precompile.chosen_phases(model, None, executor)
   phase = models.STUDENT if models.STUDENT in possible else models.DATA
-  tried = list(meshes(len(devices), batch_size, model_axis))
+  slices = partitioning.make_mesh(1, devices, num_slices).shape.get(
+    partitioning.SLICE_AXIS, 1
+  )
+  tried = list(meshes(len(devices), batch_size, model_axis, slices))
   search = _Search(
     model,
     lambda model, candidate: precompile.Programs(
       model,
       optimizer,
-      partitioning.make_mesh(candidate.num_partitions, devices),
+      partitioning.make_mesh(candidate.num_partitions, devices, num_slices),
       task_feature_lengths,
       batch_size,
       seed=seed,
@@ -148,7 +153,10 @@ def fit(
 
 
 def meshes(
-  number: int, batch_size: int, model_axis: Sequence[int] | None = None
+  number: int,
+  batch_size: int,
+  model_axis: Sequence[int] | None = None,
+  slices: int = 1,
 ) -> Iterator[Candidate]:
   """Candidates for a number of devices that fill a batch's rows, simplest first.
 
@@ -156,14 +164,15 @@ def meshes(
     number: of devices.
     batch_size: rows of a batch.
     model_axis: its sizes to try; None for all that are possible.
+    slices: that the devices are in; the model axis stays within one.
 
   Raises:
     ValueError: a size that is not possible.
   """
   possible = [
     size
-    for size in range(1, number + 1)
-    if number % size == 0 and batch_size % (number // size) == 0
+    for size in range(1, number // slices + 1)
+    if number // slices % size == 0 and batch_size % (number // size) == 0
   ]
   wrong = [size for size in model_axis or () if size not in possible]
   if wrong:
@@ -173,7 +182,7 @@ def meshes(
       f" {batch_size} rows, got {wrong}; set --model_axis"
     )
   for partitions in model_axis or possible:
-    data = number // partitions
+    data = number // slices // partitions
     for split in (False, True) if data > 1 else (False,):
       yield Candidate(partitions, split)
 

@@ -106,7 +106,7 @@ def fused_distillation_loss(
     num_real_tokens: see `losses.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
       memory is about twice V · chunk_size float32 beside the gradients.
-    data_axis: of the mesh, over which rows are split.
+    data_axis: of the mesh, over which rows are split, as over its slices.
     model_axis: of the mesh, over which a vocabulary that it divides is split.
 
   Returns:
@@ -180,7 +180,7 @@ class _Layout(NamedTuple):
 
   chunk: int
   data_shards: int
-  data_axis: str | None
+  data_axis: str | tuple[str, ...] | None
   model_axis: str | None
   has_mesh: bool
   tiles: fused_chunks.Tiles  # of the vocabulary, on a CPU
@@ -213,16 +213,16 @@ def _split_settings(divergence, *rest):
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
   sizes = mesh_axes.auto_axes()
-  shards, parts = sizes.get(data_axis, 1), sizes.get(model_axis, 1)
-  if shape[0] % shards:
-    shards = 1
+  row_axes, shards = mesh_axes.rows(sizes, data_axis)
+  parts = sizes.get(model_axis, 1)
+  shards = 1 if shape[0] % shards else shards
   of_shard = shape[0] * shape[1] // shards
   # As few chunks as there can be, all of one size.
   chunk = -(-of_shard // -(-of_shard // chunk_size))
   return _Layout(
     chunk,
     shards,
-    data_axis if shards > 1 else None,
+    row_axes if shards > 1 else None,
     model_axis if parts > 1 and vocab_size % parts == 0 else None,
     bool(sizes),
     fused_chunks.Tiles(1, vocab_size),

@@ -12,17 +12,10 @@ import operator
 import re
 from collections.abc import Callable
 
-from gkd_jax import hlo_text
+from gkd_jax import hlo_collectives, hlo_text
 
-_COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-)
+Collective = hlo_collectives.Collective
+
 # These move nothing, or what they move is counted where it is used.
 _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
@@ -30,21 +23,6 @@ _FREE = {
   *("optimization-barrier", "while", "conditional", "call", "async-start"),
   *("async-update", "async-done", "domain"),
 }
-
-
-@dataclasses.dataclass
-class Collective:
-  """All collectives of one kind: how many run, and bytes of one device.
-
-  Attributes:
-    count: runs.
-    operand_bytes: of all operands.
-    sent_bytes: what the device sends at least, in a ring.
-  """
-
-  count: int = 0
-  operand_bytes: int = 0
-  sent_bytes: int = 0
 
 
 @dataclasses.dataclass
@@ -70,8 +48,13 @@ class Segment:
 
   @property
   def sent_bytes(self) -> int:
-    """Bytes that all collectives send."""
-    return sum(c.sent_bytes for c in self.collectives.values())
+    """Bytes that all collectives within a slice send."""
+    return hlo_collectives.sent_bytes(self.collectives, False)
+
+  @property
+  def dcn_bytes(self) -> int:
+    """Bytes that all collectives between slices send."""
+    return hlo_collectives.sent_bytes(self.collectives, True)
 
 
 def count(text: str, *, loop_length: int) -> list[Segment]:
@@ -292,46 +275,13 @@ def _window_products(inputs, window, outputs, stride, low, step, gap):
 
 
 def _add_collective(segment, instruction, computation, devices):
-  kind = instruction.opcode.removesuffix("-start")
-  if kind not in _COLLECTIVES:
-    return
-  operand = sum(
-    a.bytes for name in instruction.operands for a in computation[name].arrays
-  )
-  sent = operand
-  if kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
-    # A ring passes each part on n - 1 times; an all-reduce goes around twice.
-    n = _group_size(instruction, devices)
-    times = {"all-reduce": 2 * (n - 1), "all-gather": n * (n - 1)}
-    sent = times.get(kind, n - 1) * operand // n
-  of_kind = segment.collectives.setdefault(kind, Collective())
-  of_kind.count += 1
-  of_kind.operand_bytes += operand
-  of_kind.sent_bytes += sent
-
-
-def _group_size(instruction, devices):
-  """Devices that take part in one group of a collective."""
-  text = instruction.attributes
-  match = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-  if match:
-    return len(match[1].split(","))
-  match = re.search(r"replica_groups=\[([\d,]+)\]<=", text)
-  if match:
-    return int(match[1].split(",")[-1])
-  if re.search(r"replica_groups=\{\}", text):
-    return devices
-  # mesh['a'=2,'b'=4], perhaps device_ids=(...), then the axes {'a'}, or a part
-  # of an axis, 'b':(1)2, of the size after the parentheses.
-  match = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
-  if match:
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
-    used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in used)
-  raise ValueError(
-    f"expected replica_groups of {instruction.name!r} in a known form, got"
-    f" {text[:120]!r}; set another version of jax"
-  )
+  found = hlo_collectives.of(instruction, computation, devices)
+  if found:
+    kind, one = found
+    of_kind = segment.collectives.setdefault(kind, Collective())
+    of_kind.count += one.count
+    of_kind.operand_bytes += one.operand_bytes
+    of_kind.sent_bytes += one.sent_bytes
 
 
 def _hbm_bytes(instruction, computation, module):
@@ -345,6 +295,8 @@ def _hbm_bytes(instruction, computation, module):
   reads = [computation[name].arrays for name in instruction.operands]
   if opcode == "copy-start":  # what it makes, the operand, a semaphore
     result = result[:1]
+  elif opcode == "send":  # the operand again
+    result = ()
   elif opcode.endswith("-start") and len(result) > len(reads):
     result = result[len(reads) : 2 * len(reads)]  # behind the operands
   if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
@@ -399,7 +351,7 @@ def _passed_on(fusion, inner):
   Its first piece reads what is sent and makes what is received; the others only
   pass both on.
   """
-  pieces = [i.name for i in inner.values() if i.opcode in _COLLECTIVES]
+  pieces = [i.name for i in inner.values() if i.opcode in hlo_collectives.KINDS]
   text = fusion.attributes
   aliases = re.search(r"output_to_operand_aliasing=\{(.*?\{\}\))\}", text)
   if not pieces or not aliases:

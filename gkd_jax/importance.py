@@ -122,7 +122,7 @@ def chunked_target_log_probs(
     **settings: of `target_log_probs`.
   """
   rows, length = targets.shape
-  shards = mesh_axes.auto_axes().get(partitioning.DATA_AXIS, 1)
+  _, shards = mesh_axes.rows(mesh_axes.auto_axes())
   width = min(max(1, chunk_size * shards // rows), length)
   number = -(-length // width)
 

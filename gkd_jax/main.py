@@ -82,7 +82,8 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
   "topology",
   None,
-  "precompile, fit: such as v5e:4x4 or cpu:8; else this machine",
+  "precompile, fit: such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8; else this"
+  " machine",
 )
 flags.DEFINE_string("title", None, "precompile, fit: of the report")
 flags.DEFINE_list(

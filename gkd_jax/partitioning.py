@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gkd_jax import mesh_axes, types
 
-DATA_AXIS, MODEL_AXIS = "data", "model"
+SLICE_AXIS = mesh_axes.SLICE_AXIS
+DATA_AXIS, MODEL_AXIS = mesh_axes.DATA_AXIS, mesh_axes.MODEL_AXIS
 
 # How XLA's CPU backend is to order a program's operations.
 _LEAST_MEMORY = {
@@ -32,16 +35,18 @@ STANDARD_RULES = (
   ("layers", None),
 )
 
-# The same with the free axis of each matrix split over the data axis as well.
+# The same with the free axis of each matrix split over the data axis as well. Each
+# slice has all parameters: they are gathered within it.
 FULLY_SHARDED_RULES = tuple(
   (name, DATA_AXIS if name == "embed" else axis)
   for name, axis in STANDARD_RULES
 )
 
-# Where activations lie, and weights while they are used: rows on the data axis;
-# on the model axis what it computes apart.
+# Where activations lie, and weights while they are used: rows on the data axis
+# (and that of slices); on the model axis what it computes apart.
+_ROWS = SLICE_AXIS, DATA_AXIS
 ACTIVATION_RULES = {
-  "batch": DATA_AXIS,
+  "batch": _ROWS,
   "length": None,
   "embed": None,
   "mlp": MODEL_AXIS,
@@ -51,29 +56,96 @@ ACTIVATION_RULES = {
   "vocab": MODEL_AXIS,
   "relpos_buckets": None,
   "layers": None,
+  # Of what is looked up in a table, see `look_up`.
+  "rows_of_slice": SLICE_AXIS,
+  "features": DATA_AXIS,
 }
 
 
 def make_mesh(
-  num_partitions: int = 1, devices: Sequence[Any] | None = None
+  num_partitions: int = 1,
+  devices: Sequence[Any] | None = None,
+  num_slices: int | None = None,
 ) -> Mesh:
-  """Returns a mesh `("data", "model")`.
+  """Returns a mesh `("data", "model")`, of several slices `("slice", ...)`.
+
+  A slice is what TPUs call the chips that their own links (ICI) join; slices are
+  joined by the data centre's network (DCN), which is slower. TPUs of a slice are
+  put in the order of their links.
 
   Args:
     num_partitions: devices that share one copy of the model (the model axis).
     devices: all of them by default.
+    num_slices: length of the slice axis; None is as many as the TPUs are in,
+      and 1 of other devices, which are cut in order.
 
   Raises:
-    ValueError: the number of devices is no multiple of `num_partitions`.
+    ValueError: the number of devices, or of those in a slice, is no multiple of
+      `num_partitions`, or slices are not as `num_slices` says.
   """
   devices = list(jax.devices() if devices is None else devices)
-  if num_partitions < 1 or len(devices) % num_partitions:
+  slices = _slices(devices, num_slices)
+  of_slice = len(slices[0])
+  if num_partitions < 1 or of_slice % num_partitions:
+    where = " of a slice" if len(slices) > 1 else ""
     raise ValueError(
-      f"expected NUM_PARTITIONS to divide the {len(devices)} devices, got"
+      f"expected NUM_PARTITIONS to divide the {of_slice} devices{where}, got"
       f" {num_partitions}; set NUM_PARTITIONS"
     )
-  grid = np.array(devices).reshape(-1, num_partitions)
-  return Mesh(grid, (DATA_AXIS, MODEL_AXIS))
+  shape = of_slice // num_partitions, num_partitions
+  grid = np.stack([_in_order(part, shape) for part in slices])
+  if num_slices == 1 or len(slices) == 1:
+    return Mesh(grid.reshape(-1, num_partitions), (DATA_AXIS, MODEL_AXIS))
+  return Mesh(grid, (SLICE_AXIS, DATA_AXIS, MODEL_AXIS))
+
+
+def _slices(devices, number):
+  """The devices of each slice."""
+  found = {}
+  for device in devices:
+    # A GPU's `slice_index` is its host's: no reason to keep parameters there.
+    index = getattr(device, "slice_index", 0) if _is_tpu(device) else 0
+    found.setdefault(index, []).append(device)
+  slices = [found[index] for index in sorted(found)]
+  sizes = {len(part) for part in slices}
+  if len(sizes) > 1:
+    raise ValueError(
+      f"expected slices of one size, got sizes {sorted(sizes)}; start the run on"
+      " whole slices of one shape"
+    )
+  if len(slices) > 1:
+    if number not in (None, 1, len(slices)):
+      raise ValueError(
+        f"expected NUM_SLICES of {len(slices)}, which the devices are in, or 1,"
+        f" got {number}; set NUM_SLICES"
+      )
+    return slices
+  number = 1 if number is None else number
+  if number < 1 or len(devices) % number:
+    raise ValueError(
+      f"expected NUM_SLICES to divide the {len(devices)} devices, got {number};"
+      " set NUM_SLICES"
+    )
+  size = len(devices) // number
+  return [devices[i * size : (i + 1) * size] for i in range(number)]
+
+
+def _in_order(devices, shape):
+  """Devices of a slice as a grid `[data, model]`: neighbours are near."""
+  if _is_tpu(devices[0]):
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return np.array(devices).reshape(shape)
+
+
+def _is_tpu(device):
+  return device.platform == "tpu"
+
+
+def row_shards(mesh: Mesh) -> int:
+  """How many parts a batch's rows are split into."""
+  return mesh_axes.rows(mesh.shape)[1]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -82,8 +154,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over the data axis, copies over the model axis."""
-  return NamedSharding(mesh, P(DATA_AXIS))
+  """Rows over slices and the data axis, copies over the model axis."""
+  return NamedSharding(mesh, P(mesh_axes.rows(mesh.shape)[0]))
 
 
 def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
@@ -133,14 +205,41 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   """
   sizes = mesh_axes.auto_axes()
   axes = [ACTIVATION_RULES[name] for name in names]
-  axes = [axis if axis in sizes else None for axis in axes]
   if all(size == 1 for size in sizes.values()):
     return x
+  places = [_place(axis, sizes) for axis in axes]
   spec = [
-    P.UNCONSTRAINED if axis and size % sizes.get(axis, 1) else axis
-    for axis, size in zip(axes, x.shape, strict=True)
+    P.UNCONSTRAINED if size % parts else axis
+    for (axis, parts), size in zip(places, x.shape, strict=True)
   ]
   return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows of a table that may be split by features over the data axis.
+
+  Each device looks up its features of its slice's tokens. With one slice XLA does
+  so by itself; of several it would exchange rows between slices.
+
+  Args:
+    table: `[V, D]`.
+    tokens: `[B, S]` int32.
+
+  Returns:
+    `[B, S, D]`.
+  """
+  if SLICE_AXIS not in mesh_axes.auto_axes():
+    return jnp.take(table, tokens, axis=0)
+  tokens = constrain(tokens, "rows_of_slice", "length")
+  x = jnp.take(table, tokens, axis=0)
+  return constrain(x, "rows_of_slice", "length", "features")
+
+
+def _place(axis, sizes):
+  """Mesh axes of a rule's one, where they are there, and how many parts they make."""
+  if axis == _ROWS:
+    return mesh_axes.rows(sizes)
+  return (axis, sizes[axis]) if axis in sizes else (None, 1)
 
 
 def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
@@ -163,7 +262,7 @@ def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
-  """Global arrays, rows over the data axis, from each process's rows.
+  """Global arrays, split by rows, from each process's rows.
 
   Args:
     batch: features `[B / processes, ...]`.
@@ -179,9 +278,18 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
   }
 
 
+def local_rows(x: jax.Array) -> np.ndarray:
+  """This process's rows of an array that is split by rows, in order."""
+  parts = {
+    shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+  }
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def process_grid(mesh: Mesh) -> np.ndarray:
-  """The process of each device of a mesh, `[data, model]`."""
-  return np.vectorize(lambda device: device.process_index)(mesh.devices)
+  """The process of each device of a mesh, `[slices x data, model]`."""
+  processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  return processes.reshape(-1, mesh.shape[MODEL_AXIS])
 
 
 def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:

@@ -49,6 +49,7 @@ SETTINGS = (
   "num_microbatches",
   "executor",
   "num_partitions",
+  "num_slices",
   "shard_params_over_data",
 )
 
@@ -67,6 +68,7 @@ def precompile(
   num_microbatches: int = 1,
   executor: str = "jit",
   num_partitions: int = 1,
+  num_slices: int | None = None,
   shard_params_over_data: bool = False,
   phases: Sequence[str] | None = None,
   output_path: str | None = None,
@@ -90,6 +92,7 @@ def precompile(
     num_microbatches: see there.
     executor: only "jit".
     num_partitions: see there.
+    num_slices: see there.
     shard_params_over_data: see there.
     phases: some of `PHASES`; by default those that the model has.
     output_path: folder for `precompile.json`, rewritten after each phase, and
@@ -105,7 +108,7 @@ def precompile(
   Raises:
     ValueError: a setting that cannot be compiled, or an unknown phase.
   """
-  mesh = partitioning.make_mesh(num_partitions, devices)
+  mesh = partitioning.make_mesh(num_partitions, devices, num_slices)
   train.check_batch(batch_size, num_microbatches, mesh, executor)
   chosen = chosen_phases(model, phases, executor)
   programs = Programs(
@@ -243,7 +246,10 @@ class Programs:
     Returns:
       See `precompile_report.report`, with `memory` and `compile_seconds`.
     """
-    program = _compile(*self.lower(phase), topology, folder, name or phase)
+    # A program is of the order of its devices, which its text does not say.
+    order = ",".join(str(device.id) for device in self._mesh.devices.flat)
+    target = f"{topology} {order}"
+    program = _compile(*self.lower(phase), target, folder, name or phase)
     if program.text is None:
       return program.facts
     return program.facts | precompile_report.report(
@@ -290,9 +296,9 @@ class Programs:
     return placement.with_shardings(batch, {name: sharding for name in batch})
 
 
-def _compile(lowered, arguments, topology, folder, name):
+def _compile(lowered, arguments, target, folder, name):
   """The program, compiled or as an earlier call left it in the folder."""
-  fingerprint = program_files.fingerprint(lowered, topology)
+  fingerprint = program_files.fingerprint(lowered, target)
   if folder:
     found = program_files.read(folder, name, fingerprint)
     if found is not None:

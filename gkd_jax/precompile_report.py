@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import chips, hlo_costs
+from gkd_jax import chips, hlo_collectives, hlo_costs
 
 _GIB = 2**30
 
@@ -21,19 +21,21 @@ class Roofline:
     seconds: of the whole program.
     flops_seconds: of the matrix units alone.
     hbm_seconds: of reading and writing HBM alone.
-    link_seconds: of sending to other chips alone.
+    link_seconds: of sending to other chips of the slice alone.
+    dcn_seconds: of sending to other slices alone; 0 where the rate is not known.
   """
 
   seconds: float
   flops_seconds: float
   hbm_seconds: float
   link_seconds: float
+  dcn_seconds: float = 0.0
 
 
 def roofline(
   segments: Sequence[hlo_costs.Segment], chip: chips.Chip
 ) -> Roofline:
-  """Sums over segments, each as long as its slowest of three resources.
+  """Sums over segments, each as long as its slowest of four resources.
 
   Within a segment all may overlap; a run of a loop's body does not overlap with
   the next, nor with what comes before and after the loop. All links of a chip
@@ -43,18 +45,19 @@ def roofline(
     segments: from `hlo_costs.count`.
     chip: whose rates.
   """
-  whole = flops = hbm = links = 0.0
+  whole = flops = hbm = links = dcn = 0.0
   for segment in segments:
     times = (
       segment.runs * segment.flops / chip.peak_flops,
       segment.runs * segment.hbm_bytes / chip.hbm_bandwidth,
       segment.runs * segment.sent_bytes / chip.ici_bandwidth,
+      segment.runs * segment.dcn_bytes / (chip.dcn_bandwidth or math.inf),
     )
     whole += max(times)
-    flops, hbm, links = (
-      a + b for a, b in zip((flops, hbm, links), times, strict=True)
+    flops, hbm, links, dcn = (
+      a + b for a, b in zip((flops, hbm, links, dcn), times, strict=True)
     )
-  return Roofline(whole, flops, hbm, links)
+  return Roofline(whole, flops, hbm, links, dcn)
 
 
 def report(
@@ -194,10 +197,20 @@ def _roofline_lines(figures):
     f"  at least {least['seconds'] * 1e3:.3f} ms (arithmetic"
     f" {least['flops_seconds'] * 1e3:.3f}, memory"
     f" {least['hbm_seconds'] * 1e3:.3f}, links"
-    f" {least['link_seconds'] * 1e3:.3f}): at most"
+    f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)}): at most"
     f" {figures['tokens_per_second']:,.0f} output tokens/s, MFU"
     f" {figures['mfu']:.1%}"
   ]
+
+
+def _of_dcn(figures):
+  """The network between slices, where anything is sent over it."""
+  if not hlo_collectives.sent_bytes(figures["collectives"], True):
+    return ""
+  seconds = figures["roofline"]["dcn_seconds"]
+  if not seconds:
+    return ", DCN left out: no published rate"
+  return f", DCN {seconds * 1e3:.3f}"
 
 
 def _size(number):

@@ -163,7 +163,7 @@ class Embed(nn.Module):
     # The table stays where it lies. Split over the data axis, each device looks
     # up its features of all rows' tokens, and rows are exchanged: bytes of
     # activations, not of the table, and as few for its gradient.
-    x = jnp.take(self.embedding, tokens, axis=0)
+    x = partitioning.look_up(self.embedding, tokens)
     if self.scales is not None:
       scales = jnp.take(self.scales, tokens, axis=0)[:, :, None]
       x = x.astype(jnp.float32) * scales

@@ -85,11 +85,9 @@ class Batches:
       return batch
     key = jax.random.fold_in(jax.random.key(self._seed), step)
     placed = partitioning.put_batch(batch, self._mesh)
-    spec = partitioning.batch_sharding(self._mesh).spec
-    outputs = multihost_utils.global_array_to_host_local_array(
-      self._roll_out(params, placed, key), self._mesh, spec
+    outputs = jax.tree.map(
+      partitioning.local_rows, self._roll_out(params, placed, key)
     )
-    outputs = jax.tree.map(np.asarray, outputs)
     return outputs | self._judge(batch, outputs)
 
   def _judge(self, batch, outputs):

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from gkd_jax import fit_report
+from gkd_jax import fit_report, hlo_collectives
 
 _GIB = 2**30
 _PHASES = {
@@ -123,7 +123,7 @@ def row(title: str, report: dict[str, Any], phase: str) -> str:
   least = found.get("roofline")
   numbers = ["?"] * 5
   if least:
-    sent = sum(c["sent_bytes"] for c in found["collectives"].values())
+    sent = hlo_collectives.sent_bytes(found["collectives"], False)
     numbers = [
       f"{found['flops'] / 1e12:.2f}",
       f"{sent / _GIB:.2f}",
@@ -133,7 +133,7 @@ def row(title: str, report: dict[str, Any], phase: str) -> str:
     ]
   cells = [
     title,
-    f"{report['topology']}, {mesh['data']} x {mesh['model']}",
+    f"{report['topology']}, {' x '.join(map(str, mesh.values()))}",
     f"{report['batch_size']}, {lengths['inputs']} to {lengths['targets']}",
     _PHASES[phase],
     size("arguments"),

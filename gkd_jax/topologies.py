@@ -30,8 +30,9 @@ def devices(topology: str | None) -> tuple[list[Any], chips.Chip | None]:
   Is to be called before JAX has looked for devices.
 
   Args:
-    topology: chip and shape, such as "v5e:4x4" or "v5p:4x4x4"; "cpu:8" for
-      eight fake devices of this machine; None for the devices that there are.
+    topology: chip and shape, such as "v5e:4x4" or "v5p:4x4x4"; "2xv5e:4x4" for
+      two slices of it; "cpu:8" for eight fake devices of this machine; None for
+      the devices that there are.
 
   Returns:
     The devices, and the chip, or None if its rates are not known here.
@@ -41,18 +42,21 @@ def devices(topology: str | None) -> tuple[list[Any], chips.Chip | None]:
   """
   if topology is None:
     return list(jax.devices()), None
-  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
-  if not match or match[1] not in ("cpu", *chips.CHIPS):
+  names = "|".join(("cpu", *chips.CHIPS))
+  match = re.fullmatch(rf"(?:([1-9]\d*)x)?({names}):(\d+(?:x\d+)*)", topology)
+  if not match or (match[1] and match[2] == "cpu"):
     raise ValueError(
-      "expected a topology such as v5e:4x4, of a chip of"
-      f" {', '.join(chips.CHIPS)}, or cpu:8, got {topology!r}; set --topology"
+      "expected a topology such as v5e:4x4 or, of two slices, 2xv5e:4x4, of a"
+      f" chip of {', '.join(chips.CHIPS)}, or cpu:8 (with NUM_SLICES = 2 for two),"
+      f" got {topology!r}; set --topology"
     )
   # What there is here is not used; nor is a TPU that others may be using.
   jax.config.update("jax_platforms", "cpu")
-  shape = [int(n) for n in match[2].split("x")]
-  if match[1] == "cpu":
+  number, chip = int(match[1] or 1), match[2]
+  shape = [int(n) for n in match[3].split("x")]
+  if chip == "cpu":
     return _of_this_machine(math.prod(shape)), None
-  return _of_libtpu(topology, match[1], shape), chips.CHIPS[match[1]]
+  return _of_libtpu(chip, match[3], shape, number), chips.CHIPS[chip]
 
 
 def _of_this_machine(number):
@@ -68,7 +72,7 @@ def _of_this_machine(number):
   return found[:number]
 
 
-def _of_libtpu(topology, chip, shape):
+def _of_libtpu(chip, sides, shape, number):
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
       "expected the package libtpu, which holds the TPU compiler, got none;"
@@ -79,6 +83,9 @@ def _of_libtpu(topology, chip, shape):
   options = dict(_OPTIONS.get(chip, {}))
   if math.prod(shape) == 1:  # by default a host has at least four chips
     options["chips_per_host_bounds"] = (1, 1, 1)
+  if number > 1:
+    options["num_slices"] = number
+  topology = f"{chip}:{sides}"
   try:
     description = topologies.get_topology_desc(
       platform="tpu", topology_name=topology, **options

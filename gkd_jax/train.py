@@ -48,6 +48,7 @@ def train(
   num_microbatches: int = 1,
   executor: str = "jit",
   num_partitions: int = 1,
+  num_slices: int | None = None,
   data_shards: int | None = None,
   shard_params_over_data: bool = False,
   log_period: int = 50,
@@ -82,9 +83,12 @@ def train(
     num_microbatches: see `trainer.train_step`.
     executor: "jit" (a mesh) or "pmap" (data parallel).
     num_partitions: devices of the model axis.
+    num_slices: parts of the devices that only gradients are exchanged between;
+      None is as many as TPUs are in. See `partitioning.make_mesh`.
     data_shards: n of `shards`; None is as few as the processes need, or as
       the run began with. It is the most processes that share the reading.
-    shard_params_over_data: split parameters and optimizer over the data axis.
+    shard_params_over_data: split parameters and optimizer over the data axis,
+      within each slice.
     log_period: steps between log lines.
     eval_period: steps between evaluations.
     eval_batch_size: rows decoded at a time.
@@ -105,7 +109,7 @@ def train(
     preemption.Stopped: SIGTERM came, and the step is saved.
   """
   # ---- mesh, data, models: what can be wrong is found here, before compiling -
-  mesh = partitioning.make_mesh(num_partitions)
+  mesh = partitioning.make_mesh(num_partitions, num_slices=num_slices)
   check_batch(batch_size, num_microbatches, mesh, executor)
   task = data.load_task(mixture_or_task_name, mixture_or_task_module)
   iterator = data.TrainIterator(
@@ -235,7 +239,7 @@ def train(
 
 def check_batch(batch_size, num_microbatches, mesh, executor):
   """Raises a ValueError for a batch that the mesh or the executor cannot take."""
-  data_axis = mesh.shape[partitioning.DATA_AXIS]
+  data_axis = partitioning.row_shards(mesh)
   if batch_size % (data_axis * num_microbatches):
     raise ValueError(
       f"expected BATCH_SIZE to be a multiple of {data_axis * num_microbatches}"

@@ -71,6 +71,7 @@ def of_depths(found):
   segment = {"runs": 1, "trip_count_known": True, "flops": 10 + layers}
   loop = {"runs": 5, "trip_count_known": False, "flops": layers}
   other = {"hbm_bytes": 3, "collectives": {"all-reduce": {"sent_bytes": 2}}}
+  other["collectives"]["dcn all-reduce"] = {"sent_bytes": 4}
   return {
     "memory": {"peak": 100 + layers},
     "segments": [segment | other, loop | other],
@@ -101,8 +102,8 @@ def test_only_depths_above_the_shallow_ones_are_extrapolated(
   layers = 21 * student + 4300 * teacher
   assert estimate == {
     **{"peak": 100 + layers, "flops": 10 + layers, "loop_flops": 5 * layers},
-    **{"hbm_bytes": 3, "sent_bytes": 2},
-    **{"loop_hbm_bytes": 15, "loop_sent_bytes": 10},
+    **{"hbm_bytes": 3, "sent_bytes": 2, "dcn_bytes": 4},
+    **{"loop_hbm_bytes": 15, "loop_sent_bytes": 10, "loop_dcn_bytes": 20},
   }
   assert len(set(asked)) == len(asked) == number
 
@@ -127,10 +128,13 @@ def test_changed_models_leave_the_first_as_it_was():
 def test_seconds_of_costs_by_hand():
   chip = chips.Chip("test", 1000.0, 0, 100.0, 500.0)
   costs = {
-    **{"flops": 2000, "hbm_bytes": 10, "sent_bytes": 2000},
+    **{"flops": 2000, "hbm_bytes": 10, "sent_bytes": 2000, "dcn_bytes": 70},
     **{"loop_flops": 1000, "loop_hbm_bytes": 3000, "loop_sent_bytes": 0},
+    **{"loop_dcn_bytes": 0},
   }
   assert depths.seconds(costs, chip) == 4 + 30
+  with_rate = dataclasses.replace(chip, dcn_bandwidth=10.0)
+  assert depths.seconds(costs, with_rate) == 7 + 30
 
 
 def test_meshes_fill_the_rows_of_a_batch():

@@ -17,6 +17,7 @@ LAYERS = (
     "stored_targets",
     "chips",
     "hlo_text",
+    "hlo_collectives",
     "hlo_costs",
     "precompile_report",
     "fit_report",
