@@ -326,7 +326,7 @@ def test_drawn_parameters_and_axes():
   assert axes[name] == ("layers", "embed", "mlp")
   assert axes[name + "_scale"] == ("layers", "mlp")
   assert axes["token_embedder/embedding_scale"] == ("vocab",)
-  # One draw for numbers and scales: each column has a 127, and the law's width.
+  # Each column, or row of an embedding, has a 127, and the law's width.
   for module, x, name, over in (
     (
       projections.Embed(40, 30, weights="int8"),
