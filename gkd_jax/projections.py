@@ -58,22 +58,21 @@ def stored_dtype(weights: str, used_in: Any) -> jnp.dtype:
   return jnp.dtype(used_in if weights == "auto" else weights)
 
 
-def _matrix(module, name, init, shape, axes, dtype):
+def _matrix(name, init, shape, axes, dtype):
   """A module's matrix as it is kept, and its scales, or None."""
   if dtype == jnp.float32:
     return param_with_axes(name, init, shape, dtype, axes=axes), None
   if dtype != jnp.int8:
     rounded = lambda key: init(key, shape, jnp.float32).astype(dtype)
     return param_with_axes(name, rounded, axes=axes), None
-  # One draw for both; where parameters are given, only its shapes are asked for.
-  first = module.make_rng("params") if module.is_initializing() else None
   axis = SCALED_AXIS[name]
 
   def draw(key):
-    matrix = init(key if first is None else first, shape, jnp.float32)
+    matrix = init(key, shape, jnp.float32)
     columns = fused_loss.quantize_head(matrix if axis else matrix.T)
     return columns if axis else columns._replace(values=columns.values.T)
 
+  # Each with a key of its own, as Linen has it: of one law, not of one draw.
   values = param_with_axes(name, lambda key: draw(key).values, axes=axes)
   scales = param_with_axes(
     name + SCALE, lambda key: draw(key).scales, axes=(axes[axis],)
@@ -110,7 +109,6 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., in]` -> `[..., features]`."""
     kernel, scales = _matrix(
-      self,
       "kernel",
       self.kernel_init,
       (x.shape[-1], self.features),
@@ -150,7 +148,6 @@ class Embed(nn.Module):
 
   def setup(self):
     self.embedding, self.scales = _matrix(
-      self,
       "embedding",
       nn.initializers.normal(stddev=1.0),
       (self.num_embeddings, self.features),
