@@ -2,11 +2,13 @@
 
 By default sampling is a part of the training step. With `GKDModel.sample_ahead`
 it is a program of its own, which the host starts before it starts an update, and
-whose outputs the update after that one trains on: between its start and its use
-is one update, so that neither has to wait for the other's end where a runtime
-runs two programs at once. The parameters that outputs were drawn with are
-therefore one update old (those of the first step are fresh), and `importance`
-weighs them.
+whose outputs the update after that one trains on. They are therefore those of a
+student one update older (of the first step, of this one), and `importance` weighs
+them.
+
+When the host asks for outputs the devices still have an update to do: the host's
+work between two steps falls beside it. The update itself begins when the sampler
+has read the parameters, since it puts the new ones in their place.
 """
 
 import os
