@@ -88,6 +88,7 @@ LAYERS = (
     "train",
     "logs",
     "preemption",
+    "preemption_notice",
     "compilation",
     "processes",
   ),
