@@ -95,6 +95,7 @@ LAYERS = (
     "train",
     "logs",
     "preemption",
+    "preemption_notice",
     "compilation",
     "processes",
   ),

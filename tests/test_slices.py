@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import test_trainer
 import toy_models
 from jax.sharding import Mesh
 
@@ -66,11 +67,6 @@ def slices(number=2, partitions=2):
   return partitioning.make_mesh(partitions, num_slices=number)
 
 
-@functools.cache
-def of_one_device(source):
-  return gradient(partitioning.make_mesh(devices=jax.devices()[:1]), source)
-
-
 @pytest.mark.parametrize(
   "options",
   [
@@ -80,7 +76,7 @@ def of_one_device(source):
   ],
 )
 def test_a_step_of_slices_is_the_step(options):
-  expected, of_one = of_one_device("student")
+  expected, of_one = test_trainer.reference("student", "sequence")
   got, metrics = gradient(slices(), "student", **options)
   difference = optax.tree.norm(jax.tree.map(np.subtract, got, expected))
   assert difference <= 1e-5 * optax.tree.norm(expected)
