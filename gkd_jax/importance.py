@@ -71,7 +71,7 @@ def factors(
   else:
     of_prefix = jnp.cumsum(ratios, axis=1) - ratios
   cut = jnp.minimum(jnp.exp(of_prefix.astype(jnp.float32)), largest)
-  return jnp.where(used, cut, 0.0)
+  return jax.lax.stop_gradient(jnp.where(used, cut, 0.0))
 
 
 def target_log_probs(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_decoder_only
+import toy_models
 
 from gkd_jax import importance, losses, models, partitioning
 
@@ -89,6 +90,8 @@ def test_the_mean_over_all_outputs_is_the_newer_students():
   np.testing.assert_allclose([q.sum(), older.sum()], 1.0, rtol=1e-12)
   run = of_each(model, teacher)
   plain = run(new, batch, now)  # each weight is 1
+  lengths = batch["decoder_loss_weights"].sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(plain[1], lengths, rtol=1e-5)
   weighted = run(new, batch, before)
   for a, b in zip(plain, weighted, strict=True):
     expected = q @ a
@@ -119,8 +122,7 @@ def test_the_mean_of_a_loss_of_tables(normalization):
   q, older = (np.exp(scores(x).sum(axis=1)) for x in (new, old))
   np.testing.assert_allclose([q.sum(), older.sum()], 1.0, rtol=1e-12)
 
-  @jax.vmap
-  def loss(old_scores, teacher, new, targets, used):
+  def loss(new, weighted, old_scores, teacher, targets, used):
     one = [x[None] for x in (old_scores, teacher, new, targets, used)]
     old_scores, teacher, new, targets, used = one
     found = importance.factors(
@@ -132,23 +134,33 @@ def test_the_mean_of_a_loss_of_tables(normalization):
       length_normalization=normalization,
       largest=np.inf,
     )
-    settings = {
-      "divergence": "forward_kl",
-      "length_normalization": normalization,
-    }
-    plain = losses.distillation_loss(teacher, new, used, **settings)
-    more = losses.distillation_loss(
-      teacher, new, used, importance=found, **settings
-    )
-    return plain[:2], more[:2]
+    return losses.distillation_loss(
+      teacher,
+      new,
+      used,
+      divergence="forward_kl",
+      length_normalization=normalization,
+      importance=found if weighted else None,
+    )[:2]
 
-  found = jax.jit(loss)(scores(old), teacher, new, targets, used)
-  (a, a_sum), (b, b_sum) = jax.tree.map(lambda x: np.asarray(x, float), found)
+  def each(weighted):
+    one = jax.value_and_grad(loss, has_aux=True)
+    every = jax.vmap(lambda new, *rest: one(new, weighted, *rest))
+    found = jax.jit(every)(new, scores(old), teacher, targets, used)
+    return [np.asarray(x, float) for x in jax.tree.leaves(found)]
+
+  (a, a_sum, a_grad), (b, b_sum, b_grad) = each(False), each(True)
   np.testing.assert_allclose(older @ b, q @ a, rtol=1e-5)
   np.testing.assert_allclose(older @ b_sum, q @ a_sum, rtol=1e-5)
   assert abs(older @ a / (q @ a) - 1) > 0.01
+  # By hand: of the whole output, or of what stands before the token.
+  weights = np.exp(np.cumsum(scores(new) - scores(old), axis=1))
   if normalization == "sequence":
-    np.testing.assert_allclose(b, q / older * a, rtol=1e-5)
+    weights = np.tile(weights[:, -1:], LENGTH)
+  else:
+    weights = np.pad(weights, ((0, 0), (1, 0)), constant_values=1.0)[:, :-1]
+  expected = weights[..., None] * a_grad
+  np.testing.assert_allclose(b_grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_are_cut_and_counted():
@@ -253,8 +265,9 @@ def test_settings_that_outputs_cannot_be_drawn_ahead_with(settings, message):
 
 
 def test_packed_rows_are_refused():
-  model, params, _ = toy_decoder_only.gkd(sample_ahead=True)
-  batch = toy_decoder_only.batch()
+  student, teacher = toy_models.model(8), toy_models.model(12)
+  model = models.GKDModel(student, teacher, sample_ahead=True)
+  batch = toy_models.batch()
   batch["decoder_segment_ids"] = np.ones_like(batch["decoder_target_tokens"])
   with pytest.raises(ValueError, match="set PACK = False"):
-    importance.draw(model, params, batch, jax.random.key(0))
+    importance.draw(model, {}, batch, jax.random.key(0))
