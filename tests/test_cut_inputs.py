@@ -1,7 +1,11 @@
 """Input buckets: shorter batches, the same losses, a program for each length."""
 
+import socket
+import subprocess
+import sys
 import types
 
+import command_line
 import jax
 import numpy as np
 import pytest
@@ -103,6 +107,42 @@ def test_the_clock_of_sampling_does_not_time_a_compilation():
   # Programs there before each call: what is timed, the last of a batch's calls,
   # finds its own.
   assert traced == [(2, 3), (2, 6)] and calls == [0, 1, 1, 2, 2]
+
+
+_PROCESS = """
+import sys
+import jax
+import numpy as np
+from gkd_jax import cut_inputs
+
+address, index = sys.argv[1], int(sys.argv[2])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, index)
+longest = [(1, 3), (4, 2), (1, 1), (7, 0)]  # of each process
+rows = [np.int32([[5] * pair[index] + [0] * (9 - pair[index])]) for pair in longest]
+batches = iter([{"encoder_input_tokens": x} for x in rows])
+cut = cut_inputs.CutInputs(batches, (2, 4), {"encoder_input_tokens": 9})
+print([next(cut)["encoder_input_tokens"].shape[1] for _ in rows])
+"""
+
+
+def test_all_processes_cut_alike():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROCESS, address, str(index)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=command_line.ENV,
+    )
+    for index in range(2)
+  ]
+  printed = [process.communicate(timeout=300) for process in started]
+  for out, errors in printed:
+    assert out.splitlines()[-1:] == ["[4, 4, 2, 9]"], errors[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,6 @@ def settings(folder, **macros):
     "TRAIN_STEPS": MAX_STEPS,
     # As four processes read them: the order of the data is the same in all runs.
     "DATA_SHARDS": 4,
-    # Whatever their number, all processes cut alike.
-    "INPUT_BUCKETS": (8, 10, 12),
-    "OUTPUT_BUCKETS": (6,),
   } | macros
 
 
