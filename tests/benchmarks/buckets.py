@@ -85,7 +85,7 @@ def measure(case: str, options) -> dict:
   begin = time.process_time()
   compiled = lowered.compile()
   compiling = time.process_time() - begin
-  losses = []
+  losses = []  # after the first step the samples differ, by rounding
 
   def one():
     nonlocal state
@@ -96,7 +96,7 @@ def measure(case: str, options) -> dict:
   result = turns.measure(device, one, options.steps)
   return result | {
     "compiling": compiling,
-    "losses": [float(total / weight) for total, weight in losses],
+    "loss": float(losses[0][0] / losses[0][1]),
   }
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     result[f"{name} s"] = turns.least(measurements)
     result[f"{name} bytes"] = turns.most_bytes(measurements)
     result[f"{name} compiling"] = min(m["compiling"] for m in measurements)
-    print(name, measurements[0]["losses"])  # the same, to rounding
+    result[f"{name} loss"] = measurements[0]["loss"]
   if len(measured) == len(CASES):
     for kind, of in (("seconds", "s"), ("memory", "bytes")):
       ratio = result[f"buckets {of}"] / result[f"whole {of}"]
