@@ -113,6 +113,7 @@ class GKDModel:
     self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
     self.output_buckets = tuple(output_buckets or ())
+    buckets.check(self.output_buckets, "OUTPUT_BUCKETS")
     self._check()
 
   def _check(self):
@@ -173,7 +174,6 @@ class GKDModel:
         "expected a loss_chunk_size of at least 0, got"
         f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
       )
-    buckets.check(self.output_buckets, "OUTPUT_BUCKETS")
     self._divergence_at(0)
 
   @property
