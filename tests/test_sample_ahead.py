@@ -201,7 +201,7 @@ def test_a_precompiled_step_reads_what_was_drawn():
   programs = precompile.Programs(
     model, optimizer, mesh, {"inputs": 6, "targets": 7}, 8
   )
-  _, (_, _, drawn) = programs.lower("student")
+  drawn = programs._step_batch
   for name in (importance.LOG_PROBS, "decoder_loss_weights"):
     assert (drawn[name].shape, drawn[name].dtype) == ((8, 7), np.float32)
 
