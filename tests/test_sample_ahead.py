@@ -19,7 +19,6 @@ from gkd_jax import (
   importance,
   minillm,
   partitioning,
-  precompile,
   reinforce,
   rollouts,
   trainer,
@@ -192,18 +191,6 @@ def test_methods_that_need_the_newest_outputs_refuse_to_draw_ahead():
     minillm.MiniLLMModel(*models, sample_ahead=True)
   with pytest.raises(ValueError, match="set SAMPLE_AHEAD = False"):
     reinforce.RLGKDModel(*models, reward=len, sample_ahead=True)
-
-
-def test_a_precompiled_step_reads_what_was_drawn():
-  model, *_ = toy_models.gkd(sample_ahead=True)
-  _, optimizer = toy_models.sgd_step(model, "student")
-  mesh = partitioning.make_mesh(1, jax.devices()[:2])
-  programs = precompile.Programs(
-    model, optimizer, mesh, {"inputs": 6, "targets": 7}, 8
-  )
-  drawn = programs._step_batch
-  for name in (importance.LOG_PROBS, "decoder_loss_weights"):
-    assert (drawn[name].shape, drawn[name].dtype) == ((8, 7), np.float32)
 
 
 WORKER = """
