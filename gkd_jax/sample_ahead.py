@@ -61,7 +61,9 @@ class Ahead:
     self._drawn = None
     if self._samples(step + 1):
       self._drawn = self._start(step + 1, params)
-    return self._of_process(drawn) if batch is None else batch
+    if batch is None:
+      batch = jax.tree.map(partitioning.local_rows, drawn)
+    return batch
 
   def _samples(self, step):
     source = trainer.source_of_step(self._model, self._seed, step)
@@ -72,13 +74,6 @@ class Ahead:
     placed = partitioning.put_batch(next(self._iterator), self._mesh)
     key = jax.random.fold_in(jax.random.key(self._seed), step)
     return self._draw(params, placed, key)
-
-  def _of_process(self, batch):
-    spec = partitioning.batch_sharding(self._mesh).spec
-    local = multihost_utils.global_array_to_host_local_array(
-      batch, self._mesh, spec
-    )
-    return jax.tree.map(np.asarray, local)
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the position into the folder `path`; all processes have to call.
