@@ -150,6 +150,7 @@ def test_without_a_server_the_run_goes_on_and_says_so_once(watch):
 
 
 def test_the_flag(monkeypatch):
+  # The flag has no address: the true `watch` would ask Google's server.
   watched = []
   monkeypatch.setattr(preemption_notice, "watch", lambda: watched.append(1))
   values = flags.FlagValues()
