@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-from gkd_jax import partitioning, projections
+from gkd_jax import partitioning, products, projections
 
 param_with_axes = flax_partitioning.param_with_axes
 Dense = projections.Dense
@@ -323,12 +323,12 @@ class Attention(nn.Module):
 
   def _attend(self, query, key, value, bias, deterministic):
     """`[B, H, T, K]` and twice `[B, H, S, K]` -> `[B, T, H, K]`."""
-    logits = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32)
-    weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
-    weights = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      weights, deterministic=deterministic
-    )
-    return jnp.swapaxes(jnp.einsum("bhts,bhsk->bhtk", weights, value), 1, 2)
+    drop = None
+    if self.dropout_rate > 0 and not deterministic:
+      drop = nn.Dropout(
+        self.dropout_rate, broadcast_dims=(-2,), deterministic=False
+      )
+    return jnp.swapaxes(products.attend(query, key, value, bias, drop), 1, 2)
 
 
 def _by_head(x: jax.Array) -> jax.Array:

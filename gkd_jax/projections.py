@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-from gkd_jax import fused_loss, partitioning
+from gkd_jax import fused_loss, partitioning, products
 
 param_with_axes = flax_partitioning.param_with_axes
 
@@ -120,7 +120,7 @@ class Dense(nn.Module):
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
     kernel = _in_use(kernel, self.kernel_axes, self.dtype)
     if scales is None:
-      y = jnp.dot(rows, kernel)
+      y = products.project(rows, kernel)
     else:
       y = jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
       y = (y * scales[None]).astype(self.dtype)

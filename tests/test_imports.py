@@ -31,6 +31,7 @@ LAYERS = (
     "significance",
     "beam_search",
     "decoding",
+    "products",
     "schedules",
   ),
   (
