@@ -5,7 +5,9 @@ term is at least 0 and keeps its relative precision where a and b nearly agree;
 values and gradients are finite at log-probs of -inf.
 """
 
-from typing import Any
+import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,11 @@ import jax.numpy as jnp
 # exp is 0 in float32 well above it, and differences and sums stay finite.
 _FLOOR = -1e10
 
-# Logarithms of ratios are cut here before exp.
+# Ratios of probabilities are cut at e to this.
 _MOST = 40.0
+
+# Logarithms of ratios up to which differences of probabilities are by a series.
+_NEAR = 0.5
 
 # A share below this counts as 0, so that nothing is divided by it.
 _NO_SHARE = 1e-20
@@ -51,18 +56,75 @@ def normalized_jsd(
   return jnp.sum(terms, axis=-1)
 
 
+class Compared(NamedTuple):
+  """Two laws a and b, entry by entry, `[..., V]` float32 each.
+
+  Attributes:
+    a: probabilities.
+    b: likewise.
+    log_ratio: log(b / a).
+    gap: b - a, with the digits that a difference loses near a = b.
+    excess: b/a - 1, at most e^40.
+    excess_of_a: a/b - 1, likewise.
+    smaller: the smaller of a and b, as a part of the larger.
+  """
+
+  a: jax.Array
+  b: jax.Array
+  log_ratio: jax.Array
+  gap: jax.Array
+  excess: jax.Array
+  excess_of_a: jax.Array
+  smaller: jax.Array
+
+
+def compared(log_a: jax.Array, log_b: jax.Array) -> Compared:
+  """Compares two laws by three exponentials, which is where the time goes."""
+  a, b, log_ratio = jnp.exp(log_a), jnp.exp(log_b), log_b - log_a
+  smaller = jnp.exp(-jnp.abs(log_ratio))
+  ratio = 1 / jnp.maximum(smaller, math.exp(-_MOST))  # larger / smaller
+  grows = log_ratio > 0
+  # expm1 by its series where a - b would cancel; cut, so as to be finite.
+  x = jnp.clip(log_ratio, -_NEAR, _NEAR)
+  rise = x * _expm1_by(x)
+  near = x == log_ratio
+  fall = -rise * jnp.where(grows, smaller, ratio)
+  return Compared(
+    a,
+    b,
+    log_ratio,
+    jnp.where(near, a * rise, b - a),
+    jnp.where(near, rise, jnp.where(grows, ratio, smaller) - 1),
+    jnp.where(near, fall, jnp.where(grows, smaller, ratio) - 1),
+    smaller,
+  )
+
+
+def both_kls(
+  log_p: jax.Array, log_q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """KL(p ‖ q) and KL(q ‖ p), `[..., V]` to `[...]` nats each.
+
+  For metrics: both from one comparison, which has no closed-form gradient.
+  """
+  laws = compared(floored(log_p), floored(log_q))
+  forward = _term(laws.a, laws.gap, laws.excess, laws.log_ratio, None)
+  reverse = _term(laws.b, -laws.gap, laws.excess_of_a, -laws.log_ratio, None)
+  return jnp.sum(forward, axis=-1), jnp.sum(reverse, axis=-1)
+
+
 @jax.custom_jvp
 def _terms(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
   """What K_s(a, b) sums: (a log(a / m) - a + m) / s.
 
   `shares` is (s, 1-s), or None where s is 1.
   """
-  gap, excess = difference(log_a, log_b)
+  laws = compared(log_a, log_b)
   if shares is None:
-    log_m = log_b - log_a
+    log_m = laws.log_ratio
   else:
-    log_m = _log_mixture(log_b - log_a, *shares)
-  return _term(jnp.exp(log_a), gap, excess, log_m, shares)
+    log_m, _ = _log_mixture(laws, *shares)
+  return _term(laws.a, laws.gap, laws.excess, log_m, shares)
 
 
 def _term(a, gap, excess, log_m, shares):
@@ -89,11 +151,11 @@ def _term(a, gap, excess, log_m, shares):
 
 def _slope(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
   """Derivative of `_terms` with respect to log b: (b - a) s b / m."""
-  gap, _ = difference(log_a, log_b)
+  laws = compared(log_a, log_b)
   if shares is None:
-    return gap
+    return laws.gap
   s, rest = shares
-  return gap * jax.nn.sigmoid(log_b - log_a + _log(s) - _log(rest))
+  return laws.gap * jax.nn.sigmoid(laws.log_ratio + _log(s) - _log(rest))
 
 
 # The closed form keeps its digits where automatic differentiation of the
@@ -111,38 +173,43 @@ def _jsd_terms(
   log_p: jax.Array, log_q: jax.Array, beta: Any, rest: Any
 ) -> jax.Array:
   """What `normalized_jsd` sums: two `_terms` of one mixture."""
-  log_ratio = log_q - log_p
-  gap, excess = difference(log_p, log_q)
-  log_m = _log_mixture(log_ratio, rest, beta)  # log(m / p)
-  forward = _term(jnp.exp(log_p), gap, excess, log_m, (rest, beta))
-  excess = jnp.expm1(jnp.minimum(-log_ratio, _MOST))
-  log_m = _log_mixture(-log_ratio, beta, rest)  # log(m / q)
-  reverse = _term(jnp.exp(log_q), -gap, excess, log_m, (beta, rest))
-  return forward + reverse
+  laws = compared(log_p, log_q)
+  of_p, of_q = _log_mixture(laws, rest, beta)
+  return _term(laws.a, laws.gap, laws.excess, of_p, (rest, beta)) + _term(
+    laws.b, -laws.gap, laws.excess_of_a, of_q, (beta, rest)
+  )
 
 
-def _jsd_slope(log_own: jax.Array, log_other: jax.Array, s: Any, rest: Any):
-  """Derivative of `_jsd_terms` with respect to log_own: a log(a / m) / s.
+def _jsd_slope(a, gap, excess, log_m, s):
+  """Derivative of `_jsd_terms` with respect to log a: a log(a / m) / s.
 
-  a is the law of log_own and s the share of the other, b, in m; b - a cancels
-  between the two terms. At s = 0 this is a - b.
+  a is either law and s the share of the other, b, in m; b - a cancels between
+  the two terms. At s = 0 this is a - b.
   """
-  log_ratio = log_other - log_own
-  a = jnp.exp(log_own)
-  v = s * jnp.expm1(jnp.minimum(log_ratio, _MOST))
+  v = s * excess
   near = 2 * _artanh(v / (2 + v))
-  far = _log_mixture(log_ratio, s, rest)
-  log_m = jnp.where((jnp.abs(v) < 0.25) & (log_ratio < _MOST), near, far)
+  log_m = jnp.where((jnp.abs(v) < 0.25) & (excess < 2e17), near, log_m)
   slope = -a * log_m / jnp.maximum(s, _NO_SHARE)
   if isinstance(s, float):
     return slope
-  gap, _ = difference(log_own, log_other)
   return jnp.where(s < _NO_SHARE, -gap, slope)
 
 
+def _slope_of_p(log_p, log_q, beta, rest):
+  laws = compared(log_p, log_q)
+  log_m, _ = _log_mixture(laws, rest, beta)
+  return _jsd_slope(laws.a, laws.gap, laws.excess, log_m, rest)
+
+
+def _slope_of_q(log_p, log_q, beta, rest):
+  laws = compared(log_p, log_q)
+  _, log_m = _log_mixture(laws, rest, beta)
+  return _jsd_slope(laws.b, -laws.gap, laws.excess_of_a, log_m, beta)
+
+
 _jsd_terms.defjvps(
-  lambda dot, _, p, q, beta, rest: dot * _jsd_slope(p, q, rest, beta),
-  lambda dot, _, p, q, beta, rest: dot * _jsd_slope(q, p, beta, rest),
+  lambda dot, _, *args: dot * _slope_of_p(*args),
+  lambda dot, _, *args: dot * _slope_of_q(*args),
   None,
   None,
 )
@@ -157,27 +224,33 @@ def _artanh(z: jax.Array) -> jax.Array:
   return z * (1 + z * z * _artanh_rest(z * z))
 
 
-def _log_mixture(log_ratio: jax.Array, s: Any, rest: Any) -> jax.Array:
-  """log(rest + s e^log_ratio), from the larger one where e^ would overflow."""
-  within = jnp.clip(log_ratio, -87.0, 87.0)
-  larger = jnp.maximum(_log(rest), log_ratio + _log(s))
-  log_m = jnp.log(rest + s * jnp.exp(within))
-  return jnp.where(within == log_ratio, log_m, larger)
+def _expm1_by(x: jax.Array) -> jax.Array:
+  """(e^x - 1) / x for |x| up to 1/2, by Taylor's series; off by at most 2e-8."""
+  y = jnp.full_like(x, 1 / math.factorial(8))
+  for n in range(7, 0, -1):
+    y = y * x + 1 / math.factorial(n)
+  return y
 
 
-def difference(
-  log_a: jax.Array, log_b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """b - a, with the digits that exp(log_b) - exp(log_a) loses near a = b.
+def _log_mixture(laws: Compared, s: Any, rest: Any) -> tuple:
+  """log(m / a) and log(m / b) of the mixture m = rest a + s b.
 
-  And b/a - 1, which is at most e^40; `[..., V]` float32 all.
+  By way of the larger law, of which m is a part that cannot overflow.
   """
-  log_ratio = log_b - log_a
-  a = jnp.exp(log_a)
-  excess = jnp.expm1(jnp.minimum(log_ratio, _MOST))
-  # Where b > e a nothing cancels, and a might be 0.
-  gap = jnp.where(log_ratio < 1, a * excess, jnp.exp(log_b) - a)
-  return gap, excess
+  pick = functools.partial(jnp.where, laws.log_ratio > 0)
+  part = pick(s, rest) + pick(rest, s) * laws.smaller
+  log_part = jnp.log(jnp.maximum(part, jnp.finfo(jnp.float32).tiny))
+  if not (isinstance(s, float) and min(s, rest) >= _NO_SHARE):
+    # Without a share of the larger law, the smaller one's exp may be 0.
+    log_part = jnp.where(
+      pick(s, rest) < _NO_SHARE,
+      pick(_log(rest), _log(s)) - jnp.abs(laws.log_ratio),
+      log_part,
+    )
+  return (
+    log_part + jnp.maximum(laws.log_ratio, 0.0),
+    log_part - jnp.minimum(laws.log_ratio, 0.0),
+  )
 
 
 def floored(log_probs: jax.Array) -> jax.Array:

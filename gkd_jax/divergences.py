@@ -197,10 +197,10 @@ def total_variation(
   Returns:
     `[...]` per position, float32.
   """
-  gap, _ = terms.difference(
+  laws = terms.compared(
     terms.floored(teacher_log_probs), terms.floored(student_log_probs)
   )
-  return 0.5 * jnp.sum(jnp.abs(gap), axis=-1)
+  return 0.5 * jnp.sum(jnp.abs(laws.gap), axis=-1)
 
 
 def skew_forward_kl(

@@ -1,12 +1,11 @@
 """Loss and gradient of one chunk of tokens, by tiles of the vocabulary.
 
 For `fused_loss`. A tile is a range of token ids. With several of them only the
-logits of both models are held for the whole vocabulary, `[V, N]` each; log-probs,
-terms and gradients are made a tile at a time, while they are in a CPU's cache.
+logits of both models and the loss's slopes are held for the whole vocabulary, `[N,
+V]` each; log-probs, terms and gradients are made a tile at a time, while they are
+in a CPU's cache.
 
-The vocabulary is the first axis and tokens are the last: sums over the vocabulary
-then run over whole vectors of tokens, which XLA's CPU backend needs to vectorise
-them. N stands for the tokens of a chunk, W for the ids of a tile.
+N stands for the tokens of a chunk, W for the ids of a tile.
 """
 
 import functools
@@ -48,13 +47,13 @@ class Tiles(NamedTuple):
       0, self.number, lambda i, carry: body(i * self.width, carry), start
     )
 
-  def of(self, x: jax.Array, first: Any, axis: int = 0) -> jax.Array:
+  def of(self, x: jax.Array, first: Any, axis: int = -1) -> jax.Array:
     """The tile's part of an array that has V at `axis`."""
     if self.number == 1:
       return x
     return jax.lax.dynamic_slice_in_dim(x, first, self.width, axis)
 
-  def put(self, x: jax.Array, part: jax.Array, first: Any, axis: int = 0):
+  def put(self, x: jax.Array, part: jax.Array, first: Any, axis: int = -1):
     """The array with another part in the tile's place."""
     if self.number == 1:
       return part
@@ -65,20 +64,22 @@ class Laws(NamedTuple):
   """Both models' laws for each token, and what the gradient needs besides.
 
   Attributes:
-    teacher_logits: `[V, N]`, divided by the temperature.
+    teacher_logits: `[N, V]`, divided by the temperature.
     student_logits: likewise.
-    normalizers: `[1, N]` of each, the logarithm of Σ exp(logit).
-    slope_sum: `[1, N]`, the sum over the vocabulary of the derivatives of a token's
-      loss with respect to the student's log-probs.
+    normalizers: `[N, 1]` of each, the logarithm of Σ exp(logit).
+    slopes: `[N, V]`, the derivatives of a token's loss with respect to the
+      student's log-probs; None without tiles.
+    slope_sum: `[N, 1]`, their sum over the vocabulary.
   """
 
   teacher_logits: jax.Array
   student_logits: jax.Array
   normalizers: tuple[jax.Array, jax.Array]
+  slopes: jax.Array | None
   slope_sum: jax.Array
 
   def log_probs(self, tiles: Tiles, first: Any) -> tuple[jax.Array, jax.Array]:
-    """Of a tile, `[W, N]` each: the teacher's and the student's."""
+    """Of a tile, `[N, W]` each: the teacher's and the student's."""
     return (
       tiles.of(self.teacher_logits, first) - self.normalizers[0],
       tiles.of(self.student_logits, first) - self.normalizers[1],
@@ -96,48 +97,49 @@ def token_losses(
   Args:
     rules: what the loss is.
     tiles: of the vocabulary.
-    teacher_logits: `[V, N]` float32.
-    student_logits: `[V, N]` float32.
+    teacher_logits: `[N, V]` float32.
+    student_logits: `[N, V]` float32.
 
   Returns:
     Nats `[N]`, `losses.TOKEN_METRICS` `[N]` each, and the laws.
   """
   p = teacher_logits / rules.teacher_temperature
   q = student_logits / rules.student_temperature
-  p = losses.without_padding(p, rules.num_real_tokens, axis=0)
-  q = losses.without_padding(q, rules.num_real_tokens, axis=0)
-  of = functools.partial(jax.nn.logsumexp, axis=0, keepdims=True)
-  zero = jnp.zeros(p.shape[1:], jnp.float32)
-  laws = Laws(p, q, (of(p), of(q)), zero[None])
+  p = losses.without_padding(p, rules.num_real_tokens)
+  q = losses.without_padding(q, rules.num_real_tokens)
+  of = functools.partial(jax.nn.logsumexp, axis=-1, keepdims=True)
+  zero = jnp.zeros(p.shape[:1], jnp.float32)
+  slopes = None if tiles.number == 1 else jnp.zeros_like(q)
+  laws = Laws(p, q, (of(p), of(q)), slopes, zero[:, None])
 
   def sweep(first, carry):
-    loss, slope_sum, metrics, firsts = carry
-    log_p, log_q = laws.log_probs(tiles, first)
-    here, slopes = _loss_and_slopes(rules, log_p, log_q)
-    new = _along(losses.summed_metrics)(log_p, log_q)
-    return (
-      loss + here,
-      slope_sum + jnp.sum(slopes, axis=0, keepdims=True),
-      {name: metrics[name] + x for name, x in new.items()},
-      tuple(map(_first_of_largest, firsts, (log_p, log_q), (first, first))),
+    sums, firsts, slopes = carry
+    log_probs = laws.log_probs(tiles, first)
+    loss, here = _loss_and_slopes(rules, *log_probs)
+    new = (
+      loss,
+      jnp.sum(here, axis=-1, keepdims=True),
+      losses.summed_metrics(*log_probs),
     )
+    firsts = tuple(map(_first_of_largest, firsts, log_probs, (first, first)))
+    if slopes is not None:
+      slopes = tiles.put(slopes, here, first)
+    return jax.tree.map(jnp.add, sums, new), firsts, slopes
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
   none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
-  loss, slope_sum, metrics, firsts = tiles.each(
-    sweep, (zero, laws.slope_sum, dict.fromkeys(names, zero), (none, none))
+  start = zero, laws.slope_sum, dict.fromkeys(names, zero)
+  (loss, slope_sum, metrics), firsts, slopes = tiles.each(
+    sweep, (start, (none, none), slopes)
   )
   metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
-  return loss, metrics, laws._replace(slope_sum=slope_sum)
+  return loss, metrics, laws._replace(slopes=slopes, slope_sum=slope_sum)
 
 
 def logits_gradient(
   rules: Rules, tiles: Tiles, laws: Laws, shares: jax.Array, first: Any
 ) -> jax.Array:
   """Gradient of Σ share · loss with respect to a tile of the student's logits.
-
-  The slopes are computed once more: held from `token_losses` on they would take
-  another `[V, N]`.
 
   Args:
     rules: what the loss is.
@@ -147,37 +149,32 @@ def logits_gradient(
     first: id of the tile's first token.
 
   Returns:
-    `[W, N]` float32, of the logits before temperature.
+    `[N, W]` float32, of the logits before temperature.
   """
   log_p, log_q = laws.log_probs(tiles, first)
-  _, slopes = _loss_and_slopes(rules, log_p, log_q)
+  if laws.slopes is None:
+    # An accelerator computes them twice, to hold one array less.
+    _, slopes = _loss_and_slopes(rules, log_p, log_q)
+  else:
+    slopes = tiles.of(laws.slopes, first)
   gradient = slopes - jnp.exp(log_q) * laws.slope_sum
-  gradient *= (shares / rules.student_temperature)[None]
+  gradient *= (shares / rules.student_temperature)[:, None]
   if rules.num_real_tokens is None:
     return gradient
-  ids = first + jax.lax.broadcasted_iota(jnp.int32, gradient.shape, 0)
+  ids = first + jax.lax.broadcasted_iota(jnp.int32, gradient.shape, 1)
   return jnp.where(ids < rules.num_real_tokens, gradient, 0.0)
 
 
 def _loss_and_slopes(rules, log_p, log_q):
-  """A tile's part of the loss `[N]`, its derivative `[W, N]` by log_q."""
-  of_student = lambda log_q: _along(rules.divergence)(log_p, log_q)
-  loss, pull = jax.vjp(of_student, log_q)
+  """A tile's part of the loss `[N]`, its derivative `[N, W]` by log_q."""
+  loss, pull = jax.vjp(functools.partial(rules.divergence, log_p), log_q)
   (slopes,) = pull(jnp.ones_like(loss))
   return loss, slopes
 
 
 def _first_of_largest(so_far, x, first):
-  """Largest entry and its first id, of tiles so far and of one `[W, N]` more."""
+  """Largest entry and its first id, of tiles so far and of one `[N, W]` more."""
   largest, ids = so_far
-  here = jnp.max(x, axis=0)
-  ids = jnp.where(
-    here > largest, first + losses.first_of_largest(x, axis=0), ids
-  )
+  here = jnp.max(x, axis=-1)
+  ids = jnp.where(here > largest, first + losses.first_of_largest(x), ids)
   return jnp.maximum(largest, here), ids
-
-
-def _along(function):
-  # Divergences sum over the last axis. Mapping what is pointwise but for one sum
-  # moves no data.
-  return jax.vmap(function, in_axes=1)

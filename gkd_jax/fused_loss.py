@@ -105,7 +105,7 @@ def fused_distillation_loss(
     importance: see `losses.distillation_loss`.
     num_real_tokens: see `losses.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
-      memory is about twice V · chunk_size float32 beside the gradients.
+      memory is three times V · chunk_size float32 and more beside the gradients.
     data_axis: of the mesh, over which rows are split, as over its slices.
     model_axis: of the mesh, over which a vocabulary that it divides is split.
 
@@ -384,15 +384,15 @@ def _add_gradients(layout, tiles, gradients, places, rows, head, of_logits):
   def sweep(first, carry):
     of_rows, d_head = carry
     d_logits = of_logits(first)
-    part = tiles.of(head, first, axis=1).astype(jnp.float32)
-    of_rows += jnp.einsum("dv,vn->nd", part, d_logits)
+    part = tiles.of(head, first).astype(jnp.float32)
+    of_rows += jnp.einsum("nv,dv->nd", d_logits, part)
     if layout.data_shards == 1:
-      of_head = jnp.einsum("nd,vn->dv", flat, d_logits)[None]
+      of_head = jnp.einsum("nd,nv->dv", flat, d_logits)[None]
     else:
-      by_shard = d_logits.reshape(d_logits.shape[0], *rows.shape[:2])
-      of_head = jnp.einsum("rcd,vrc->rdv", rows.astype(jnp.float32), by_shard)
-    of_head += tiles.of(d_head, first, axis=2)
-    return of_rows, tiles.put(d_head, of_head, first, axis=2)
+      by_shard = d_logits.reshape(*rows.shape[:2], -1)
+      of_head = jnp.einsum("rcd,rcv->rdv", rows.astype(jnp.float32), by_shard)
+    of_head += tiles.of(d_head, first)
+    return of_rows, tiles.put(d_head, of_head, first)
 
   of_rows, d_head = tiles.each(sweep, (jnp.zeros_like(flat), d_head))
   of_rows = of_rows.reshape(rows.shape).astype(d_hidden.dtype)
@@ -400,18 +400,18 @@ def _add_gradients(layout, tiles, gradients, places, rows, head, of_logits):
 
 
 def _logits(layout, hidden, head):
-  """`[R, C, D]` and `[D, V]` -> `[V, R C]`, float32."""
+  """`[R, C, D]` and `[D, V]` -> `[R C, V]`, float32."""
   if isinstance(head, Int8Head):
-    scales = head.scales.astype(jnp.float32)[:, None]
+    scales = head.scales.astype(jnp.float32)[None]
     return scales * _logits(layout, hidden, head.values)
   dtype = jnp.promote_types(hidden.dtype, head.dtype)
   logits = jnp.einsum(
-    "dv,nd->vn",
-    head.astype(dtype),
+    "nd,dv->nv",
     hidden.reshape(-1, hidden.shape[-1]).astype(dtype),
+    head.astype(dtype),
     preferred_element_type=jnp.float32,
   )
-  return layout.constrain(logits, layout.model_axis, layout.data_axis)
+  return layout.constrain(logits, layout.data_axis, layout.model_axis)
 
 
 def _check_chunk_size(chunk_size):

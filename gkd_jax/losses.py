@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import divergences, types
+from gkd_jax import divergence_terms, divergences, types
 
 
 def token_weights(
@@ -207,9 +207,10 @@ def summed_metrics(p: jax.Array, q: jax.Array) -> dict[str, jax.Array]:
   Returns:
     `[...]` nats each.
   """
+  forward, reverse = divergence_terms.both_kls(p, q)
   return {
-    "forward_kl": divergences.forward_kl(p, q),
-    "reverse_kl": divergences.reverse_kl(p, q),
+    "forward_kl": forward,
+    "reverse_kl": reverse,
     "teacher_entropy": divergences.entropy(p),
     "student_entropy": divergences.entropy(q),
   }

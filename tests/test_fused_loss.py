@@ -128,11 +128,11 @@ def test_memory_is_that_of_a_chunks_logits_and_the_gradients():
     shape(4, 256),
   )
   memory = program.compile().memory_analysis()
-  # Two arrays of logits; the head's gradient is formed where it is returned.
+  # Both logits and the slopes; the head's gradient is formed where it is returned.
   logits = 4 * vocab_size * chunk
-  assert memory.temp_size_in_bytes > 2 * logits
+  assert memory.temp_size_in_bytes > 3 * logits
   # Some ten arrays of a tile, which is an eighth of those here.
-  assert memory.temp_size_in_bytes < 4 * logits
+  assert memory.temp_size_in_bytes < 5 * logits
 
 
 def test_forward_kl_equals_float64():
