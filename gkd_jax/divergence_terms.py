@@ -100,9 +100,7 @@ def compared(log_a: jax.Array, log_b: jax.Array) -> Compared:
   )
 
 
-def both_kls(
-  log_p: jax.Array, log_q: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def both_kls(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
   """KL(p ‖ q) and KL(q ‖ p), `[..., V]` to `[...]` nats each.
 
   For metrics: both from one comparison, which has no closed-form gradient.
