@@ -2,7 +2,8 @@
 
 Layers are alike, and so memory and work of a program are close to affine in the
 number of layers: of a model with 1 layer and one with 2 the costs of any depth
-follow, in a fraction of the time that its compilation takes.
+follow, in a fraction of the time that its compilation takes. A network whose layers
+are scanned compiles as fast whole, and is left as it is.
 """
 
 import copy
@@ -56,7 +57,7 @@ def changed(model: Any, changes: Mapping[Field, Any]) -> Any:
 def estimate(
   model: Any,
   report: Callable[[Any, str], dict[str, Any]],
-  depths: tuple[int, int] | None = None,
+  depths: tuple[int, int] = (1, 2),
 ) -> dict[str, float]:
   """The costs of a program, extrapolated.
 
@@ -66,8 +67,8 @@ def estimate(
   Args:
     model: the whole one.
     report: of a shallow model and a name for it: see `precompile.Programs`.
-    depths: what is compiled in place of greater depths: 1 and 2, or 2 and 3
-      where layers are scanned, as XLA makes no loop of one turn.
+    depths: what is compiled in place of greater depths, where layers are not
+      scanned.
 
   Returns:
     Name to number, see `costs`.
@@ -75,8 +76,13 @@ def estimate(
   Raises:
     MemoryError: a shallow model does not even compile.
   """
-  low, high = depths or ((2, 3) if _is_scanned(model) else (1, 2))
-  deep = {field: depth for field, depth in of(model).items() if depth > high}
+  low, high = depths
+  deep = {
+    field: depth
+    for field, depth in of(model).items()
+    if depth > high
+    and not layer_loops.is_scanned(getattr(model, field[0]).module)
+  }
   base = {field: low for field in deep}
   groups = sorted({(side, depth) for (side, _), depth in deep.items()})
   measured = []
@@ -84,7 +90,7 @@ def estimate(
     shallow = base | {
       field: high for field, depth in deep.items() if grown == (field[0], depth)
     }
-    name = "-".join(map(str, shallow.values()))
+    name = "-".join(map(str, shallow.values())) or "as-it-is"
     measured.append(costs(report(changed(model, shallow), name)))
   first, *others = measured
   return {
@@ -95,13 +101,6 @@ def estimate(
     )
     for name, value in first.items()
   }
-
-
-def _is_scanned(model):
-  networks = (getattr(model, side) for side in ("student", "teacher"))
-  return any(
-    n is not None and layer_loops.is_scanned(n.module) for n in networks
-  )
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, float]:

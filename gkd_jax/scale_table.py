@@ -37,9 +37,9 @@ gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
 _CHOICES = """
 ## What `gkd fit` chooses
 
-Estimates are extrapolated from programs of one and two layers (two and three where
-layers are scanned), compiled with little effort; the whole program is compiled as it
-would run."""
+Estimates are extrapolated from programs of one and two layers (a network whose layers
+are scanned keeps its own number), compiled with little effort; the whole program is
+compiled as it would run."""
 
 
 def write(path: str, reports: Sequence[str]) -> None:

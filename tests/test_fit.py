@@ -108,6 +108,19 @@ def test_only_depths_above_the_shallow_ones_are_extrapolated(
   assert len(set(asked)) == len(asked) == number
 
 
+def test_a_scanned_network_is_compiled_at_its_own_depth():
+  model, asked = deep(5, 7), []
+  model.teacher.module = model.teacher.module.clone(scan_layers=True)
+
+  def shallow(changed, name):
+    asked.append(sorted(depths.of(changed).values()))
+    return of_depths(depths.of(changed))
+
+  estimate = depths.estimate(model, shallow)
+  assert asked == [[1, 1, 7, 7], [2, 2, 7, 7]]
+  assert estimate["flops"] == 10 + 21 * 5 + 4300 * 7
+
+
 def test_changed_models_leave_the_first_as_it_was():
   model = deep()
   fields = {
