@@ -37,9 +37,7 @@ def ours(case: str, chunk: int, gpu: bool):
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-      "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    )
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
   import jax
   import jax.numpy as jnp
   import numpy as np

@@ -38,10 +38,7 @@ class Device(NamedTuple):
 
 def jax_device() -> Device:
   """jax's first device; on a CPU, one thread."""
-  os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-  )
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
   import jax
 
   device = jax.devices()[0]
