@@ -71,11 +71,6 @@ def attend(
 ) -> jax.Array:
   """Softmax attention; the softmax is float32.
 
-  The weights are divided by their sum after the product with the values, where
-  there are K numbers for each query and not S. Their gradient needs one array
-  of `[B, H, T, S]` less: for 1,024 positions in bfloat16 on a TPU v5e, XLA plans
-  half of the temporary memory, forward and backward.
-
   Args:
     query: `[B, H, T, K]`, scaled.
     key: `[B, H, S, K]`.
@@ -95,14 +90,24 @@ def attend(
 
 
 def _attend(query, key, value, bias, drop=None):
+  logits = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32)
+  weights = jax.nn.softmax(logits + bias, axis=-1).astype(query.dtype)
+  if drop is not None:
+    weights = drop(weights)
+  return jnp.einsum("bhts,bhsk->bhtk", weights, value)
+
+
+def _attend_by_sum(query, key, value, bias):
+  """Divides by the weights' sum last, where there are K numbers and not S.
+
+  On a CPU alone: for 2 rows of 1,024 on each TPU v5e, XL to small, XSum, the
+  compiler planned 1.47 GiB of temporaries with it and 1.20 without.
+  """
   logits = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32) + bias
   largest = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - jax.lax.stop_gradient(largest))
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  weights = weights.astype(query.dtype)
-  if drop is not None:
-    weights = drop(weights)
-  out = jnp.einsum("bhts,bhsk->bhtk", weights, value)
+  out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(query.dtype), value)
   return (out / total).astype(query.dtype)
 
 
@@ -115,7 +120,7 @@ def _by_head(query, key, value, bias):
   rows, heads, length, _ = query.shape
   bias = jnp.broadcast_to(bias, (rows, heads, length, key.shape[2]))
   alone = [x.reshape(-1, 1, 1, *x.shape[2:]) for x in (query, key, value, bias)]
-  of_one = jax.checkpoint(_attend)
+  of_one = jax.checkpoint(_attend_by_sum)
   out = jax.lax.map(lambda head: of_one(*head), tuple(alone))
   return out.reshape(query.shape)
 
