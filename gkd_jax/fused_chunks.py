@@ -47,17 +47,17 @@ class Tiles(NamedTuple):
       0, self.number, lambda i, carry: body(i * self.width, carry), start
     )
 
-  def of(self, x: jax.Array, first: Any, axis: int = -1) -> jax.Array:
-    """The tile's part of an array that has V at `axis`."""
+  def of(self, x: jax.Array, first: Any) -> jax.Array:
+    """The tile's part of an array `[..., V]`."""
     if self.number == 1:
       return x
-    return jax.lax.dynamic_slice_in_dim(x, first, self.width, axis)
+    return jax.lax.dynamic_slice_in_dim(x, first, self.width, axis=-1)
 
-  def put(self, x: jax.Array, part: jax.Array, first: Any, axis: int = -1):
+  def put(self, x: jax.Array, part: jax.Array, first: Any) -> jax.Array:
     """The array with another part in the tile's place."""
     if self.number == 1:
       return part
-    return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis=-1)
 
 
 class Laws(NamedTuple):

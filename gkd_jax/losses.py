@@ -220,7 +220,6 @@ def without_padding(
   logits: jax.Array,
   num_real_tokens: int | None,
   *,
-  axis: int = -1,
   no_mass: float = -1e9,
 ) -> jax.Array:
   """Logits by which the padding of a vocabulary has no mass.
@@ -232,9 +231,8 @@ def without_padding(
   [1.0, 2.0, -inf]
 
   Args:
-    logits: `[..., V]`, or with V on another axis.
+    logits: `[..., V]`.
     num_real_tokens: R; ids from R on are padding. None for R = V.
-    axis: of the vocabulary.
     no_mass: the logit of padding. The divergences need a finite one; -inf where
       the law is drawn from.
 
@@ -246,8 +244,8 @@ def without_padding(
   """
   if num_real_tokens is None:
     return logits
-  check_num_real_tokens(num_real_tokens, logits.shape[axis])
-  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis % logits.ndim)
+  check_num_real_tokens(num_real_tokens, logits.shape[-1])
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   return jnp.where(ids < num_real_tokens, logits, no_mass)
 
 
@@ -326,7 +324,7 @@ def cross_entropy_loss(
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
-def first_of_largest(x: jax.Array, axis: int = -1) -> jax.Array:
+def first_of_largest(x: jax.Array) -> jax.Array:
   """`argmax` in two sweeps that a CPU vectorises; 0 where there is a NaN.
 
   `jnp.argmax` itself took ten times as long for 8 rows of 32,128.
@@ -335,15 +333,14 @@ def first_of_largest(x: jax.Array, axis: int = -1) -> jax.Array:
   [1, 0]
 
   Args:
-    x: `[..., V]` float, or with V at `axis`.
-    axis: of V.
+    x: `[..., V]` float.
 
   Returns:
     `[...]` int32, the lowest index of equal ones.
   """
-  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim)
-  smaller = x < jnp.max(x, axis=axis, keepdims=True)
-  return jnp.min(jnp.where(smaller, x.shape[axis], ids), axis=axis)
+  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  smaller = x < jnp.max(x, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(smaller, x.shape[-1], ids), axis=-1)
 
 
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:

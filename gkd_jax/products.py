@@ -84,7 +84,7 @@ def attend(
   heads, (t, s) = math.prod(query.shape[:2]), (query.shape[2], key.shape[2])
   if drop is None and _on_one_device() and heads > 1 and t * s >= _LONG:
     return jax.lax.platform_dependent(
-      query, key, value, bias, cpu=_by_head, default=_attend
+      query, key, value, bias, cpu=_one_head_at_a_time, default=_attend
     )
   return _attend(query, key, value, bias, drop)
 
@@ -111,7 +111,7 @@ def _attend_by_sum(query, key, value, bias):
   return (out / total).astype(query.dtype)
 
 
-def _by_head(query, key, value, bias):
+def _one_head_at_a_time(query, key, value, bias):
   """One head of one row at a time, whose weights are in a CPU's cache.
 
   They are computed again for the gradient, which takes no longer than to keep

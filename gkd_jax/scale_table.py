@@ -99,6 +99,7 @@ def choice(title: str, report: dict[str, Any]) -> list[str]:
     f"$ {report.get('command', '')}",
     *fit_report.lines(report),
     "```",
+    *(["", report["note"]] if "note" in report else []),
   ]
 
 
