@@ -137,7 +137,8 @@ def _term(a, gap, excess, log_m, shares):
   s = shares[0] if shares else 1.0
   v = s * excess
   # log1p(v) = 2 artanh(z) = 2 (z + z³/3 + ...), and v - 2 z = v z.
-  z = v / (2 + v)
+  # A reciprocal, since XLA's CPU does not fuse a division that is used twice.
+  z = v * (1 / (2 + v))
   near_term = gap * z * (1 - (1 - z) * z * _artanh_rest(z * z))
   # Far terms are positive, but for the rounding of products near underflow.
   far_term = gap - a * log_m / jnp.maximum(s, _NO_SHARE)
@@ -185,7 +186,7 @@ def _jsd_slope(a, gap, excess, log_m, s):
   the two terms. At s = 0 this is a - b.
   """
   v = s * excess
-  near = 2 * _artanh(v / (2 + v))
+  near = 2 * _artanh(v * (1 / (2 + v)))
   log_m = jnp.where((jnp.abs(v) < 0.25) & (excess < 2e17), near, log_m)
   slope = -a * log_m / jnp.maximum(s, _NO_SHARE)
   if isinstance(s, float):

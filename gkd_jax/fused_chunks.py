@@ -1,9 +1,9 @@
 """Loss and gradient of one chunk of tokens, by tiles of the vocabulary.
 
 For `fused_loss`. A tile is a range of token ids. With several of them only the
-logits of both models and the loss's slopes are held for the whole vocabulary, `[N,
-V]` each; log-probs, terms and gradients are made a tile at a time, while they are
-in a CPU's cache.
+logits of both models are held for the whole vocabulary, `[N, V]` each, and the
+loss's slopes in place of the teacher's; log-probs, terms and gradients are made a
+tile at a time, while they are in a CPU's cache.
 
 N stands for the tokens of a chunk, W for the ids of a tile.
 """
@@ -64,26 +64,28 @@ class Laws(NamedTuple):
   """Both models' laws for each token, and what the gradient needs besides.
 
   Attributes:
-    teacher_logits: `[N, V]`, divided by the temperature.
-    student_logits: likewise.
+    teacher_logits: `[N, V]`, divided by the temperature; None where the slopes
+      took their place.
+    student_logits: likewise, but kept.
     normalizers: `[N, 1]` of each, the logarithm of Σ exp(logit).
     slopes: `[N, V]`, the derivatives of a token's loss with respect to the
       student's log-probs; None without tiles.
     slope_sum: `[N, 1]`, their sum over the vocabulary.
   """
 
-  teacher_logits: jax.Array
+  teacher_logits: jax.Array | None
   student_logits: jax.Array
   normalizers: tuple[jax.Array, jax.Array]
   slopes: jax.Array | None
   slope_sum: jax.Array
 
-  def log_probs(self, tiles: Tiles, first: Any) -> tuple[jax.Array, jax.Array]:
-    """Of a tile, `[N, W]` each: the teacher's and the student's."""
-    return (
-      tiles.of(self.teacher_logits, first) - self.normalizers[0],
-      tiles.of(self.student_logits, first) - self.normalizers[1],
-    )
+  def log_q(self, tiles: Tiles, first: Any) -> jax.Array:
+    """The student's log-probs of a tile, `[N, W]`."""
+    return tiles.of(self.student_logits, first) - self.normalizers[1]
+
+  def log_p(self, tiles: Tiles, first: Any) -> jax.Array:
+    """The teacher's, likewise."""
+    return tiles.of(self.teacher_logits, first) - self.normalizers[0]
 
 
 def token_losses(
@@ -109,31 +111,35 @@ def token_losses(
   q = losses.without_padding(q, rules.num_real_tokens)
   of = functools.partial(jax.nn.logsumexp, axis=-1, keepdims=True)
   zero = jnp.zeros(p.shape[:1], jnp.float32)
-  slopes = None if tiles.number == 1 else jnp.zeros_like(q)
-  laws = Laws(p, q, (of(p), of(q)), slopes, zero[:, None])
+  laws = Laws(p, q, (of(p), of(q)), None, zero[:, None])
 
   def sweep(first, carry):
-    sums, firsts, slopes = carry
-    log_probs = laws.log_probs(tiles, first)
-    loss, here = _loss_and_slopes(rules, *log_probs)
+    # A tile is read a turn before it is needed: of an array that is read and
+    # written in one turn XLA makes a copy.
+    sums, firsts, places, p_tile = carry
+    log_probs = p_tile - laws.normalizers[0], laws.log_q(tiles, first)
+    loss, slopes = _loss_and_slopes(rules, *log_probs)
     new = (
       loss,
-      jnp.sum(here, axis=-1, keepdims=True),
+      jnp.sum(slopes, axis=-1, keepdims=True),
       losses.summed_metrics(*log_probs),
     )
     firsts = tuple(map(_first_of_largest, firsts, log_probs, (first, first)))
-    if slopes is not None:
-      slopes = tiles.put(slopes, here, first)
-    return jax.tree.map(jnp.add, sums, new), firsts, slopes
+    places = tiles.put(places, slopes, first)
+    p_tile = tiles.of(places, first + tiles.width)
+    return jax.tree.map(jnp.add, sums, new), firsts, places, p_tile
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
   none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
   start = zero, laws.slope_sum, dict.fromkeys(names, zero)
-  (loss, slope_sum, metrics), firsts, slopes = tiles.each(
-    sweep, (start, (none, none), slopes)
+  (loss, slope_sum, metrics), firsts, places, _ = tiles.each(
+    sweep, (start, (none, none), p, tiles.of(p, 0))
   )
   metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
-  return loss, metrics, laws._replace(slopes=slopes, slope_sum=slope_sum)
+  laws = laws._replace(slope_sum=slope_sum)
+  if tiles.number > 1:
+    laws = laws._replace(teacher_logits=None, slopes=places)
+  return loss, metrics, laws
 
 
 def logits_gradient(
@@ -151,10 +157,10 @@ def logits_gradient(
   Returns:
     `[N, W]` float32, of the logits before temperature.
   """
-  log_p, log_q = laws.log_probs(tiles, first)
+  log_q = laws.log_q(tiles, first)
   if laws.slopes is None:
     # An accelerator computes them twice, to hold one array less.
-    _, slopes = _loss_and_slopes(rules, log_p, log_q)
+    _, slopes = _loss_and_slopes(rules, laws.log_p(tiles, first), log_q)
   else:
     slopes = tiles.of(laws.slopes, first)
   gradient = slopes - jnp.exp(log_q) * laws.slope_sum

@@ -105,7 +105,7 @@ def fused_distillation_loss(
     importance: see `losses.distillation_loss`.
     num_real_tokens: see `losses.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
-      memory is three times V · chunk_size float32 and more beside the gradients.
+      memory is twice V · chunk_size float32 and more beside the gradients.
     data_axis: of the mesh, over which rows are split, as over its slices.
     model_axis: of the mesh, over which a vocabulary that it divides is split.
 
@@ -230,7 +230,7 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
 
 
 # Numbers in a tile: some ten arrays of so many are in a CPU's cache.
-_TILE = 2**17
+_TILE = 2**18
 
 
 def _tiles(vocab_size, layout):

@@ -327,7 +327,8 @@ def cross_entropy_loss(
 def first_of_largest(x: jax.Array) -> jax.Array:
   """`argmax` in two sweeps that a CPU vectorises; 0 where there is a NaN.
 
-  `jnp.argmax` itself took ten times as long for 8 rows of 32,128.
+  `jnp.argmax` itself took ten times as long for 8 rows of 32,128. The ids are
+  compared as float32, which is exact for V up to 2^24 and again faster.
 
   >>> first_of_largest(jnp.array([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])).tolist()
   [1, 0]
@@ -338,9 +339,10 @@ def first_of_largest(x: jax.Array) -> jax.Array:
   Returns:
     `[...]` int32, the lowest index of equal ones.
   """
-  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  ids = jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
   smaller = x < jnp.max(x, axis=-1, keepdims=True)
-  return jnp.min(jnp.where(smaller, x.shape[-1], ids), axis=-1)
+  first = jnp.min(jnp.where(smaller, x.shape[-1], ids), axis=-1)
+  return first.astype(jnp.int32)
 
 
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
