@@ -79,13 +79,13 @@ class Laws(NamedTuple):
   slopes: jax.Array | None
   slope_sum: jax.Array
 
-  def log_q(self, tiles: Tiles, first: Any) -> jax.Array:
-    """The student's log-probs of a tile, `[N, W]`."""
-    return tiles.of(self.student_logits, first) - self.normalizers[1]
-
   def log_p(self, tiles: Tiles, first: Any) -> jax.Array:
-    """The teacher's, likewise."""
+    """The teacher's log-probs of a tile, `[N, W]`."""
     return tiles.of(self.teacher_logits, first) - self.normalizers[0]
+
+  def log_q(self, tiles: Tiles, first: Any) -> jax.Array:
+    """The student's, likewise."""
+    return tiles.of(self.student_logits, first) - self.normalizers[1]
 
 
 def token_losses(
@@ -113,11 +113,14 @@ def token_losses(
   zero = jnp.zeros(p.shape[:1], jnp.float32)
   laws = Laws(p, q, (of(p), of(q)), None, zero[:, None])
 
+  def log_p_of(places, first):
+    return laws._replace(teacher_logits=places).log_p(tiles, first)
+
   def sweep(first, carry):
     # A tile is read a turn before it is needed: of an array that is read and
     # written in one turn XLA makes a copy.
-    sums, firsts, places, p_tile = carry
-    log_probs = p_tile - laws.normalizers[0], laws.log_q(tiles, first)
+    sums, firsts, places, log_p = carry
+    log_probs = log_p, laws.log_q(tiles, first)
     loss, slopes = _loss_and_slopes(rules, *log_probs)
     new = (
       loss,
@@ -126,14 +129,14 @@ def token_losses(
     )
     firsts = tuple(map(_first_of_largest, firsts, log_probs, (first, first)))
     places = tiles.put(places, slopes, first)
-    p_tile = tiles.of(places, first + tiles.width)
-    return jax.tree.map(jnp.add, sums, new), firsts, places, p_tile
+    log_p = log_p_of(places, first + tiles.width)
+    return jax.tree.map(jnp.add, sums, new), firsts, places, log_p
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
   none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
   start = zero, laws.slope_sum, dict.fromkeys(names, zero)
   (loss, slope_sum, metrics), firsts, places, _ = tiles.each(
-    sweep, (start, (none, none), p, tiles.of(p, 0))
+    sweep, (start, (none, none), p, log_p_of(p, 0))
   )
   metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
   laws = laws._replace(slope_sum=slope_sum)
