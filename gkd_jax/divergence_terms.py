@@ -52,8 +52,10 @@ def normalized_jsd(
   The sum of two `skewed_kl`, in less time, since they have one mixture. A β that is not traced
   lies within 0 and 1.
   """
-  terms = _jsd_terms(floored(log_p), floored(log_q), beta, rest)
-  return jnp.sum(terms, axis=-1)
+  log_p, log_q = floored(log_p), floored(log_q)
+  if isinstance(beta, float) and beta == 0.5:
+    return jnp.sum(_even_terms(log_p, log_q), axis=-1)
+  return jnp.sum(_jsd_terms(log_p, log_q, beta, rest), axis=-1)
 
 
 class Compared(NamedTuple):
@@ -63,6 +65,8 @@ class Compared(NamedTuple):
     a: probabilities.
     b: likewise.
     log_ratio: log(b / a).
+    near: its exponential's rest, (e^x - 1 - x) / x² of x = log_ratio; only where
+      x is within 1/2.
     gap: b - a, with the digits that a difference loses near a = b.
     excess: b/a - 1, at most e^40.
     excess_of_a: a/b - 1, likewise.
@@ -72,6 +76,7 @@ class Compared(NamedTuple):
   a: jax.Array
   b: jax.Array
   log_ratio: jax.Array
+  near: jax.Array
   gap: jax.Array
   excess: jax.Array
   excess_of_a: jax.Array
@@ -86,13 +91,15 @@ def compared(log_a: jax.Array, log_b: jax.Array) -> Compared:
   grows = log_ratio > 0
   # expm1 by its series where a - b would cancel; cut, so as to be finite.
   x = jnp.clip(log_ratio, -_NEAR, _NEAR)
-  rise = x * _expm1_by(x)
+  rest = _exp_rest(x)
+  rise = x * (1 + x * rest)
   near = x == log_ratio
   fall = -rise * jnp.where(grows, smaller, ratio)
   return Compared(
     a,
     b,
     log_ratio,
+    rest,
     jnp.where(near, a * rise, b - a),
     jnp.where(near, rise, jnp.where(grows, ratio, smaller) - 1),
     jnp.where(near, fall, jnp.where(grows, smaller, ratio) - 1),
@@ -106,8 +113,14 @@ def both_kls(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
   For metrics: both from one comparison, which has no closed-form gradient.
   """
   laws = compared(floored(log_p), floored(log_q))
-  forward = _term(laws.a, laws.gap, laws.excess, laws.log_ratio, None)
-  reverse = _term(laws.b, -laws.gap, laws.excess_of_a, -laws.log_ratio, None)
+  forward = _kl_term(laws)
+  x, near = laws.log_ratio, laws.near
+  # a x² (E - N) with N = `near` and E = (e^x - 1) / x = 1 + x N.
+  near_term = laws.a * x * x * (1 - (1 - x) * near)
+  far_term = laws.b * x - laws.gap
+  reverse = jnp.where(
+    jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0)
+  )
   return jnp.sum(forward, axis=-1), jnp.sum(reverse, axis=-1)
 
 
@@ -119,10 +132,17 @@ def _terms(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
   """
   laws = compared(log_a, log_b)
   if shares is None:
-    log_m = laws.log_ratio
-  else:
-    log_m, _ = _log_mixture(laws, *shares)
+    return _kl_term(laws)
+  log_m, _ = _log_mixture(laws, *shares)
   return _term(laws.a, laws.gap, laws.excess, log_m, shares)
+
+
+def _kl_term(laws):
+  """a log(a / b) - a + b = a (e^x - 1 - x), x = log(b / a)."""
+  x = laws.log_ratio
+  far_term = laws.gap - laws.a * x
+  near_term = laws.a * x * x * laws.near
+  return jnp.where(jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0))
 
 
 def _term(a, gap, excess, log_m, shares):
@@ -134,7 +154,7 @@ def _term(a, gap, excess, log_m, shares):
 
     a (v - log1p(v)) / s = (b - a) (v - log1p(v)) / v
   """
-  s = shares[0] if shares else 1.0
+  s, _ = shares
   v = s * excess
   # log1p(v) = 2 artanh(z) = 2 (z + z³/3 + ...), and v - 2 z = v z.
   # A reciprocal, since XLA's CPU does not fuse a division that is used twice.
@@ -214,19 +234,84 @@ _jsd_terms.defjvps(
 )
 
 
-def _artanh_rest(z2: jax.Array) -> jax.Array:
-  """(artanh(z) / z - 1) / z² for |z| < 1/7, from z²."""
-  return 1 / 3 + z2 * (1 / 5 + z2 * (1 / 7 + z2 / 9))
+# (4^n - 1) B_2n / (2n)!: x tanh(x/2) is twice Σ c_n x^2n, 2 log cosh(x/2) is
+# Σ c_n x^2n / n. Within |x| = 1 what follows is 2e-8 of the sum.
+_TANH_SERIES = tuple(
+  (4**n - 1) * bernoulli / math.factorial(2 * n)
+  for n, bernoulli in enumerate(
+    (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510),
+    start=1,
+  )
+)
 
 
-def _artanh(z: jax.Array) -> jax.Array:
-  return z * (1 + z * z * _artanh_rest(z * z))
+@jax.custom_jvp
+def _even_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+  """`_jsd_terms` at β = 1/2: (p + q) (x tanh(x/2) - 2 log cosh(x/2)).
+
+  x = log(q / p). Even in x, so that a short series does for both terms, without
+  a division.
+  """
+  x = log_q - log_p
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  near = (p + q) * _even_series(x, lambda n: 2 - 1 / n)
+  log_m = _log_even_mixture(x)
+  # p log(m / p) + q log(m / q), of which the smaller law's has the larger log.
+  far = p * (log_m + jnp.maximum(x, 0.0)) + q * (log_m - jnp.minimum(x, 0.0))
+  return jnp.where(jnp.abs(x) <= 1, near, jnp.maximum(-2 * far, 0.0))
 
 
-def _expm1_by(x: jax.Array) -> jax.Array:
-  """(e^x - 1) / x for |x| up to 1/2, by Taylor's series; off by at most 2e-8."""
+def _even_slope(log_p, log_q):
+  """Derivative of `_even_terms` with respect to log q: 2 q log(q / m)."""
+  x = log_q - log_p
+  near = x - _even_series(x, lambda n: 1 / n)
+  far = 2 * (jnp.minimum(x, 0.0) - _log_even_mixture(x))
+  return jnp.exp(log_q) * jnp.where(jnp.abs(x) <= 1, near, far)
+
+
+def _even_series(x, weight):
+  """Σ weight(n) c_n x^2n of `_TANH_SERIES`, of |x| cut at 1."""
+  x2 = jnp.minimum(x * x, 1.0)
+  y = jnp.zeros_like(x)
+  for n in range(len(_TANH_SERIES), 0, -1):
+    y = (y + weight(n) * _TANH_SERIES[n - 1]) * x2
+  return y
+
+
+def _log_even_mixture(x):
+  """log(m / larger law) of the laws' mean m: log((1 + e) / 2), e = exp(-|x|).
+
+  2 artanh((e - 1) / (e + 3)), which on a CPU takes half the time of a log.
+  """
+  smaller = jnp.exp(-jnp.abs(x))
+  return 2 * _artanh((smaller - 1) * (1 / (smaller + 3)), 13)
+
+
+_even_terms.defjvps(
+  lambda dot, _, log_p, log_q: dot * _even_slope(log_q, log_p),
+  lambda dot, _, log_p, log_q: dot * _even_slope(log_p, log_q),
+)
+
+
+def _artanh_rest(z2: jax.Array, last: int = 9) -> jax.Array:
+  """(artanh(z) / z - 1) / z², from z², by its series to z^last / last.
+
+  To 2e-8 for |z| < 1/7 with 9 and for |z| <= 1/3 with 13.
+  """
+  y = jnp.full_like(z2, 1 / last)
+  for n in range(last - 2, 2, -2):
+    y = y * z2 + 1 / n
+  return y
+
+
+def _artanh(z: jax.Array, last: int = 9) -> jax.Array:
+  return z * (1 + z * z * _artanh_rest(z * z, last))
+
+
+def _exp_rest(x: jax.Array) -> jax.Array:
+  """(e^x - 1 - x) / x² for |x| up to 1/2, by Taylor's series; to 2e-8."""
   y = jnp.full_like(x, 1 / math.factorial(8))
-  for n in range(7, 0, -1):
+  for n in range(7, 1, -1):
     y = y * x + 1 / math.factorial(n)
   return y
 

@@ -230,7 +230,7 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
 
 
 # Numbers in a tile: some ten arrays of so many are in a CPU's cache.
-_TILE = 2**18
+_TILE = 2**17
 
 
 def _tiles(vocab_size, layout):
@@ -346,11 +346,9 @@ def _over_chunks(
     sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     if with_gradient:
-      of_logits = functools.partial(
-        fused_chunks.logits_gradient, rules, tiles, laws, shares
-      )
+      d_logits = fused_chunks.logits_gradient(rules, laws, shares)
       gradients = _add_gradients(
-        layout, tiles, gradients, places, rows, head, of_logits
+        layout, tiles, gradients, places, rows, head, d_logits
       )
     return sums, *gradients
 
@@ -376,27 +374,25 @@ def _no_gradients(layout, hidden, head):
   )
 
 
-def _add_gradients(layout, tiles, gradients, places, rows, head, of_logits):
+def _add_gradients(layout, tiles, gradients, places, rows, head, d_logits):
   """Gradients of hidden states and head, with those of one chunk in them."""
   d_hidden, d_head = gradients
-  flat = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
-
-  def sweep(first, carry):
-    of_rows, d_head = carry
-    d_logits = of_logits(first)
-    part = tiles.of(head, first).astype(jnp.float32)
-    of_rows += jnp.einsum("nv,dv->nd", d_logits, part)
-    if layout.data_shards == 1:
-      of_head = jnp.einsum("nd,nv->dv", flat, d_logits)[None]
-    else:
-      by_shard = d_logits.reshape(*rows.shape[:2], -1)
-      of_head = jnp.einsum("rcd,rcv->rdv", rows.astype(jnp.float32), by_shard)
-    of_head += tiles.of(d_head, first)
-    return of_rows, tiles.put(d_head, of_head, first)
-
-  of_rows, d_head = tiles.each(sweep, (jnp.zeros_like(flat), d_head))
+  of_rows = fused_chunks.rows_gradient(tiles, d_logits, head)
   of_rows = of_rows.reshape(rows.shape).astype(d_hidden.dtype)
-  return _put(d_hidden, places, of_rows), d_head
+  rows = rows.astype(jnp.float32)
+  # The product for a head, unlike sums over the vocabulary, fills few caches.
+  tiles = tiles.joined(4)
+
+  def sweep(first, d_head):
+    part = tiles.of(d_logits, first)
+    if layout.data_shards == 1:
+      of_head = jnp.einsum("nd,nv->dv", rows[0], part)[None]
+    else:
+      by_shard = part.reshape(*rows.shape[:2], -1)
+      of_head = jnp.einsum("rcd,rcv->rdv", rows, by_shard)
+    return tiles.put(d_head, tiles.of(d_head, first) + of_head, first)
+
+  return _put(d_hidden, places, of_rows), tiles.each(sweep, d_head)
 
 
 def _logits(layout, hidden, head):
