@@ -197,10 +197,14 @@ class RLGKDModel(models.GKDModel):
       length_normalization=self.length_normalization,
     )
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    aux |= base_model.output_metrics(targets, weights) | more | {
-      "divergence": jax.lax.stop_gradient((divergence, weight)),
-      "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
-    }
+    aux |= (
+      base_model.output_metrics(targets, weights)
+      | more
+      | {
+        "divergence": jax.lax.stop_gradient((divergence, weight)),
+        "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
+      }
+    )
     loss = rewards.rl_gkd_loss(gradient, divergence, self.alpha)
     return loss, weight, aux
 
