@@ -316,11 +316,14 @@ def _first_params(model, path, abstract_params, seed, shapes):
     return checkpoints.load_params(
       path, setting="INITIAL_CHECKPOINT_PATH", like=abstract_params
     )
-  variables = model.get_initial_variables(jax.random.key(seed), shapes)
+  # As a program: the network that is applied for the sake of its parameters' shapes
+  # is then left out.
+  draw = jax.jit(lambda key: model.get_initial_variables(key, shapes)["params"])
+  params = draw(jax.random.key(seed))
   # By the host: every process draws the same, and places its part.
   return jax.tree.map(
     lambda x, leaf: jax.device_put(np.asarray(x, np.float32), leaf.sharding),
-    dict(variables["params"]),
+    dict(params),
     abstract_params,
   )
 

@@ -4,8 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv .venv-test
-.venv-test/bin/pip install --quiet -e ".[demo,test]"
+# Most modules of TensorFlow are never imported: compiled when one is.
+.venv-test/bin/pip install --quiet --no-compile -e ".[demo,test]"
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 .venv-test/bin/ruff check .
-.venv-test/bin/pyright --pythonpath .venv-test/bin/python
+# Types are checked beside the tests, and fail the script as well.
+.venv-test/bin/pyright --pythonpath .venv-test/bin/python &
+types=$!
 .venv-test/bin/python -m pytest -q -n 2 --dist worksteal "$@"
+wait "$types"

@@ -30,7 +30,8 @@ def scorer(tmp_path_factory):
   )
   model = models.EncoderDecoderModel(network.Transformer(config))
   shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 1)}
-  params = model.get_initial_variables(jax.random.key(4), shapes)["params"]
+  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
+  params = jax.jit(draw)(jax.random.key(4))
   folder = tmp_path_factory.mktemp("scorer")
   checkpoints.save_safetensors(folder, params, dataclasses.asdict(config))
   return model, params, str(folder)

@@ -47,7 +47,8 @@ def toy():
     "encoder_input_tokens": (1, LENGTHS["inputs"]),
     "decoder_input_tokens": (1, LENGTHS["targets"]),
   }
-  params = model.get_initial_variables(jax.random.key(3), shapes)["params"]
+  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
+  params = jax.jit(draw)(jax.random.key(3))
   params = jax.tree.map(lambda x: np.asarray(x) * 2, dict(params))
   return model, params, data.load_task("arithmetic_cot")
 
