@@ -109,24 +109,10 @@ def fit(
     partitioning.SLICE_AXIS, 1
   )
   tried = list(meshes(len(devices), batch_size, model_axis, slices))
-  search = _Search(
-    model,
-    lambda model, candidate: precompile.Programs(
-      model,
-      optimizer,
-      partitioning.make_mesh(candidate.num_partitions, devices, num_slices),
-      task_feature_lengths,
-      batch_size,
-      seed=seed,
-      pack=pack,
-      num_microbatches=candidate.num_microbatches,
-      shard_params_over_data=candidate.shard_params_over_data,
-    ),
-    chip,
-    topology,
-    phase,
-    output_path,
+  programs = _programs_of(
+    optimizer, devices, num_slices, task_feature_lengths, batch_size, seed, pack
   )
+  search = _Search(model, programs, chip, topology, phase, output_path)
   print(
     f"{topology}: {len(devices)} devices, batch {batch_size}, lengths"
     f" {dict(task_feature_lengths)}, {precompile.TITLES[phase]}\n{fit_report.HEADER}",
@@ -208,6 +194,27 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
     parts *= 2
     if rows % parts:
       return
+
+
+def _programs_of(
+  optimizer, devices, num_slices, task_feature_lengths, batch_size, seed, pack
+):
+  """A function of a model and a candidate to the run's programs."""
+
+  def programs(model, candidate):
+    return precompile.Programs(
+      model,
+      optimizer,
+      partitioning.make_mesh(candidate.num_partitions, devices, num_slices),
+      task_feature_lengths,
+      batch_size,
+      seed=seed,
+      pack=pack,
+      num_microbatches=candidate.num_microbatches,
+      shard_params_over_data=candidate.shard_params_over_data,
+    )
+
+  return programs
 
 
 class _Search:

@@ -18,7 +18,6 @@ import gin
 from gkd_jax import (
   checkpoint_formats,
   checkpoints,
-  depths,
   gin_utils,
   hlo_costs,
   layer_loops,
@@ -275,17 +274,6 @@ def test_weights_are_gathered_layer_by_layer_and_counted():
   assert sorted(map(operands, loops)) == [
     4 * (n * 12 + norms * 3) for n, norms in ((7, 2), (11, 3))
   ]
-
-
-def test_costs_of_a_scanned_teacher_are_of_all_its_layers():
-  asked = []
-
-  def report(model, _):
-    asked.append(depths.of(model)["teacher", "num_decoder_layers"])
-    return {"memory": {"peak": 7 * asked[-1]}, "segments": []}
-
-  found = depths.estimate(gkd(True, 9), report)
-  assert found["peak"] == 7 * 9 and set(asked) == {9}
 
 
 # --- Checkpoints ----------------------------------------------------------------
