@@ -7,9 +7,9 @@ import shutil
 import golden_t5x
 import numpy as np
 import pytest
+from checkpoint_states import assert_identical, folders, message
 from flax import traverse_util
 from safetensors import numpy as library
-from test_checkpoints import assert_identical, folders, message
 
 from gkd_jax import checkpoints, export, import_hf, network
 

@@ -11,8 +11,8 @@ import msgpack
 import numpy as np
 import pytest
 import tensorstore
+from checkpoint_states import assert_identical, message
 from flax import traverse_util
-from test_checkpoints import assert_identical, message
 
 from gkd_jax import (
   checkpoint_formats,

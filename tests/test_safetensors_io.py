@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from checkpoint_states import message
 from etils import epath
 from safetensors import numpy as library
-from test_checkpoints import message
 
 from gkd_jax import safetensors_io, stored_arrays
 
