@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv .venv-test
-# Most modules of TensorFlow are never imported: compiled when one is.
+# Most modules of TensorFlow are never imported: those that are, are compiled once.
+unset PYTHONDONTWRITEBYTECODE
 .venv-test/bin/pip install --quiet --no-compile -e ".[demo,test]"
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 .venv-test/bin/ruff check .
