@@ -118,13 +118,14 @@ def token_losses(
   zero = jnp.zeros(p.shape[:1], jnp.float32)
   laws = Laws(p, q, (of(p), of(q)), None, zero[:, None])
 
-  def log_p_of(places, first):
-    return laws._replace(teacher_logits=places).log_p(tiles, first)
+  def log_p_of(held, first):
+    return laws._replace(teacher_logits=held).log_p(tiles, first)
 
   def sweep(first, carry):
-    # A tile is read a turn before it is needed: of an array that is read and
+    # Held are slopes up to here, and the teacher's logits from here on. A tile of
+    # these is read a turn before it is needed: of an array that is read and
     # written in one turn XLA makes a copy.
-    sums, firsts, places, log_p = carry
+    sums, firsts, held, log_p = carry
     log_probs = log_p, laws.log_q(tiles, first)
     loss, slopes = _loss_and_slopes(rules, *log_probs)
     new = (
@@ -133,20 +134,20 @@ def token_losses(
       losses.summed_metrics(*log_probs),
     )
     firsts = tuple(map(_first_of_largest, firsts, log_probs, (first, first)))
-    places = tiles.put(places, slopes, first)
-    log_p = log_p_of(places, first + tiles.width)
-    return jax.tree.map(jnp.add, sums, new), firsts, places, log_p
+    held = tiles.put(held, slopes, first)
+    log_p = log_p_of(held, first + tiles.width)
+    return jax.tree.map(jnp.add, sums, new), firsts, held, log_p
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
   none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
   start = zero, laws.slope_sum, dict.fromkeys(names, zero)
-  (loss, slope_sum, metrics), firsts, places, _ = tiles.each(
+  (loss, slope_sum, metrics), firsts, held, _ = tiles.each(
     sweep, (start, (none, none), p, log_p_of(p, 0))
   )
   metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
   laws = laws._replace(slope_sum=slope_sum)
   if tiles.number > 1:
-    laws = laws._replace(teacher_logits=None, slopes=places)
+    laws = laws._replace(teacher_logits=None, slopes=held)
   return loss, metrics, laws
 
 

@@ -380,7 +380,7 @@ def _add_gradients(layout, tiles, gradients, places, rows, head, d_logits):
   of_rows = fused_chunks.rows_gradient(tiles, d_logits, head)
   of_rows = of_rows.reshape(rows.shape).astype(d_hidden.dtype)
   rows = rows.astype(jnp.float32)
-  # The product for a head, unlike sums over the vocabulary, fills few caches.
+  # Of the gradient's arrays few are in use at once, and wide products are faster.
   tiles = tiles.joined(4)
 
   def sweep(first, d_head):
