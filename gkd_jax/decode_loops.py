@@ -267,6 +267,7 @@ def _one_queue(
 
   has_work = lambda s: ~jnp.all(s.free) | (s.next < waiting)
   can_refill = lambda s: jnp.any(s.free) & (s.next < waiting)
+  can_step = lambda s: ~jnp.all(s.free) & ~can_refill(s)
 
   def refill(state: _SlotsState) -> _SlotsState:
     row = queue[state.next]
@@ -299,9 +300,7 @@ def _one_queue(
 
   def turn(state: _SlotsState) -> _SlotsState:
     state = lax.while_loop(can_refill, refill, state)
-    return lax.while_loop(
-      lambda s: ~jnp.all(s.free) & ~can_refill(s), step, state
-    )
+    return lax.while_loop(can_step, step, state)
 
   start = _first_rows(
     queue[:slots], waiting, start_tokens, cache, row_axes, max_decode_length

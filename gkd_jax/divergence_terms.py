@@ -49,8 +49,8 @@ def normalized_jsd(
 ) -> jax.Array:
   """K_{1-β}(p, q) + K_β(q, p), `[..., V]` to `[...]` nats; `rest` is 1-β.
 
-  The sum of two `skewed_kl`, in less time, since they have one mixture. A β that is not traced
-  lies within 0 and 1.
+  The sum of two `skewed_kl`, in less time, since they have one mixture; at a β of
+  1/2 that is not traced, in still less. A β that is not traced lies within 0 and 1.
   """
   log_p, log_q = floored(log_p), floored(log_q)
   if isinstance(beta, float) and beta == 0.5:
@@ -65,8 +65,7 @@ class Compared(NamedTuple):
     a: probabilities.
     b: likewise.
     log_ratio: log(b / a).
-    near: its exponential's rest, (e^x - 1 - x) / x² of x = log_ratio; only where
-      x is within 1/2.
+    exp_rest: (e^x - 1 - x) / x² of x = log_ratio; only where x is within 1/2.
     gap: b - a, with the digits that a difference loses near a = b.
     excess: b/a - 1, at most e^40.
     excess_of_a: a/b - 1, likewise.
@@ -76,7 +75,7 @@ class Compared(NamedTuple):
   a: jax.Array
   b: jax.Array
   log_ratio: jax.Array
-  near: jax.Array
+  exp_rest: jax.Array
   gap: jax.Array
   excess: jax.Array
   excess_of_a: jax.Array
@@ -114,9 +113,9 @@ def both_kls(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   laws = compared(floored(log_p), floored(log_q))
   forward = _kl_term(laws)
-  x, near = laws.log_ratio, laws.near
-  # a x² (E - N) with N = `near` and E = (e^x - 1) / x = 1 + x N.
-  near_term = laws.a * x * x * (1 - (1 - x) * near)
+  x, rest = laws.log_ratio, laws.exp_rest
+  # a x² (E - R) with R = `exp_rest` and E = (e^x - 1) / x = 1 + x R.
+  near_term = laws.a * x * x * (1 - (1 - x) * rest)
   far_term = laws.b * x - laws.gap
   reverse = jnp.where(
     jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0)
@@ -141,7 +140,7 @@ def _kl_term(laws):
   """a log(a / b) - a + b = a (e^x - 1 - x), x = log(b / a)."""
   x = laws.log_ratio
   far_term = laws.gap - laws.a * x
-  near_term = laws.a * x * x * laws.near
+  near_term = laws.a * x * x * laws.exp_rest
   return jnp.where(jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0))
 
 
@@ -206,7 +205,7 @@ def _jsd_slope(a, gap, excess, log_m, s):
   the two terms. At s = 0 this is a - b.
   """
   v = s * excess
-  near = 2 * _artanh(v * (1 / (2 + v)))
+  near = 2 * _artanh(v * (1 / (2 + v)))  # a reciprocal as in `_term`
   log_m = jnp.where((jnp.abs(v) < 0.25) & (excess < 2e17), near, log_m)
   slope = -a * log_m / jnp.maximum(s, _NO_SHARE)
   if isinstance(s, float):
