@@ -34,8 +34,7 @@ class TransformerConfig:
     dropout_rate: everywhere.
     logits_via_embedding: True ties the output head to the token embedding and
       divides the logits by sqrt(D).
-    remat_policy: "none", or "full" to recompute each layer in the backward
-      pass.
+    remat_policy: see `network.T5Config`.
   """
 
   vocab_size: int

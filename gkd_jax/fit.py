@@ -7,6 +7,7 @@ of these that fits is the answer.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -181,16 +182,14 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
     rows: of a batch, on each part of the data axis.
   """
   yield [candidate]
+  again = functools.partial(dataclasses.replace, candidate)
   parts = 1
   while parts <= rows:
-    level = [
-      dataclasses.replace(
-        candidate, num_microbatches=parts, remat_policy="full"
-      )
-    ]
+    level = [again(num_microbatches=parts, remat_policy="minimal")]
     if 2 * parts <= rows and rows % (2 * parts) == 0:
-      level.append(dataclasses.replace(candidate, num_microbatches=2 * parts))
+      level.append(again(num_microbatches=2 * parts))
     yield level
+    yield [again(num_microbatches=parts, remat_policy="full")]
     parts *= 2
     if rows % parts:
       return

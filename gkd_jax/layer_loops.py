@@ -18,9 +18,20 @@ from flax.linen import partitioning as flax_partitioning
 NAME = "layers"
 
 
+# What the backward pass finds of a layer, and does not compute again: with "none"
+# all of it, with "minimal" the products with its weights, with "full" its input.
+REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def layer_class(cls: Any, config: Any) -> Any:
-  """A layer's class, or the one that recomputes it in the backward pass."""
-  return nn.remat(cls) if config.remat_policy == "full" else cls
+  """A layer's class, or one that computes some again in the backward pass."""
+  if config.remat_policy == "none":
+    return cls
+  return nn.remat(cls, policy=REMAT_POLICIES[config.remat_policy])
 
 
 def apply(

@@ -35,8 +35,8 @@ class T5Config:
       divides the logits by sqrt(D) (T5 1.0).
     float32_attention_logits: kept for T5X's gin files; the attention softmax is
       float32 here whatever it says.
-    remat_policy: "none", or "full" to recompute each layer in the backward
-      pass.
+    remat_policy: what the backward pass computes again of each layer: "none",
+      "minimal" all but the products with weights, "full" everything.
   """
 
   vocab_size: int
@@ -86,9 +86,9 @@ def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
         f"expected {name}.{size} of at least 1, got {getattr(config, size)};"
         f" set {module}.{name}.{size}"
       )
-  if config.remat_policy not in ("none", "full"):
+  if config.remat_policy not in layer_loops.REMAT_POLICIES:
     raise ValueError(
-      f"expected {name}.remat_policy 'none' or 'full', got"
+      f"expected {name}.remat_policy in {list(layer_loops.REMAT_POLICIES)}, got"
       f" {config.remat_policy!r}; set {module}.{name}.remat_policy"
     )
   if not 0 <= config.dropout_rate < 1:

@@ -168,7 +168,8 @@ def test_a_cache_from_nothing_decodes_as_t5x_calls_it():
     )
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_remat_changes_nothing(policy):
   def gradient(policy):
     model = toy.model(config={"remat_policy": policy})
     loss = lambda p: model.loss_fn(p, toy.batch(), None)[0]
@@ -176,7 +177,7 @@ def test_remat_changes_nothing():
 
   for a, b in zip(
     jax.tree.leaves(gradient("none")),
-    jax.tree.leaves(gradient("full")),
+    jax.tree.leaves(gradient(policy)),
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -180,12 +180,15 @@ def test_memory_is_saved_step_by_step():
   ]
   assert levels == [
     [(1, "none")],
-    [(1, "full"), (2, "none")],
-    [(2, "full"), (4, "none")],
+    [(1, "minimal"), (2, "none")],
+    [(1, "full")],
+    [(2, "minimal"), (4, "none")],
+    [(2, "full")],
+    [(4, "minimal")],
     [(4, "full")],
   ]
   # Rows that do not halve.
-  assert [len(level) for level in fit.savers(first, 3)] == [1, 1]
+  assert [len(level) for level in fit.savers(first, 3)] == [1, 1, 1]
 
 
 def search(hbm_bytes, folder=None, **options):
@@ -282,7 +285,7 @@ def test_the_fastest_of_those_that_fit_is_chosen():
   # Name: (peak and seconds of the estimate), and peak and seconds of the whole.
   written = {
     "1-false-1-none": ((500, 1), 500, 1),
-    "1-false-1-full": ((90, 9), 90, 9),
+    "1-false-1-minimal": ((90, 9), 90, 9),
     "1-false-2-none": ((80, 2), 101, 2),  # the estimate was too small
     "1-true-1-none": ((70, 3), 70, 5),
     "2-false-1-none": ((60, 4), 60, 4),

@@ -117,10 +117,11 @@ def test_logits_hidden_states_and_tokens_equal_t5x(name):
   np.testing.assert_array_equal(tokens, numbers["greedy"])
 
 
-def test_gradients_of_recomputed_layers_equal_t5x():
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_gradients_of_recomputed_layers_equal_t5x(policy):
   numbers, _ = golden_t5x.load("t5_1_1_tiny")
   plain, params, batch = golden_t5x.model("t5_1_1_tiny", z_loss=1e-4)
-  model = scanned(plain, remat_policy="full")
+  model = scanned(plain, remat_policy=policy)
   loss = lambda p: model.loss_fn(p, batch, None)[0]
   grads = jax.jit(jax.grad(loss))(stack(params))
   expected = stack(golden_t5x.params(numbers, "grads"))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_buckets
 from flax import traverse_util
 
 from gkd_jax import layers, models, network, sampling
@@ -129,15 +130,29 @@ def test_no_position_sees_a_later_one():
   assert all(np.abs(grad[t]).max() > 0 for t in earlier)
 
 
-def test_remat_changes_nothing():
+def weight_products(jaxpr):
+  """Number of products with weights, which have no batch dimension."""
+  products = test_buckets.equations(jaxpr, "dot_general")
+  return sum(not x.params["dimension_numbers"][1][0] for x in products)
+
+
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_remat_changes_nothing_but_the_work(policy):
   model, params, batch = golden_t5x.model("t5_1_1_tiny")
-  config = dataclasses.replace(model.config, remat_policy="full")
+  config = dataclasses.replace(model.config, remat_policy=policy)
   other = models.EncoderDecoderModel(network.Transformer(config))
-  grad = lambda m: jax.grad(lambda p: m.loss_fn(p, batch, None)[0])(params)
+  grad = lambda m: jax.grad(lambda p: m.loss_fn(p, batch, None)[0])
   for a, b in zip(
-    jax.tree.leaves(grad(model)), jax.tree.leaves(grad(other)), strict=True
+    jax.tree.leaves(grad(model)(params)),
+    jax.tree.leaves(grad(other)(params)),
+    strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  of = lambda m: weight_products(jax.make_jaxpr(grad(m))(params).jaxpr)
+  # Queries, keys, values, what leaves attention, and two into the MLP; what leaves
+  # the MLP is in no derivative.
+  layers = config.num_encoder_layers * 6 + config.num_decoder_layers * 10
+  assert of(other) - of(model) == {"minimal": 0, "full": layers}[policy]
 
 
 def test_bfloat16_is_near_float32_and_gives_float32_logits():

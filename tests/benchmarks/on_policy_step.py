@@ -3,8 +3,8 @@
 Student T5 1.1 small, teacher base, batch 8, 64 to 32 tokens, float32, no dropout:
 the student samples, the teacher judges, JSD(½), AdamW. EOS is suppressed in both,
 so that every output has 32 tokens. Ours is set to take little memory: layers are
-scanned, the student's are computed again in the backward pass, the loss goes by 128
-tokens. PyTorch's step is transformers' `generate`, two forward passes, the divergence
+scanned, and of the student's only products with weights are kept for the backward
+pass (`--remat_policy`). PyTorch's step is transformers' `generate`, two forward passes, the divergence
 on whole logits, and AdamW's fused kernel. `data` is our step on fixed outputs of the
 same shapes.
 
@@ -21,7 +21,6 @@ from tests.benchmarks import t5_shapes, turns
 
 INPUTS, NEW = 64, 32
 RATE = 1e-4
-CHUNK = 128  # tokens of our loss at a time
 CASES = {"ours": False, "data": False, "torch": True}
 
 
@@ -34,12 +33,13 @@ def ours(source: str, options) -> dict:
   from gkd_jax import models, optimizers, partitioning, train_state, trainer
 
   student = t5_shapes.ours(
-    options.student, options.dtype, scan_layers=True, remat_policy="full"
+    options.student,
+    options.dtype,
+    scan_layers=True,
+    remat_policy=options.remat_policy,
   )
   teacher = t5_shapes.ours(options.teacher, options.dtype, scan_layers=True)
-  model = models.GKDModel(
-    student, teacher, "jsd", beta=0.5, loss_chunk_size=CHUNK
-  )
+  model = models.GKDModel(student, teacher, "jsd", beta=0.5)
   model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(RATE, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument(f"--{name}", default=size, choices=t5_shapes.SIZES)
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--remat_policy", default="minimal")
   options = parser.parse_args()
   if options.case:
     if options.case == "torch":
@@ -156,7 +157,7 @@ def main() -> None:
       source = "student" if options.case == "ours" else "data"
       print(json.dumps(ours(source, options)))
     return
-  carried = ("student", "teacher", "dtype", "batch")
+  carried = ("student", "teacher", "dtype", "batch", "remat_policy")
   measured = turns.take(
     "tests.benchmarks.on_policy_step", options, CASES, carried
   )
