@@ -7,7 +7,7 @@ from typing import Any
 _GIB = 2**30
 
 HEADER = (
-  "model axis  split over data  microbatches  remat  GiB at peak  ms at least"
+  "model axis  split over data  microbatches    remat  GiB at peak  ms at least"
 )
 
 
@@ -28,7 +28,7 @@ def line(row: Mapping[str, Any]) -> str:
   return (
     f"{settings['num_partitions']:10}"
     f"  {'yes' if settings['shard_params_over_data'] else 'no':>15}"
-    f"  {settings['num_microbatches']:12}  {settings['remat_policy']:>5}"
+    f"  {settings['num_microbatches']:12}  {settings['remat_policy']:>7}"
     f"  {numbers}{'' if row['fits'] else '  does not fit'}"
   )
 

@@ -120,8 +120,8 @@ Batch 32, 10 to 20, the on-policy step.
 
 ```
 $ gkd fit --topology=v5e:4x4
-model axis  split over data  microbatches  remat  GiB at peak  ms at least
-         1              yes             1   none         1.50        40.00
+model axis  split over data  microbatches    remat  GiB at peak  ms at least
+         1              yes             1     none         1.50        40.00
 compiled whole, --gin.A=1:
             GiB at peak  ms at least
   estimated        1.50        40.00
