@@ -62,11 +62,7 @@ def infer(
     ValueError: a wrong setting.
   """
   if shards is not None:
-    if output_path.endswith(".jsonl"):
-      raise ValueError(
-        f"expected a prefix of shards, got the name of a file {output_path!r};"
-        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
-      )
+    _check_prefix(output_path)
     _check_temperature(temperature)
     total = teacher_data.write(
       model.student,
@@ -279,6 +275,14 @@ def _scores_and_rows(evaluator, samples):
 
 def _write_in(folder: str, name: str, rows: Sequence[Mapping[str, Any]]):
   _write(os.path.join(folder, name), rows)
+
+
+def _check_prefix(path):
+  if path.endswith(".jsonl"):
+    raise ValueError(
+      f"expected a prefix of shards, got the name of a file {path!r};"
+      " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+    )
 
 
 def _check_temperature(temperature):

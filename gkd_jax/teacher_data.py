@@ -87,15 +87,11 @@ def write(
   }
   total = _begun(prefix, settings, shards, dataset, model, index)
   paths = teacher_shards.shard_paths(prefix, shards.num_shards)
-  mine = {
-    s
-    for s, path in enumerate(paths)
-    if s % count == index and not tf.io.gfile.exists(path)
-  }
+  exists = tf.io.gfile.exists
+  mine = {s for s in range(index, len(paths), count) if not exists(paths[s])}
   if mine:
     mesh = partitioning.make_mesh(devices=jax.local_devices())
     params = jax.device_put(params, partitioning.replicated(mesh))
-    size = min(batch_size, -(-total // shards.num_shards))
     for s, start, rows in _shares(dataset(), total, shards.num_shards, mine):
       records = teacher_records.records(
         model,
@@ -106,7 +102,7 @@ def write(
         first_index=start,
         temperature=temperature,
         seed=seed,
-        batch_size=size,
+        batch_size=min(batch_size, -(-total // shards.num_shards)),
         mesh=mesh,
       )
       teacher_shards.write_shard(paths[s], records)

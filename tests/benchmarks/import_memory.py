@@ -29,9 +29,7 @@ OPERATIONS = ("load", "import")
 
 def write(size: str, folder: str) -> None:
   """Writes random parameters of a size in all formats."""
-  import msgpack
   import numpy as np
-  import tensorstore
 
   from gkd_jax import (
     export,
@@ -64,15 +62,23 @@ def write(size: str, folder: str) -> None:
   )
   export.export_checkpoint(root / "gkd", root / "hf", format="hf")
   import_t5x.save_orbax(root / "t5x", flat, config, step=1)
-  legacy = root / "legacy" / "checkpoint_1"
-  legacy.mkdir(parents=True)
+  _write_legacy(root / "legacy" / "checkpoint_1", flat)
+  print(json.dumps({"bytes": sum(x.nbytes for x in flat.values())}))
+
+
+def _write_legacy(folder, flat):
+  """T5X's checkpoint of before Orbax."""
+  import msgpack
+  import tensorstore
+
+  folder.mkdir(parents=True)
   target = {}
   for name, array in flat.items():
     place = "target." + name.replace("/", ".")
     spec = {
       "driver": "zarr",
       "dtype": "float32",
-      "kvstore": {"driver": "file", "path": f"{legacy / place}/"},
+      "kvstore": {"driver": "file", "path": f"{folder / place}/"},
       "metadata": {
         "shape": list(array.shape),
         "chunks": list(array.shape),
@@ -87,8 +93,7 @@ def write(size: str, folder: str) -> None:
       node = node.setdefault(parent, {})
     node[leaf] = spec
   tree = {"version": 3, "optimizer": {"target": target, "state": {}}}
-  (legacy / "checkpoint").write_bytes(msgpack.packb(tree))
-  print(json.dumps({"bytes": sum(x.nbytes for x in flat.values())}))
+  (folder / "checkpoint").write_bytes(msgpack.packb(tree))
 
 
 def read(path: str, operation: str) -> None:
