@@ -6,7 +6,7 @@ right, and whether the matrix is transposed (PyTorch's linear layers store
 safetensors files with `model.safetensors.index.json`.
 
 References: the fields of `transformers.T5Config` and the parameter names of
-`transformers.T5ForConditionalGeneration`, version 4.57,
+`transformers.T5ForConditionalGeneration`, versions 4.57 and 5.17,
 https://huggingface.co/docs/transformers/model_doc/t5
 """
 
@@ -138,6 +138,11 @@ def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
   Raises:
     ValueError: if it is no T5's, or of one that our network does not compute.
   """
+  return _config(_fields(folder, setting), folder, setting)
+
+
+def _fields(folder, setting):
+  """The fields of `config.json`, with those that it leaves out."""
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
@@ -146,7 +151,11 @@ def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
       f"expected model_type {' or '.join(map(repr, _DEFAULTS))}, got {kind!r} in"
       f" {os.fspath(file)}; set {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
-  fields = {**_DEFAULTS[kind], **text}
+  return {**_DEFAULTS[kind], **text}
+
+
+def _config(fields, folder, setting):
+  file = folder / safetensors_io.CONFIG_FILE
   other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
   if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
     raise ValueError(
@@ -167,8 +176,23 @@ def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
     mlp_dim=fields["d_ff"],
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
     dropout_rate=fields["dropout_rate"],
-    logits_via_embedding=fields["tie_word_embeddings"],
+    logits_via_embedding=_scales_logits(fields),
   )
+
+
+def _scales_logits(fields):
+  """Whether logits are divided by sqrt(D), as T5 1.0 has it with its tied head.
+
+  Up to version 4 that is what `tie_word_embeddings` says. Version 5 always writes
+  that it ties, meaning an `lm_head` that is absent or equal to the embedding; it
+  has a field for the division, and never divides in mT5.
+  """
+  if "scale_decoder_outputs" in fields:
+    return bool(fields["scale_decoder_outputs"])
+  major = str(fields.get("transformers_version", "4")).partition(".")[0]
+  if fields["model_type"] == "mt5" and major.isdigit() and int(major) > 4:
+    return False
+  return bool(fields["tie_word_embeddings"])
 
 
 def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
@@ -225,7 +249,8 @@ def open_folder(
       or has parameters that are unmapped, missing, duplicated or of a wrong
       shape: all of them are listed.
   """
-  config = read_config(folder, setting=setting)
+  fields = _fields(folder, setting)
+  config = _config(fields, folder, setting)
   theirs = _open_files(folder, setting)
   table = name_table(config)
   copies = [n for n in (EMBEDDING, *_COPIES) if n in theirs]
@@ -233,6 +258,11 @@ def open_folder(
     copies.append(_HEAD)
   if copies and EMBEDDING not in theirs:
     theirs[EMBEDDING] = theirs[copies[0]]
+  if (
+    not config.logits_via_embedding and fields["tie_word_embeddings"] and copies
+  ):
+    # Logits of the embedding that are not divided: ours has a head for those.
+    theirs.setdefault(_HEAD, theirs[EMBEDDING])
   wanted = {name: ours for ours, (name, _) in table.items()}
   known = {*wanted, *copies, _UNUSED}
   found = {

@@ -13,6 +13,8 @@ from safetensors import numpy as library
 
 from gkd_jax import checkpoints, export, import_hf, network
 
+# Every T5 of theirs says that it ties.
+VERSION_5 = {"tie_word_embeddings": True, "transformers_version": "5.17.0"}
 LEGACY = pathlib.Path(__file__).parent / "golden" / "t5x_legacy"
 
 
@@ -119,6 +121,24 @@ def test_round_trip_and_configuration(exported, params):
       {"num_layers": 12, "num_decoder_layers": 4, "vocab_size": 384},
       dict(num_encoder_layers=12, num_decoder_layers=4, vocab_size=384),
     ),
+    # As transformers 5 writes T5 1.1, T5 1.0 and mT5.
+    (
+      "t5",
+      VERSION_5 | {"scale_decoder_outputs": False},
+      dict(logits_via_embedding=False),
+    ),
+    (
+      "t5",
+      VERSION_5 | {"scale_decoder_outputs": True},
+      dict(logits_via_embedding=True),
+    ),
+    ("mt5", VERSION_5, dict(logits_via_embedding=False)),
+    # An mT5 that was tied on purpose before, and so was divided.
+    (
+      "mt5",
+      {"tie_word_embeddings": True, "transformers_version": "4.57.6"},
+      dict(logits_via_embedding=True),
+    ),
   ],
 )
 def test_configurations_of_the_families(tmp_path, kind, text, expected):
@@ -164,6 +184,28 @@ def test_copies_of_the_embedding(folder, params):
   assert (
     "1 duplicated with other values: decoder.embed_tokens.weight"
   ) in message(error)
+
+
+def test_a_head_as_transformers_5_writes_it(folder, params):
+  file = folder / "config.json"
+  text = json.loads(file.read_text())
+  file.write_text(
+    json.dumps(text | VERSION_5 | {"scale_decoder_outputs": False})
+  )
+  # One of its own, beside the embedding.
+  assert_identical(checkpoints.load_params(folder), params)
+  # The embedding, which our network divides if it is no head.
+  rewrite(folder, lambda arrays: arrays.pop("lm_head.weight"))
+  table = params["token_embedder"]["embedding"]
+  read = checkpoints.load_params(folder)
+  np.testing.assert_array_equal(
+    read["decoder"]["logits_dense"]["kernel"], table.T
+  )
+  np.testing.assert_array_equal(read["token_embedder"]["embedding"], table)
+  # Who does not say that it ties lacks a head.
+  file.write_text(json.dumps(text))
+  with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight"):
+    checkpoints.load_params(folder)
 
 
 def test_all_that_is_wrong_is_listed(folder):
