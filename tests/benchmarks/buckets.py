@@ -27,7 +27,7 @@ def ending_early(model):
 
   class EndingEarly(encoder_decoder.EncoderDecoderModel):
     def sample_outputs(self, params, encoded, batch, key, **options):
-      tokens = self.sample(
+      samples = self.sample(
         params,
         encoded,
         batch["encoder_input_tokens"],
@@ -35,9 +35,10 @@ def ending_early(model):
         max_decode_length=LENGTH,
         row_lengths=jnp.full((ROWS,), END),
         **options,
-      ).tokens
-      tokens = tokens.at[:, END - 1].set(base_model.EOS_ID)
-      return tokens, sampling.sequence_weights(tokens, base_model.EOS_ID)
+      )
+      tokens = samples.tokens.at[:, END - 1].set(base_model.EOS_ID)
+      weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
+      return tokens, weights, samples.log_probs
 
   return EndingEarly(model.module)
 
