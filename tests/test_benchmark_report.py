@@ -2,9 +2,12 @@
 
 import pathlib
 
+import golden_t5x
+import jax
+import numpy as np
 import pytest
 
-from tests.benchmarks import growth, refill, report
+from tests.benchmarks import buckets, growth, refill, report
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -48,3 +51,24 @@ def test_busy_share_by_hand():
   assert refill.busy_share("together", lengths) == 7 / 16
   assert refill.busy_share("batches_2", lengths) == 7 / 10
   assert refill.busy_share("slots_2", [1] * 63 + [4]) == 67 / (2 * 35)
+
+
+def test_outputs_of_the_buckets_benchmark_end_where_it_says():
+  plain, params, _ = golden_t5x.model("t5_1_1_tiny")
+  model = buckets.ending_early(plain)
+  inputs = np.full((buckets.ROWS, 3), 5, np.int32)
+  batch = {"encoder_input_tokens": inputs}
+
+  @jax.jit
+  def draw(params, key):
+    encoded = model.encode(params, batch)
+    return model.sample_outputs(
+      params, encoded, batch, key, suppress_ids=(0, 1)
+    )
+
+  tokens, weights, log_probs = draw(params, jax.random.key(0))
+  assert tokens.shape == (buckets.ROWS, buckets.LENGTH) == log_probs.shape
+  first, last = tokens[:, : buckets.END - 1], tokens[:, buckets.END - 1]
+  assert first.min() > 1 and np.all(last == 1)
+  assert not np.any(tokens[:, buckets.END :])
+  np.testing.assert_array_equal(weights.sum(axis=1), buckets.END)
