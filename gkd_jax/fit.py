@@ -182,14 +182,14 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
     rows: of a batch, on each part of the data axis.
   """
   yield [candidate]
-  again = functools.partial(dataclasses.replace, candidate)
+  changed = functools.partial(dataclasses.replace, candidate)
   parts = 1
   while parts <= rows:
-    level = [again(num_microbatches=parts, remat_policy="minimal")]
+    level = [changed(num_microbatches=parts, remat_policy="minimal")]
     if 2 * parts <= rows and rows % (2 * parts) == 0:
-      level.append(again(num_microbatches=2 * parts))
+      level.append(changed(num_microbatches=2 * parts))
     yield level
-    yield [again(num_microbatches=parts, remat_policy="full")]
+    yield [changed(num_microbatches=parts, remat_policy="full")]
     parts *= 2
     if rows % parts:
       return

@@ -155,6 +155,7 @@ def _fields(folder, setting):
 
 
 def _config(fields, folder, setting):
+  """Our configuration of these fields; see `read_config`."""
   file = folder / safetensors_io.CONFIG_FILE
   other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
   if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
@@ -258,9 +259,10 @@ def open_folder(
     copies.append(_HEAD)
   if copies and EMBEDDING not in theirs:
     theirs[EMBEDDING] = theirs[copies[0]]
-  if (
-    not config.logits_via_embedding and fields["tie_word_embeddings"] and copies
-  ):
+  ties_undivided = (
+    fields["tie_word_embeddings"] and not config.logits_via_embedding
+  )
+  if ties_undivided and EMBEDDING in theirs:
     # Logits of the embedding that are not divided: ours has a head for those.
     theirs.setdefault(_HEAD, theirs[EMBEDDING])
   wanted = {name: ours for ours, (name, _) in table.items()}

@@ -18,10 +18,10 @@ from flax.linen import partitioning as flax_partitioning
 NAME = "layers"
 
 
-# What the backward pass finds of a layer, and does not compute again: with "none"
-# all of it, with "minimal" the products with its weights, with "full" its input.
+# By T5X's names, what of a layer is kept for the backward pass, which computes the
+# rest again: all, products with weights, nothing but its input.
 REMAT_POLICIES = {
-  "none": jax.checkpoint_policies.everything_saveable,
+  "none": None,
   "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -29,9 +29,8 @@ REMAT_POLICIES = {
 
 def layer_class(cls: Any, config: Any) -> Any:
   """A layer's class, or one that computes some again in the backward pass."""
-  if config.remat_policy == "none":
-    return cls
-  return nn.remat(cls, policy=REMAT_POLICIES[config.remat_policy])
+  policy = REMAT_POLICIES[config.remat_policy]
+  return nn.remat(cls, policy=policy) if policy else cls
 
 
 def apply(

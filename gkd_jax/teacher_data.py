@@ -87,11 +87,11 @@ def write(
   }
   total = _begun(prefix, settings, shards, dataset, model, index)
   paths = teacher_shards.shard_paths(prefix, shards.num_shards)
-  exists = tf.io.gfile.exists
-  mine = {s for s in range(index, len(paths), count) if not exists(paths[s])}
+  mine = _missing(paths, index, count)
   if mine:
     mesh = partitioning.make_mesh(devices=jax.local_devices())
     params = jax.device_put(params, partitioning.replicated(mesh))
+    size = min(batch_size, -(-total // shards.num_shards))
     for s, start, rows in _shares(dataset(), total, shards.num_shards, mine):
       records = teacher_records.records(
         model,
@@ -102,7 +102,7 @@ def write(
         first_index=start,
         temperature=temperature,
         seed=seed,
-        batch_size=min(batch_size, -(-total // shards.num_shards)),
+        batch_size=size,
         mesh=mesh,
       )
       teacher_shards.write_shard(paths[s], records)
@@ -111,10 +111,23 @@ def write(
         f" {start:,} on",
         flush=True,
       )
+  _wait_for_others()
+  return total
+
+
+def _missing(paths, index, count):
+  """Numbers of the shards of one of `count` processes that are not there yet."""
+  return {
+    s
+    for s, path in enumerate(paths)
+    if s % count == index and not tf.io.gfile.exists(path)
+  }
+
+
+def _wait_for_others():
   if jax.process_count() > 1:
     # Whoever is ready first would end the others' coordinator.
     multihost_utils.sync_global_devices("teacher_data written")
-  return total
 
 
 def fingerprint(params: Any) -> str:

@@ -1,4 +1,4 @@
-"""docs/performance.md holds what the benchmarks' files say, and their arithmetic."""
+"""docs/performance.md holds what the benchmarks' files say; what these set up."""
 
 import pathlib
 

@@ -72,7 +72,7 @@ def make(family, seed=None, **overrides):
     **(SIZES | fields | overrides), decoder_start_token_id=0
   )
   model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-  if family != "t5_1_0":
+  if not fields["tie_word_embeddings"]:
     # Version 5 ties all heads until they are read from a file.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
   with torch.no_grad():

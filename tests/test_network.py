@@ -151,8 +151,8 @@ def test_remat_changes_nothing_but_the_work(policy):
   of = lambda m: weight_products(jax.make_jaxpr(grad(m))(params).jaxpr)
   # Queries, keys, values, what leaves attention, and two into the MLP; what leaves
   # the MLP is in no derivative.
-  layers = config.num_encoder_layers * 6 + config.num_decoder_layers * 10
-  assert of(other) - of(model) == {"minimal": 0, "full": layers}[policy]
+  again = config.num_encoder_layers * 6 + config.num_decoder_layers * 10
+  assert of(other) - of(model) == {"minimal": 0, "full": again}[policy]
 
 
 def test_bfloat16_is_near_float32_and_gives_float32_logits():

@@ -89,7 +89,7 @@ def liger(case: str, gpu: bool):
     # What XLA takes for float32 products on such a GPU.
     torch.set_float32_matmul_precision("high")
   torch.set_num_threads(1)
-  torch.set_flush_denormal(True)
+  torch.set_flush_denormal(True)  # as `turns.torch_device`
   torch.manual_seed(0)
   _, mode, chunk = case.split("_")
   loss = chunked_loss.LigerFusedLinearJSDLoss(
