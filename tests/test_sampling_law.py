@@ -57,6 +57,35 @@ def test_frequencies_and_log_probs_match_the_law(settings):
   np.testing.assert_allclose(log_probs, np.log(law[tokens]), atol=2e-6)
 
 
+# Two groups and a part of one, and three whole ones, of 128 tokens each.
+@pytest.mark.parametrize("vocab", [300, 384])
+def test_law_of_a_vocabulary_that_is_drawn_from_by_groups(vocab):
+  logits = 1.5 * jax.random.normal(jax.random.key(5), (vocab,))
+  rows = 40_000
+
+  @sampling_fakes.quick_jit
+  def draw(key):
+    return sampling.sample(
+      lambda tokens, cache: (jnp.tile(logits, (rows, 1)), cache),
+      (),
+      key,
+      batch_size=rows,
+      max_decode_length=1,
+      suppress_ids=(0, 7),
+    )
+
+  tokens, log_probs = map(np.ravel, draw(jax.random.key(13)))
+  law = sampling_fakes.law_by_definition(logits, suppress_ids=(0, 7))
+  counts = np.bincount(tokens, minlength=vocab)
+  assert counts.size == vocab and counts[[0, 7]].sum() == 0
+  often = rows * law > 5
+  observed = [*counts[often], counts[~often].sum()]
+  expected = [*rows * law[often], rows * law[~often].sum()]
+  assert len(expected) > 150
+  assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
+  np.testing.assert_allclose(log_probs, np.log(law[tokens]), atol=4e-6)
+
+
 def test_rows_and_positions_are_independent():
   logits = jnp.array([0.0, 0.5, 1.0, -0.5])
   rows, length = 500, 9
