@@ -381,10 +381,11 @@ def _draw_in_two(law, keys):
   """Draws a group of tokens by its probability, then one of its members.
 
   The law is that of one draw among all V, with V / 128 + 128 random numbers in
-  place of V. Both are drawn by Gumbel's noise: where logits differ by a rounding,
-  as they do from one mesh to another, it is as good as always the same token.
-  Groups are of equal remainders, since a vocabulary is split over devices in
-  ranges of ids, and a CPU sums columns faster than rows.
+  place of V. Both are drawn by Gumbel's noise: where logits differ by a
+  rounding, as they do from one mesh to another, the token is as good as always
+  the same. Groups are of equal remainders, since a vocabulary is split over
+  devices in ranges of ids, and a CPU sums columns faster than rows. A
+  vocabulary of up to 128 is one group.
 
   Args:
     law: `[B, V]`, at most 0, and 0 somewhere.
@@ -393,18 +394,22 @@ def _draw_in_two(law, keys):
   Returns:
     As `_draw`.
   """
-  num_groups = -(-law.shape[-1] // _MEMBERS)
-  unused = _MEMBERS * num_groups - law.shape[-1]
-  if unused:
-    law = jnp.pad(law, ((0, 0), (0, unused)), constant_values=-jnp.inf)
-  law = law.reshape(-1, _MEMBERS, num_groups)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, (num_groups + _MEMBERS,)))
-  of_groups, of_members = jnp.split(noise(keys), [num_groups], axis=-1)
+  vocab_size = law.shape[-1]
+  members = min(_MEMBERS, vocab_size)
+  groups = -(-vocab_size // members)
+  numbers = members + (groups if groups > 1 else 0)
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, (numbers,)))(keys)
 
+  unused = ((0, 0), (0, members * groups - vocab_size))
+  law = jnp.pad(law, unused, constant_values=-jnp.inf)
+  law = law.reshape(-1, members, groups)
   mass = jnp.sum(jnp.exp(law), axis=1)
-  group = losses.first_of_largest(jnp.log(mass) + of_groups)
-  law = jnp.take_along_axis(law, group[:, None, None], axis=2)[:, :, 0]
-  member = losses.first_of_largest(law + of_members)
-  drawn_law = jnp.take_along_axis(law, member[:, None], axis=-1)[:, 0]
+  group = jnp.zeros((law.shape[0], 1), jnp.int32)
+  if groups > 1:
+    scores = jnp.log(mass) + noise[:, members:]
+    group = losses.first_of_largest(scores)[:, None]
+  law = jnp.take_along_axis(law, group[:, None], axis=2)[:, :, 0]
+  member = losses.first_of_largest(law + noise[:, :members])[:, None]
+  drawn_law = jnp.take_along_axis(law, member, axis=1)[:, 0]
   log_probs = drawn_law - jnp.log(jnp.sum(mass, axis=-1))
-  return member * num_groups + group, log_probs
+  return (member * groups + group)[:, 0], log_probs

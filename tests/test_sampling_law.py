@@ -86,6 +86,24 @@ def test_law_of_a_vocabulary_that_is_drawn_from_by_groups(vocab):
   np.testing.assert_allclose(log_probs, np.log(law[tokens]), atol=4e-6)
 
 
+def test_small_vocabularies_are_drawn_from_as_jax_does():
+  logits = 2.0 * jax.random.normal(jax.random.key(6), (64, 128))
+  key = jax.random.key(14)
+  tokens = sampling.sample(
+    lambda tokens, cache: (logits, cache),
+    (),
+    key,
+    batch_size=64,
+    max_decode_length=1,
+  ).tokens
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys = jax.vmap(jax.random.fold_in)(
+    fold(key, jnp.arange(64)), jnp.zeros(64, int)
+  )
+  expected = jax.vmap(jax.random.categorical)(keys, logits)
+  np.testing.assert_array_equal(tokens[:, 0], expected)
+
+
 def test_rows_and_positions_are_independent():
   logits = jnp.array([0.0, 0.5, 1.0, -0.5])
   rows, length = 500, 9
