@@ -14,9 +14,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 # The suite is compilation for the most part: unoptimised code compiles twice as
-# fast and computes the same to rounding.
+# fast and computes the same to rounding. Eight devices on a machine with other work
+# can wait for each other for longer than the 40 seconds after which XLA aborts.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 
 # A program is compiled once for all tests and the processes that they start: the
