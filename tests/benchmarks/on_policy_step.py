@@ -4,9 +4,10 @@ Student T5 1.1 small, teacher base, batch 8, 64 to 32 tokens, float32, no dropou
 the student samples, the teacher judges, JSD(½), AdamW. EOS is suppressed in both,
 so that every output has 32 tokens. Ours is set to take little memory: layers are
 scanned, and of the student's only products with weights are kept for the backward
-pass (`--remat_policy`). PyTorch's step is transformers' `generate`, two forward passes, the divergence
-on whole logits, and AdamW's fused kernel. `data` is our step on fixed outputs of the
-same shapes.
+pass (`--remat_policy`). PyTorch's step is transformers' `generate`, two forward passes,
+the divergence on whole logits, and AdamW's fused kernel. It gives the loss alone, as
+`ours_without_metrics` does; `ours` gives the metrics of training. `data` is our step
+on fixed outputs of the same shapes.
 
 Run: python -m tests.benchmarks.on_policy_step [--json=x.json] [--peer_python=PATH]
 PATH is a Python with torch and transformers; by default this one. Pin it to a
@@ -21,40 +22,48 @@ from tests.benchmarks import t5_shapes, turns
 
 INPUTS, NEW = 64, 32
 RATE = 1e-4
-CASES = {"ours": False, "data": False, "torch": True}
+CASES = {
+  "ours": False,
+  "ours_without_metrics": False,
+  "data": False,
+  "torch": True,
+}
 
 
-def ours(source: str, options) -> dict:
-  """Measures our step: `source` "student" or "data"."""
+def ours(case: str, options) -> dict:
+  """Measures a case of ours."""
   device = turns.jax_device()
   import jax
   import numpy as np
 
   from gkd_jax import models, optimizers, partitioning, train_state, trainer
 
+  source = "data" if case == "data" else "student"
   student = t5_shapes.ours(
     options.student,
     options.dtype,
     scan_layers=True,
     remat_policy=options.remat_policy,
   )
-  teacher = t5_shapes.ours(options.teacher, options.dtype, scan_layers=True)
+  scan = options.teacher_layers == "scanned"
+  teacher = t5_shapes.ours(options.teacher, options.dtype, scan_layers=scan)
   model = models.GKDModel(student, teacher, "jsd", beta=0.5)
   model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(RATE, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
   create = lambda params: train_state.create(params, optimizer.transform)
   state = jax.jit(create)(t5_shapes.our_params(student, 0))
+
+  def train_step(*arguments):
+    state, metrics = trainer.train_step(
+      *arguments, model=model, optimizer=optimizer, seed=0, source=source
+    )
+    if case == "ours_without_metrics":
+      metrics = {"loss": metrics["loss"]}
+    return state, metrics
+
   step = partitioning.jit(
-    functools.partial(
-      trainer.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=0,
-      source=source,
-    ),
-    partitioning.make_mesh(),
-    donate_argnums=(0,),
+    train_step, partitioning.make_mesh(), donate_argnums=(0,)
   )
   rng = np.random.default_rng(0)
   draw = lambda length: rng.integers(
@@ -78,7 +87,7 @@ def ours(source: str, options) -> dict:
   result = turns.measure(device, one, options.steps)
   metrics = one()[1]
   assert np.isfinite(metrics["loss"][0]), metrics
-  if source == "student":
+  if case == "ours":
     total, weight = metrics["sampled_length"]
     assert total / weight == NEW, metrics
   return result
@@ -149,15 +158,18 @@ def main() -> None:
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--remat_policy", default="minimal")
+  parser.add_argument(
+    "--teacher_layers", default="scanned", choices=("scanned", "unrolled")
+  )
   options = parser.parse_args()
   if options.case:
     if options.case == "torch":
       print(json.dumps(theirs(options)))
     else:
-      source = "student" if options.case == "ours" else "data"
-      print(json.dumps(ours(source, options)))
+      print(json.dumps(ours(options.case, options)))
     return
   carried = ("student", "teacher", "dtype", "batch", "remat_policy")
+  carried += ("teacher_layers",)
   measured = turns.take(
     "tests.benchmarks.on_policy_step", options, CASES, carried
   )
@@ -169,6 +181,7 @@ def main() -> None:
     result[f"{name} bytes"] = turns.most_bytes(measurements)
   for name, (a, b) in {
     "ours over torch": ("ours", "torch"),
+    "without metrics": ("ours_without_metrics", "torch"),
     "on-policy over data": ("ours", "data"),
   }.items():
     if a in measured and b in measured:
