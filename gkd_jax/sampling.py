@@ -2,8 +2,8 @@
 
 The loop over tokens is one of `decode_loops`; it knows nothing of the model.
 
-Randomness belongs to rows, not to the batch: the number that decides row r at
-position t comes from `fold_in(fold_in(key, row_ids[r]), t)`. A row is sampled
+Randomness belongs to rows, not to the batch: the numbers that decide row r at
+position t come from `fold_in(fold_in(key, row_ids[r]), t)`. A row is sampled
 alike wherever it stands, with whatever neighbours, on whatever mesh.
 
 No gradient flows through anything here: tokens are drawn, and log-probs are
@@ -22,7 +22,8 @@ from jax import lax
 from gkd_jax import decode_loops, losses, types
 
 PAD_ID = decode_loops.PAD_ID
-# Tokens of a group, of which one is drawn after the group.
+# Tokens of a group, see `_draw_in_two`. Vocabularies are padded to multiples of it, so
+# that groups need no padding, and it divides over the devices of a model axis.
 _MEMBERS = 128
 
 

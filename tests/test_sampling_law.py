@@ -1,6 +1,8 @@
 """What is drawn how often: frequencies, filters, log-probs, an own oracle."""
 
 import functools
+import math
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import sampling_fakes
 import scipy.stats
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gkd_jax import sampling
 
@@ -27,13 +30,8 @@ SETTINGS = [
 ]
 
 
-# --- The law ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_frequencies_and_log_probs_match_the_law(settings):
-  logits = jnp.array([0.3, 0.1, 2.0, 1.2, -0.5, 1.9, 0.0, -2.0])
-  rows = 8_000
+def draw_once(logits, rows, key, **settings):
+  """One token, and its log-prob, for each of some rows of logits `[V]`."""
 
   @sampling_fakes.quick_jit
   def draw(key):
@@ -46,7 +44,17 @@ def test_frequencies_and_log_probs_match_the_law(settings):
       **settings,
     )
 
-  tokens, log_probs = map(np.ravel, draw(jax.random.key(11)))
+  return map(np.ravel, draw(key))
+
+
+# --- The law ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_frequencies_and_log_probs_match_the_law(settings):
+  logits = jnp.array([0.3, 0.1, 2.0, 1.2, -0.5, 1.9, 0.0, -2.0])
+  rows = 8_000
+  tokens, log_probs = draw_once(logits, rows, jax.random.key(11), **settings)
   law = sampling_fakes.law_by_definition(logits, **settings)
   counts = np.bincount(tokens, minlength=8)
   assert counts[law == 0].sum() == 0
@@ -62,20 +70,9 @@ def test_frequencies_and_log_probs_match_the_law(settings):
 def test_law_of_a_vocabulary_that_is_drawn_from_by_groups(vocab):
   logits = 1.5 * jax.random.normal(jax.random.key(5), (vocab,))
   rows = 40_000
-
-  @sampling_fakes.quick_jit
-  def draw(key):
-    return sampling.sample(
-      lambda tokens, cache: (jnp.tile(logits, (rows, 1)), cache),
-      (),
-      key,
-      batch_size=rows,
-      max_decode_length=1,
-      suppress_ids=(0, 7),
-    )
-
-  tokens, log_probs = map(np.ravel, draw(jax.random.key(13)))
-  law = sampling_fakes.law_by_definition(logits, suppress_ids=(0, 7))
+  settings = {"suppress_ids": (0, 7)}
+  tokens, log_probs = draw_once(logits, rows, jax.random.key(13), **settings)
+  law = sampling_fakes.law_by_definition(logits, **settings)
   counts = np.bincount(tokens, minlength=vocab)
   assert counts.size == vocab and counts[[0, 7]].sum() == 0
   often = rows * law > 5
@@ -102,6 +99,41 @@ def test_small_vocabularies_are_drawn_from_as_jax_does():
   )
   expected = jax.vmap(jax.random.categorical)(keys, logits)
   np.testing.assert_array_equal(tokens[:, 0], expected)
+
+
+def test_vocabulary_split_over_devices_is_drawn_from_where_it_lies():
+  table = sampling_fakes.random_table(3, vocab=512)
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()).reshape(2, 4), ("data", "model")
+  )
+  split = NamedSharding(mesh, PartitionSpec("data", "model"))
+
+  def decode(constrain):
+    def step(tokens, table):
+      return constrain(table[tokens]), table
+
+    return sampling_fakes.quick_jit(
+      lambda table: sampling.sample(
+        step,
+        table,
+        jax.random.key(7),
+        batch_size=8,
+        max_decode_length=6,
+        suppress_ids=(0,),
+      )
+    )
+
+  alone = decode(lambda x: x)(table)
+  sharded = decode(lambda x: jax.lax.with_sharding_constraint(x, split))
+  table = jax.device_put(
+    table, NamedSharding(mesh, PartitionSpec(None, "model"))
+  )
+  compiled = sharded.lower(table).compile()
+  np.testing.assert_array_equal(compiled(table).tokens, alone.tokens)
+  # Arrays of a device's 4 rows: none holds a row's 512 logits.
+  arrays = re.findall(r"f32\[4,([\d,]+)\]", compiled.as_text())
+  sizes = {math.prod(map(int, sizes.split(","))) for sizes in arrays}
+  assert 128 in sizes and max(sizes) < 512, sizes
 
 
 def test_rows_and_positions_are_independent():
