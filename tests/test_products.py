@@ -96,7 +96,9 @@ def test_dropout_takes_weights_and_not_their_sum():
     (16, (1024, 1024), 1),
     (1, (1024, 1024), 0),  # a matrix times a vector is fast as it is
     (17, (1024, 1024), 0),
-    (8, (512, 1024), 0),  # small
+    (8, (512, 1024), 1),
+    (8, (256, 1024), 0),  # small
+    (8, (2048, 768), 0),  # narrow
     (8, (1030, 1024), 0),  # rows of the kernel that 8 does not divide
     (8, (1024, 1030), 0),  # columns that 32 does not divide
   ],
