@@ -137,32 +137,10 @@ def beam_search(
     return (state.position < max_decode_length) & jnp.any(can_improve)
 
   def step(state: BeamState) -> BeamState:
-    logits, cache = tokens_to_logits(state.current.reshape(-1), state.cache)
-    found = _candidates(lax.stop_gradient(logits), state.live_log_probs)
-    ended = found.tokens == eos_id  # [B, 2N]
-    scores = found.log_probs / penalty(state.position + 1)
-    live, order = _best(
-      jnp.where(ended, -jnp.inf, found.log_probs), num_decodes
-    )
-    parents, current = _pick((found.parents, found.tokens), order)
-    full = state.position >= room  # [B], the others go on alone
-    ended &= ~full[:, None]
-    finished, finished_tokens = _finish(
-      state, found, jnp.where(ended, scores, -jnp.inf)
-    )
-    live_tokens = _write(
-      _pick(state.live_tokens, parents), current, state.position
-    )
-    return BeamState(
-      position=state.position + 1,
-      current=current,
-      live_tokens=jnp.where(
-        full[:, None, None], state.live_tokens, live_tokens
-      ),
-      live_log_probs=jnp.where(full[:, None], state.live_log_probs, live),
-      finished_tokens=finished_tokens,
-      finished_scores=finished,
-      cache=_reorder(cache, state.cache, row_axes, parents),
+    logits, new = tokens_to_logits(state.current.reshape(-1), state.cache)
+    extended, parents = _extended(state, logits, penalty, eos_id, room)
+    return extended._replace(
+      cache=_reorder(new, state.cache, row_axes, parents)
     )
 
   tokens = jnp.zeros((*slots, max_decode_length), jnp.int32)
@@ -196,6 +174,45 @@ def brevity_penalty(
     Float32 of `length`'s shape; 1 at length 1.
   """
   return jnp.power((5.0 + jnp.asarray(length, jnp.float32)) / 6.0, alpha)
+
+
+def _extended(state, logits, penalty, eos_id, room):
+  """The state after one token more, with the old cache, and where rows come from.
+
+  Args:
+    state: see `BeamState`.
+    logits: `[B N, V]` of that token.
+    penalty: see `brevity_penalty`, of a length.
+    eos_id: see `beam_search`.
+    room: `[B]`, T of each prompt; one that is full stays as it is.
+
+  Returns:
+    The state, and `[B, N]`, the live output that each new one extends.
+  """
+  found = _candidates(lax.stop_gradient(logits), state.live_log_probs)
+  ended = found.tokens == eos_id  # [B, 2N]
+  scores = found.log_probs / penalty(state.position + 1)
+  live, order = _best(
+    jnp.where(ended, -jnp.inf, found.log_probs), state.live_log_probs.shape[1]
+  )
+  parents, current = _pick((found.parents, found.tokens), order)
+  full = state.position >= room  # [B], the others go on alone
+  ended &= ~full[:, None]
+  finished, finished_tokens = _finish(
+    state, found, jnp.where(ended, scores, -jnp.inf)
+  )
+  live_tokens = _write(
+    _pick(state.live_tokens, parents), current, state.position
+  )
+  extended = state._replace(
+    position=state.position + 1,
+    current=current,
+    live_tokens=jnp.where(full[:, None, None], state.live_tokens, live_tokens),
+    live_log_probs=jnp.where(full[:, None], state.live_log_probs, live),
+    finished_tokens=finished_tokens,
+    finished_scores=finished,
+  )
+  return extended, parents
 
 
 class _Candidates(NamedTuple):

@@ -115,36 +115,35 @@ def token_losses(
   p = losses.without_padding(p, rules.num_real_tokens)
   q = losses.without_padding(q, rules.num_real_tokens)
   of = functools.partial(jax.nn.logsumexp, axis=-1, keepdims=True)
+  largest = tuple(jnp.max(x, axis=-1, keepdims=True) for x in (p, q))
   zero = jnp.zeros(p.shape[:1], jnp.float32)
   laws = Laws(p, q, (of(p), of(q)), None, zero[:, None])
-
-  def log_p_of(held, first):
-    return laws._replace(teacher_logits=held).log_p(tiles, first)
 
   def sweep(first, carry):
     # Held are slopes up to here, and the teacher's logits from here on. A tile of
     # these is read a turn before it is needed: of an array that is read and
     # written in one turn XLA makes a copy.
-    sums, firsts, held, log_p = carry
-    log_probs = log_p, laws.log_q(tiles, first)
+    sums, firsts, held, p_tile = carry
+    logits = p_tile, tiles.of(q, first)
+    log_probs = tuple(map(jnp.subtract, logits, laws.normalizers))
     loss, slopes = _loss_and_slopes(rules, *log_probs)
     new = (
       loss,
       jnp.sum(slopes, axis=-1, keepdims=True),
       losses.summed_metrics(*log_probs),
     )
-    firsts = tuple(map(_first_of_largest, firsts, log_probs, (first, first)))
+    firsts = tuple(map(_first_of, firsts, logits, largest, (first, first)))
     held = tiles.put(held, slopes, first)
-    log_p = log_p_of(held, first + tiles.width)
-    return jax.tree.map(jnp.add, sums, new), firsts, held, log_p
+    p_tile = tiles.of(held, first + tiles.width)
+    return jax.tree.map(jnp.add, sums, new), firsts, held, p_tile
 
   names = [name for name in losses.TOKEN_METRICS if name != losses.AGREEMENT]
-  none = jnp.full_like(zero, -jnp.inf), jnp.zeros(zero.shape, jnp.int32)
+  none = jnp.full(zero.shape, q.shape[1], jnp.int32)
   start = zero, laws.slope_sum, dict.fromkeys(names, zero)
   (loss, slope_sum, metrics), firsts, held, _ = tiles.each(
-    sweep, (start, (none, none), p, log_p_of(p, 0))
+    sweep, (start, (none, none), p, tiles.of(p, 0))
   )
-  metrics[losses.AGREEMENT] = firsts[0][1] == firsts[1][1]
+  metrics[losses.AGREEMENT] = firsts[0] == firsts[1]
   laws = laws._replace(slope_sum=slope_sum)
   if tiles.number > 1:
     laws = laws._replace(teacher_logits=None, slopes=held)
@@ -205,9 +204,8 @@ def _loss_and_slopes(rules, log_p, log_q):
   return loss, slopes
 
 
-def _first_of_largest(so_far, x, first):
-  """Largest entry and its first id, of tiles so far and of one `[N, W]` more."""
-  largest, ids = so_far
-  here = jnp.max(x, axis=-1)
-  ids = jnp.where(here > largest, first + losses.first_of_largest(x), ids)
-  return jnp.maximum(largest, here), ids
+def _first_of(so_far, x, largest, first):
+  """First id `[N]` of the largest, of tiles so far and of one `[N, W]` more."""
+  ids = losses.first_of_largest(x, largest)
+  is_here = ids < x.shape[1]
+  return jnp.where(is_here, jnp.minimum(so_far, first + ids), so_far)

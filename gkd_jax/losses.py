@@ -324,7 +324,9 @@ def cross_entropy_loss(
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
-def first_of_largest(x: jax.Array) -> jax.Array:
+def first_of_largest(
+  x: jax.Array, largest: jax.Array | None = None
+) -> jax.Array:
   """`argmax` in two sweeps that a CPU vectorises; 0 where there is a NaN.
 
   `jnp.argmax` itself took ten times as long for 8 rows of 32,128. The ids are
@@ -335,13 +337,15 @@ def first_of_largest(x: jax.Array) -> jax.Array:
 
   Args:
     x: `[..., V]` float.
+    largest: `[..., 1]`, of each row, where it is known: saves one sweep.
 
   Returns:
     `[...]` int32, the lowest index of equal ones.
   """
+  if largest is None:
+    largest = jnp.max(x, axis=-1, keepdims=True)
   ids = jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
-  smaller = x < jnp.max(x, axis=-1, keepdims=True)
-  first = jnp.min(jnp.where(smaller, x.shape[-1], ids), axis=-1)
+  first = jnp.min(jnp.where(x < largest, x.shape[-1], ids), axis=-1)
   return first.astype(jnp.int32)
 
 

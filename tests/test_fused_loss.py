@@ -1,6 +1,7 @@
 """The fused loss: equal to the dense one, in less memory, wherever it runs."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -14,7 +15,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from loss_batches import log_softmax64
 
-from gkd_jax import divergences, fused_loss, losses, models, trainer
+from gkd_jax import (
+  divergences,
+  fused_chunks,
+  fused_loss,
+  losses,
+  models,
+  trainer,
+)
 
 BETAS = {"jsd": 0.3, "generalized_jsd": 0.3, "normalized_jsd": 0.3}
 
@@ -133,6 +141,21 @@ def test_memory_is_that_of_a_chunks_logits_and_the_gradients():
   logits = 4 * vocab_size * chunk
   assert memory.temp_size_in_bytes > 2 * logits
   assert memory.temp_size_in_bytes < 3 * logits
+
+
+@pytest.mark.parametrize("tiles", [(1, 4), (2, 2), (4, 1)])
+def test_agreement_is_of_the_first_of_equal_ones(tiles):
+  # All pairs of laws of four logits that are 0 or 1.
+  laws = np.array(list(itertools.product([0.0, 1.0], repeat=4)), np.float32)
+  p, q = np.repeat(laws, 16, axis=0), np.tile(laws, (16, 1))
+  rules = fused_chunks.Rules(divergences.get("forward_kl"), 3.0, 0.7, None)
+  of = functools.partial(
+    fused_chunks.token_losses, rules, fused_chunks.Tiles(*tiles)
+  )
+  _, metrics, _ = jax.jit(of)(p, q)
+  expected = p.argmax(-1) == q.argmax(-1)
+  assert 0 < expected.sum() < 256
+  np.testing.assert_array_equal(metrics["top1_agreement"], expected)
 
 
 def test_forward_kl_equals_float64():
