@@ -137,10 +137,10 @@ def beam_search(
     return (state.position < max_decode_length) & jnp.any(can_improve)
 
   def step(state: BeamState) -> BeamState:
-    logits, new = tokens_to_logits(state.current.reshape(-1), state.cache)
+    logits, cache = tokens_to_logits(state.current.reshape(-1), state.cache)
     extended, parents = _extended(state, logits, penalty, eos_id, room)
     return extended._replace(
-      cache=_reorder(new, state.cache, row_axes, parents)
+      cache=_reorder(cache, state.cache, row_axes, parents)
     )
 
   tokens = jnp.zeros((*slots, max_decode_length), jnp.int32)

@@ -84,14 +84,6 @@ class Laws(NamedTuple):
   slopes: jax.Array | None
   slope_sum: jax.Array
 
-  def log_p(self, tiles: Tiles, first: Any) -> jax.Array:
-    """The teacher's log-probs of a tile, `[N, W]`."""
-    return tiles.of(self.teacher_logits, first) - self.normalizers[0]
-
-  def log_q(self, tiles: Tiles, first: Any) -> jax.Array:
-    """The student's, likewise."""
-    return tiles.of(self.student_logits, first) - self.normalizers[1]
-
 
 def token_losses(
   rules: Rules,
@@ -132,6 +124,8 @@ def token_losses(
       jnp.sum(slopes, axis=-1, keepdims=True),
       losses.summed_metrics(*log_probs),
     )
+    # Logits and not log-probs, of which a compiler may round some otherwise than
+    # it rounds the largest one.
     firsts = tuple(map(_first_of, firsts, logits, largest, (first, first)))
     held = tiles.put(held, slopes, first)
     p_tile = tiles.of(held, first + tiles.width)
@@ -161,12 +155,13 @@ def logits_gradient(rules: Rules, laws: Laws, shares: jax.Array) -> jax.Array:
   Returns:
     `[N, V]` float32, of the logits before temperature.
   """
-  whole = Tiles(1, laws.student_logits.shape[1])
-  log_q = laws.log_q(whole, 0)
+  log_q = laws.student_logits - laws.normalizers[1]
   slopes = laws.slopes
   if slopes is None:
+    assert laws.teacher_logits is not None  # one of the two is there
     # An accelerator computes them twice, to hold one array less.
-    _, slopes = _loss_and_slopes(rules, laws.log_p(whole, 0), log_q)
+    log_p = laws.teacher_logits - laws.normalizers[0]
+    _, slopes = _loss_and_slopes(rules, log_p, log_q)
   gradient = slopes - jnp.exp(log_q) * laws.slope_sum
   gradient *= (shares / rules.student_temperature)[:, None]
   if rules.num_real_tokens is None:

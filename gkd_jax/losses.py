@@ -337,10 +337,12 @@ def first_of_largest(
 
   Args:
     x: `[..., V]` float.
-    largest: `[..., 1]`, of each row, where it is known: saves one sweep.
+    largest: `[..., 1]`, of each row, where it is known, which saves a sweep; or
+      of the whole row that `x` is a part of.
 
   Returns:
-    `[...]` int32, the lowest index of equal ones.
+    `[...]` int32, the lowest index of equal ones; V where `largest` is not in
+    the row.
   """
   if largest is None:
     largest = jnp.max(x, axis=-1, keepdims=True)
