@@ -42,10 +42,14 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11,<3.14",
-  packages=["gkd_jax", "gkd_jax.adapters", "gkd_jax.tasks", "gkd_jax.gin"],
+  packages=[
+    *setuptools.find_packages(include=["gkd_jax", "gkd_jax.*"]),
+    "gkd_jax.tasks",
+    "gkd_jax.gin",
+  ],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
   package_data={
-    "gkd_jax": ["paper_results.json"],
+    "gkd_jax.experiments": ["paper_results.json"],
     "gkd_jax.gin": _gin_files(),
     "gkd_jax.tasks": ["arithmetic_teacher/*", "g2p_teacher/*"],
   },

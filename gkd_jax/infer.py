@@ -9,16 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax import (
-  checkpoints,
-  data,
-  evaluate,
-  measurements,
-  partitioning,
-  placement,
-  teacher_data,
-  teacher_records,
-)
+from gkd_jax import checkpoints, data, evaluation, partitioning
+from gkd_jax.evaluation import evaluate, measurements, teacher_data
 from gkd_jax.tasks import text_metrics
 
 
@@ -36,7 +28,7 @@ def infer(
   temperature: float = 0.0,
   use_cached_tasks: bool = False,
   seed: int = 0,
-  shards: teacher_records.Shards | None = None,
+  shards: evaluation.Shards | None = None,
 ) -> None:
   """Decodes a split of a task and writes the outputs, unscored.
 
@@ -198,7 +190,7 @@ def _predict(
   """The evaluator of a split, and the model's outputs on it."""
   _check_temperature(temperature)
   mesh = partitioning.make_mesh()
-  evaluator = evaluate.Evaluator(
+  evaluator = evaluation.Evaluator(
     data.load_task(name, module),
     lengths,
     mesh=mesh,
@@ -218,14 +210,14 @@ def _predict(
 def _load(model, path):
   """Parameters on the host, in the types of the network."""
   return checkpoints.load_params(
-    path, setting="CHECKPOINT_PATH", like=placement.host_params(model)
+    path, setting="CHECKPOINT_PATH", like=partitioning.host_params(model)
   )
 
 
 class _Run(NamedTuple):
   """What decoded a split, to go on with: `predict` takes another seed."""
 
-  evaluator: evaluate.Evaluator
+  evaluator: evaluation.Evaluator
   params: Any
   mesh: Any
   predict: Callable[[int], Mapping[str, evaluate.Predictions]]

@@ -20,7 +20,6 @@ MODES = (
   "report",
   "path",
 )
-
 flags.DEFINE_multi_string("gin_file", [], "gin files, in order")
 flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
 flags.DEFINE_list("gin_search_paths", [], "further folders of gin files")
@@ -128,7 +127,7 @@ def _run(argv):
       " run `gkd MODE --gin_file=...`"
     )
   if FLAGS.coordinator_address or FLAGS.multiprocess:
-    from gkd_jax import processes
+    from gkd_jax.training import processes
 
     processes.initialize(
       FLAGS.coordinator_address,
@@ -144,9 +143,9 @@ def _run(argv):
     _convert(mode)
     return
   if mode == "compare":
-    from gkd_jax import comparisons
+    from gkd_jax.evaluation import compare
 
-    print(comparisons.report(argv[2:]))
+    print(compare.report(argv[2:]))
     return
   if mode == "path":
     from gkd_jax.tasks import shipped
@@ -155,7 +154,7 @@ def _run(argv):
     return
   if mode in ("precompile", "fit"):
     if FLAGS.markdown:
-      from gkd_jax import scale_table
+      from gkd_jax.planning import scale_table
 
       scale_table.write(FLAGS.markdown, argv[2:])
     else:
@@ -165,9 +164,9 @@ def _run(argv):
     _sweep()
     return
   if mode == "report":
-    from gkd_jax import reports
+    from gkd_jax.experiments import report_page
 
-    reports.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
+    report_page.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
     return
   _run_configured(mode)
 
@@ -175,9 +174,10 @@ def _run(argv):
 def _run_configured(mode):
   """What gin files bind: train, eval or infer."""
   import gin
-  from gkd_jax import compilation, gin_utils, infer, train
+  from gkd_jax import gin_utils, infer, train
+  from gkd_jax.training import logs
 
-  compilation.use_cache(FLAGS.compilation_cache_dir)
+  logs.use_cache(FLAGS.compilation_cache_dir)
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
   if mode == "train":
     if FLAGS.dry_run:
@@ -194,18 +194,19 @@ def _run_configured(mode):
 
 def _watch_notices():
   if FLAGS.preemption_notice == "gce":
-    from gkd_jax import preemption_notice
+    from gkd_jax.training import preemption_notice
 
     preemption_notice.watch()
 
 
 def _compile_only(mode):
   """Compiles what `train` would run, for other devices, and says what it needs."""
-  from gkd_jax import topologies
+  from gkd_jax.planning import topologies
 
   # First of all: JAX is told what not to look for.
   devices, chip = topologies.devices(FLAGS.topology)
-  from gkd_jax import fit, gin_utils, precompile, train
+  from gkd_jax import gin_utils, train
+  from gkd_jax.planning import fit, precompile
 
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
   settings = gin_utils.bindings(train.train, precompile.SETTINGS) | {
@@ -241,7 +242,8 @@ def _numbers(flag):
 
 def _sweep():
   """Runs a grid, or prints its commands."""
-  from gkd_jax import gin_utils, sweep_check, sweep_runner, sweeps
+  from gkd_jax import gin_utils
+  from gkd_jax.experiments import sweep_runner, sweeps
 
   if not FLAGS.output_dir:
     raise ValueError("expected a folder for the cells; set --output_dir")
@@ -260,7 +262,7 @@ def _sweep():
   cells = sweeps.cells(definition, FLAGS.gin_bindings)
   output = os.path.abspath(os.path.expanduser(FLAGS.output_dir))
   left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
-  sweep_check.check(left, output, FLAGS.gin_search_paths)
+  sweep_runner.check_cells(left, output, FLAGS.gin_search_paths)
   sweep_runner.prepare(cells, output, definition.get("report", {}))
   options = []
   if FLAGS.gin_search_paths:
@@ -275,7 +277,7 @@ def _sweep():
 
 def _convert(mode):
   """Checkpoint -> our safetensors folder, or another program's format."""
-  from gkd_jax import export
+  from gkd_jax.checkpoints import export
 
   if not FLAGS.checkpoint_path or not FLAGS.output_path:
     raise ValueError(

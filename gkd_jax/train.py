@@ -14,19 +14,15 @@ import numpy as np
 
 from gkd_jax import (
   checkpoints,
-  cut_inputs,
   data,
-  evaluate,
-  logs,
+  evaluation,
   optimizers,
   partitioning,
-  placement,
-  preemption,
-  rollouts,
-  shards,
-  train_state,
-  trainer,
+  training,
 )
+from gkd_jax.checkpoints import parameters
+from gkd_jax.data import shards
+from gkd_jax.training import trainer
 
 
 def train(
@@ -78,9 +74,9 @@ def train(
     teacher_checkpoint_path: the teacher's parameters.
     seed: of everything random.
     pack: pack examples (fixed data only).
-    input_buckets: lengths of `cut_inputs.CutInputs`; None cuts nothing.
+    input_buckets: lengths of `data.CutInputs`; None cuts nothing.
     use_cached_tasks: read seqio's cache.
-    num_microbatches: see `trainer.train_step`.
+    num_microbatches: see `training.train_step`.
     executor: "jit" (a mesh) or "pmap" (data parallel).
     num_partitions: devices of the model axis.
     num_slices: parts of the devices that only gradients are exchanged between;
@@ -126,11 +122,11 @@ def train(
     features = data.feature_lengths(
       model.FEATURE_CONVERTER_CLS, task_feature_lengths, pack
     )
-    iterator = cut_inputs.CutInputs(iterator, input_buckets, features)
-  batches = rollouts.Batches(iterator, model, task, seed=seed, mesh=mesh)
-  shapes = placement.input_shapes(task_feature_lengths)
-  rules = placement.rules(shard_params_over_data)
-  abstract_state, state_shardings = placement.state(
+    iterator = data.CutInputs(iterator, input_buckets, features)
+  batches = training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
+  shapes = partitioning.input_shapes(task_feature_lengths)
+  rules = partitioning.parameter_rules(shard_params_over_data)
+  abstract_state, state_shardings = training.abstract_state(
     model.student, optimizer, shapes, mesh, rules
   )
   teacher_params = _teacher_params(
@@ -142,7 +138,7 @@ def train(
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
-  abstract = placement.with_shardings(abstract_state, state_shardings)
+  abstract = partitioning.with_shardings(abstract_state, state_shardings)
   params = None
   if not checkpoints.has_checkpoint(model_dir):
     params = _first_params(
@@ -163,13 +159,13 @@ def train(
       print(f"resumed {model_dir} at step {start}", flush=True)
     else:
       state = jax.jit(
-        functools.partial(train_state.create, transform=optimizer.transform),
+        functools.partial(training.create, transform=optimizer.transform),
         out_shardings=state_shardings,
       )(params)
 
     # ---- the step and the evaluation -----------------------------------------
     step_fn = functools.partial(
-      trainer.train_step,
+      training.train_step,
       model=model,
       optimizer=optimizer,
       seed=seed,
@@ -178,7 +174,7 @@ def train(
     run_step = _executor(executor, step_fn, mesh, state_shardings)
     sampling_clock = trainer.SamplingClock(model, seed, mesh)
     make_evaluator = functools.partial(
-      evaluate.Evaluator,
+      evaluation.Evaluator,
       task,
       task_feature_lengths,
       eval_batch_size,
@@ -191,11 +187,11 @@ def train(
     # ---- the loop ------------------------------------------------------------
     scores: dict[str, float] = {}
     with (
-      logs.TrainLog(model_dir, start, train_steps) as log,
-      preemption.StopSignal() as stop,
+      training.TrainLog(model_dir, start, train_steps) as log,
+      training.StopSignal() as stop,
     ):
       for step in range(start, train_steps):
-        source = trainer.source_of_step(model, seed, step)
+        source = training.source_of_step(model, seed, step)
         batch = batches.next(step, state.params)
         _check_targets(batch, source, step)
         state, metrics = run_step(
@@ -227,7 +223,7 @@ def train(
         if stopping:
           checkpointer.wait()
           log.say(f"SIGTERM: saved step {done}, stopping")
-          raise preemption.Stopped
+          raise training.Stopped
       checkpointer.wait()
       if final_eval_split:
         final = make_evaluator(split=final_eval_split)
@@ -262,7 +258,7 @@ def _teacher_params(teacher, path, shapes, mesh, rules):
     return {}
   return checkpoints.load_placed(
     path,
-    *placement.params(teacher, shapes, mesh, rules),
+    *partitioning.abstract_params(teacher, shapes, mesh, rules),
     setting="TEACHER_CHECKPOINT_PATH",
     of="teacher",
   )
@@ -270,8 +266,8 @@ def _teacher_params(teacher, path, shapes, mesh, rules):
 
 def _executor(name, step, mesh, state_shardings):
   if name == "pmap":
-    return trainer.PmapExecutor(step)
-  return trainer.JitExecutor(step, mesh, state_shardings)
+    return training.PmapExecutor(step)
+  return training.JitExecutor(step, mesh, state_shardings)
 
 
 def _share(mesh, batch_size, given, model_dir):
@@ -301,10 +297,10 @@ def _check_targets(batch, source, step):
 
 def _print_sizes(state, shardings, teacher_params, mesh):
   print(
-    f"student {logs.count(state.params):,} parameters"
+    f"student {parameters.count_array_elements(state.params):,} parameters"
     f" ({partitioning.bytes_per_device(state, shardings):,} bytes"
-    f" per device with optimizer), teacher {logs.count(teacher_params):,}"
-    f" parameters ({logs.bytes_per_device(teacher_params):,} bytes per device),"
+    f" per device with optimizer), teacher {parameters.count_array_elements(teacher_params):,}"
+    f" parameters ({parameters.held_bytes_per_device(teacher_params):,} bytes per device),"
     f" {len(mesh.devices.flat)} devices as {dict(mesh.shape)}",
     flush=True,
   )
@@ -352,7 +348,10 @@ def _evaluate(evaluator, model, params, teacher_params, log, step):
 
 def _final_scores(evaluator, model, params, seed, split):
   """Scores of a whole split, greedy and sampled at temperature 1."""
-  result: dict[str, Any] = {"params": logs.count(params), "split": split}
+  result: dict[str, Any] = {
+    "params": parameters.count_array_elements(params),
+    "split": split,
+  }
   for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
     outputs = evaluator.predict(
       model.student.with_decode_fn(),

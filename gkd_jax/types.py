@@ -26,10 +26,8 @@ import jax
 
 PyTree = Any
 """Nested containers of arrays: parameters, a KV cache, an optimizer state."""
-
 Batch = Mapping[str, jax.Array]
 """Feature name (T5X's, e.g. `decoder_target_tokens`) to an array `[B, ...]`."""
-
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to `(sum, weight)`, both `[]` float32: sums add up over microbatches,
 devices and steps, and are divided by the summed weight once, at the end."""
@@ -148,12 +146,12 @@ class TransformerModel(Protocol):
       encoded: from `encode`.
       batch: features; outputs in them are not read.
       key: random key.
-      **sampling_options: of `sampling.sample`; a PAD must not be drawn.
+      **sampling_options: of `decoding.sample`; a PAD must not be drawn.
 
     Returns:
       Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
       weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
-      `[B, T]` float32, nats, see `sampling.SampleResult`.
+      `[B, T]` float32, nats, see `decoding.SampleResult`.
     """
     ...
 
@@ -169,7 +167,7 @@ class TransformerModel(Protocol):
 
     Returns:
       A step, the cache before the first token, and arguments of
-      `sampling.sample` that say where each row starts and ends.
+      `decoding.sample` that say where each row starts and ends.
     """
     ...
 
@@ -236,7 +234,7 @@ class TransformerModel(Protocol):
 
 
 class DecodeFn(Protocol):
-  """What `sampling.sample` and `beam_search.beam_search` have in common."""
+  """What `decoding.sample` and `decoding.beam_search` have in common."""
 
   def __call__(
     self,

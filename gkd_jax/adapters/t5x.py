@@ -20,15 +20,7 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from gkd_jax import (
-  base_model,
-  checkpoints,
-  encoder_decoder,
-  models,
-  sampling,
-  trainer,
-  types,
-)
+from gkd_jax import checkpoints, decoding, models, training, types
 
 try:
   from t5x import decoding, partitioning, utils
@@ -43,7 +35,6 @@ except ModuleNotFoundError as error:
     " git+https://github.com/google/airio"
     " git+https://github.com/google-research/jestimator`"
   ) from error
-
 # A parameter's shape does not depend on the lengths of a batch.
 _ANY_SHAPES = {
   "encoder_input_tokens": (1, 8),
@@ -53,7 +44,7 @@ _ANY_SHAPES = {
 _SAMPLE_METRICS = ("sampled_length", "sampled_eos", "on_policy_share")
 
 
-class Network(encoder_decoder.EncoderDecoderModel):
+class Network(models.EncoderDecoderModel):
   """A network of T5X's examples, with the methods that `GKDModel` calls."""
 
   def sample(
@@ -65,16 +56,16 @@ class Network(encoder_decoder.EncoderDecoderModel):
     *,
     max_decode_length: int,
     **sampling_options,
-  ) -> sampling.SampleResult:
+  ) -> decoding.SampleResult:
     """Samples one output per row through T5X's cache.
 
     Args:
       params: of the network.
       encoded: `[B, S, D]`, the encoded inputs.
       encoder_input_tokens: `[B, S]`, for the mask of their padding.
-      key: see `sampling.sample`.
+      key: see `decoding.sample`.
       max_decode_length: T.
-      **sampling_options: see `sampling.sample`; unlike T5X's
+      **sampling_options: see `decoding.sample`; unlike T5X's
         `temperature_sample`, it samples unless told to be greedy, and has no
         key of its own.
     """
@@ -107,13 +98,13 @@ class Network(encoder_decoder.EncoderDecoderModel):
       )
       return logits[:, 0], updated["cache"]
 
-    return sampling.sample(
+    return decoding.sample(
       step,
       variables["cache"],
       key,
       batch_size=rows,
       max_decode_length=max_decode_length,
-      eos_id=base_model.EOS_ID,
+      eos_id=models.EOS_ID,
       **sampling_options,
     )
 
@@ -130,7 +121,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     output_vocabulary: seqio vocabulary.
     optimizer_def: T5X's.
     teacher_module: the teacher's network, with T5X's call.
-    decode_fn: of the evaluation; training samples with `sampling.sample`.
+    decode_fn: of the evaluation; training samples with `decoding.sample`.
     feature_converter_cls: see T5X.
     label_smoothing: of the cross-entropy in the evaluation.
     z_loss: of the cross-entropy in the evaluation.
@@ -308,7 +299,7 @@ class GKDTrainer(t5x_trainer.Trainer):
     return self._step_by_coin
 
   def _step_by_coin(self, train_state, batch):
-    source = trainer.source_of_step(
+    source = training.source_of_step(
       self._model.gkd, self._seed, self._host_step
     )
     self._host_step += 1
@@ -399,7 +390,7 @@ class _SumOfLosses:
 
 
 def _sources(gkd: models.GKDModel) -> tuple[str, ...]:
-  """The sources that `trainer.source_of_step` can return in a run."""
+  """The sources that `training.source_of_step` can return in a run."""
   fraction = gkd.student_data_fraction
   if not callable(fraction) and fraction in (0, 1):
     return (models.STUDENT if fraction else models.DATA,)

@@ -23,9 +23,10 @@ def ending_early(model):
   """The model, its samples ended after so many tokens."""
   import jax.numpy as jnp
 
-  from gkd_jax import base_model, encoder_decoder, sampling
+  from gkd_jax import models
+  from gkd_jax.decoding import sampling
 
-  class EndingEarly(encoder_decoder.EncoderDecoderModel):
+  class EndingEarly(models.EncoderDecoderModel):
     def sample_outputs(self, params, encoded, batch, key, **options):
       samples = self.sample(
         params,
@@ -36,8 +37,8 @@ def ending_early(model):
         row_lengths=jnp.full((ROWS,), END),
         **options,
       )
-      tokens = samples.tokens.at[:, END - 1].set(base_model.EOS_ID)
-      weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
+      tokens = samples.tokens.at[:, END - 1].set(models.EOS_ID)
+      weights = sampling.sequence_weights(tokens, models.EOS_ID)
       return tokens, weights, samples.log_probs
 
   return EndingEarly(model.module)
@@ -49,7 +50,7 @@ def measure(case: str, options) -> dict:
   import jax
   import numpy as np
 
-  from gkd_jax import models, optimizers, partitioning, train_state, trainer
+  from gkd_jax import models, optimizers, partitioning, training
 
   student = ending_early(t5_shapes.ours("small"))
   teacher = t5_shapes.ours("base", scan_layers=True)
@@ -64,11 +65,11 @@ def measure(case: str, options) -> dict:
   model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(1e-4, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
-  create = lambda params: train_state.create(params, optimizer.transform)
+  create = lambda params: training.create(params, optimizer.transform)
   state = jax.jit(create)(t5_shapes.our_params(student, 0))
   step = partitioning.jit(
     functools.partial(
-      trainer.train_step,
+      training.train_step,
       model=model,
       optimizer=optimizer,
       seed=0,

@@ -42,7 +42,7 @@ def ours(case: str, chunk: int, gpu: bool):
   import jax.numpy as jnp
   import numpy as np
 
-  from gkd_jax import divergences, fused_loss, losses
+  from gkd_jax import divergences, losses
 
   rng = np.random.default_rng(0)
   make = lambda *s: jnp.asarray(rng.standard_normal(s, np.float32))
@@ -53,7 +53,7 @@ def ours(case: str, chunk: int, gpu: bool):
   def loss(hidden, head, teacher, teacher_head):
     weights = jnp.ones((1, N))
     if case.startswith("fused"):
-      total, weight, metrics = fused_loss.fused_distillation_loss(
+      total, weight, metrics = losses.fused_distillation_loss(
         hidden,
         head,
         teacher,

@@ -18,7 +18,7 @@ def temporaries(device, chunk: int, rows: int, length: int) -> int:
   import jax
   import jax.numpy as jnp
 
-  from gkd_jax import divergences, fused_loss, losses
+  from gkd_jax import divergences, losses
 
   sharding = jax.sharding.SingleDeviceSharding(device)
   shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(
@@ -28,7 +28,7 @@ def temporaries(device, chunk: int, rows: int, length: int) -> int:
 
   def loss(hidden, head, teacher, teacher_head, weights):
     if chunk:
-      total, weight, _ = fused_loss.fused_distillation_loss(
+      total, weight, _ = losses.fused_distillation_loss(
         hidden,
         head,
         teacher,
@@ -62,7 +62,7 @@ def main() -> None:
   parser.add_argument("--length", type=int, default=320)
   parser.add_argument("--chunks", default="0,128,256,512,1024")
   options = parser.parse_args()
-  from gkd_jax import topologies
+  from gkd_jax.planning import topologies
 
   devices, _ = topologies.devices(options.topology)
   dense = None

@@ -68,7 +68,7 @@ def seconds(sizes: Sizes, steps: int) -> float:
   import jax
   import numpy as np
 
-  from gkd_jax import models, network, optimizers, train_state, trainer
+  from gkd_jax import models, network, optimizers, training
 
   def model(width):
     config = network.T5Config(
@@ -92,11 +92,15 @@ def seconds(sizes: Sizes, steps: int) -> float:
   gkd = models.GKDModel(student, teacher, "jsd", beta=0.5)
   gkd.sampling["suppress_ids"] = (0, 1)  # every output has all its tokens
   optimizer = optimizers.adamw(1e-4)
-  create = lambda tree: train_state.create(tree, optimizer.transform)
+  create = lambda tree: training.create(tree, optimizer.transform)
   state = jax.jit(create)(params(student, 0))
   teacher_params = params(teacher, 1)
   step = functools.partial(
-    trainer.train_step, model=gkd, optimizer=optimizer, seed=0, source="student"
+    training.train_step,
+    model=gkd,
+    optimizer=optimizer,
+    seed=0,
+    source="student",
   )
   draw = lambda length: np.random.default_rng(0).integers(
     2, sizes.vocabulary, (sizes.batch, length), np.int32

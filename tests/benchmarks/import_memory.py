@@ -31,14 +31,8 @@ def write(size: str, folder: str) -> None:
   """Writes random parameters of a size in all formats."""
   import numpy as np
 
-  from gkd_jax import (
-    export,
-    import_t5x,
-    network,
-    parameter_table,
-    safetensors_io,
-    stored_arrays,
-  )
+  from gkd_jax import checkpoints, network
+  from gkd_jax.checkpoints import export, parameters, stored_arrays, t5x
 
   emb, heads, depth, mlp, vocab = SIZES[size]
   config = network.T5Config(
@@ -55,13 +49,13 @@ def write(size: str, folder: str) -> None:
   rng = np.random.default_rng(0)
   flat = {
     name: stored_arrays.from_array(rng.standard_normal(shape, np.float32))
-    for name, shape in parameter_table.shapes(config).items()
+    for name, shape in parameters.shapes(config).items()
   }
-  safetensors_io.save_safetensors(
+  checkpoints.save_safetensors(
     root / "gkd", stored_arrays.unflatten(flat), export.config_fields(config)
   )
   export.export_checkpoint(root / "gkd", root / "hf", format="hf")
-  import_t5x.save_orbax(root / "t5x", flat, config, step=1)
+  t5x.save_orbax(root / "t5x", flat, config, step=1)
   _write_legacy(root / "legacy" / "checkpoint_1", flat)
   print(json.dumps({"bytes": sum(x.nbytes for x in flat.values())}))
 
@@ -100,7 +94,8 @@ def read(path: str, operation: str) -> None:
   """Reads a checkpoint and prints this process's peak."""
   import resource
 
-  from gkd_jax import checkpoints, export
+  from gkd_jax import checkpoints
+  from gkd_jax.checkpoints import export
 
   if operation == "load":
     kept = checkpoints.load_params(path)

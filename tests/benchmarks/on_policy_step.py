@@ -42,17 +42,11 @@ def ours(case: str, options) -> dict:
   import jax
   import numpy as np
 
-  from gkd_jax import (
-    compilation,
-    models,
-    optimizers,
-    partitioning,
-    train_state,
-    trainer,
-  )
+  from gkd_jax import models, optimizers, partitioning, training
+  from gkd_jax.training import logs
 
   if case == "ours_from_cache":
-    compilation.use_cache(options.cache)
+    logs.use_cache(options.cache)
   source = "data" if case == "data" else "student"
   student = t5_shapes.ours(
     options.student,
@@ -66,11 +60,11 @@ def ours(case: str, options) -> dict:
   model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(RATE, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
-  create = lambda params: train_state.create(params, optimizer.transform)
+  create = lambda params: training.create(params, optimizer.transform)
   state = jax.jit(create)(t5_shapes.our_params(student, 0))
 
   def train_step(*arguments):
-    state, metrics = trainer.train_step(
+    state, metrics = training.train_step(
       *arguments, model=model, optimizer=optimizer, seed=0, source=source
     )
     if case == "ours_without_metrics":

@@ -20,7 +20,7 @@ def ours(
   **options,
 ) -> Any:
   """A model of ours, without dropout."""
-  from gkd_jax import encoder_decoder, network
+  from gkd_jax import models, network
 
   emb_dim, num_heads, layers, mlp_dim = SIZES[size]
   config = network.T5Config(
@@ -36,7 +36,7 @@ def ours(
     dropout_rate=0.0,
     remat_policy=remat_policy,
   )
-  return encoder_decoder.EncoderDecoderModel(
+  return models.EncoderDecoderModel(
     network.Transformer(config, scan_layers), **options
   )
 

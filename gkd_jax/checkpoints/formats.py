@@ -1,0 +1,270 @@
+"""Parameters and configurations from whatever a path holds.
+
+  orbax        a run's MODEL_DIR, its newest `checkpoint_<step>`, or one of
+               them; ours and T5X's
+  t5x          the same in T5X's legacy layout: a msgpack file `checkpoint`
+               beside zarr folders
+  gkd          our export: `model.safetensors` and `config.json`
+  safetensors  one such file
+  huggingface  a model's folder: `config.json` and safetensors, in one file or
+               in several with an index
+
+Nothing is ever unpickled.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+
+from gkd_jax import files, network
+from gkd_jax.checkpoints import (
+  errors,
+  huggingface,
+  orbax_arrays,
+  parameters,
+  safetensors_io,
+  stored_arrays,
+  t5x,
+)
+
+PREFIX = "checkpoint"
+SETTINGS = "TEACHER_CHECKPOINT_PATH or INITIAL_CHECKPOINT_PATH"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_READABLE = (
+  "a MODEL_DIR or a checkpoint_<step> folder of this program or of T5X, a"
+  f" folder with {safetensors_io.CONFIG_FILE} and safetensors of this program"
+  " or of Hugging Face, or a .safetensors file"
+)
+PyTree = Any
+Path = os.PathLike[str] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a path holds: the format's name, and the folder or file that is meant."""
+
+  format: str
+  path: epath.Path
+
+
+def find_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
+  """Step to folder of a run's whole checkpoints; empty if there is no folder."""
+  if not model_dir.is_dir():
+    return {}
+  step_format = ocp.path.step.standard_name_format(step_prefix=PREFIX)
+  return {found.step: found.path for found in step_format.find_all(model_dir)}
+
+
+def find(path: Path, *, setting: str = SETTINGS) -> Found:
+  """Finds out what `path` holds.
+
+  Raises:
+    ValueError: if it is none of the formats, or a checkpoint that was still
+      being written.
+  """
+  place = files.absolute(path)
+  if place.is_file() and place.name.endswith(".safetensors"):
+    return Found("safetensors", place)
+  if place.is_file() and place.name == t5x.LEGACY_FILE:
+    return Found("t5x", place.parent)
+  if not place.is_dir():
+    got = f"the file {place}" if place.exists() else f"nothing at {place}"
+    raise ValueError(f"expected {_READABLE}, got {got}; set {setting}")
+  steps = find_steps(place)
+  folder = steps[max(steps)] if steps else place
+  if (folder / "state" / "_METADATA").exists():
+    if _UNFINISHED in folder.name:
+      raise ValueError(
+        f"expected a whole checkpoint, got {folder}, which was still being"
+        f" written; set {setting}"
+      )
+    return Found("orbax", folder)
+  if (folder / t5x.LEGACY_FILE).is_file():
+    return Found("t5x", folder)
+  config = folder / safetensors_io.CONFIG_FILE
+  if config.exists():
+    if safetensors_io.decode_config(config, setting=setting) is None:
+      return Found("huggingface", folder)
+    if (folder / safetensors_io.WEIGHTS_FILE).exists():
+      return Found("gkd", folder)
+  raise ValueError(
+    f"expected {_READABLE}, got {errors.listing(folder)} in {folder};"
+    f" set {setting}"
+  )
+
+
+def open_params(
+  path: Path, *, setting: str = SETTINGS
+) -> dict[str, stored_arrays.StoredArray]:
+  """Lists the parameters at `path` under our names, without reading them.
+
+  Of a checkpoint only the parameters are listed, not the optimizer. Scanned
+  layers, T5X's and ours, are split.
+
+  Args:
+    path: a folder or a file, local or `gs://`.
+    setting: what the user set the path with, for the messages.
+
+  Returns:
+    Parameter path, joined by "/", to array.
+
+  Raises:
+    ValueError: if `path` holds none of the formats, or is damaged. Reading an
+      array raises it, too.
+  """
+  found = find(path, setting=setting)
+  return t5x.split_scanned(
+    _open(found, setting), path=found.path, setting=setting
+  )
+
+
+def _open(found: Found, setting: str) -> dict[str, stored_arrays.StoredArray]:
+  """The parameters of each format, scanned layers as they are stored."""
+  if found.format == "safetensors":
+    return safetensors_io.open_file(found.path, setting=setting)
+  if found.format == "gkd":
+    return safetensors_io.open_file(
+      found.path / safetensors_io.WEIGHTS_FILE, setting=setting
+    )
+  if found.format == "huggingface":
+    return huggingface.open_folder(found.path, setting=setting)
+  remedy = f"copy it again, or set {setting}"
+  if found.format == "t5x":
+    return t5x.open_legacy(found.path, remedy)
+  saved = orbax_arrays.saved_tree(found.path, remedy)
+  key = "params" if "params" in saved else "target"
+  if key not in saved:
+    raise ValueError(
+      f"expected 'params' (or T5X's 'target') in {found.path}, got"
+      f" {sorted(saved)}; set {setting}"
+    )
+  return orbax_arrays.orbax_arrays(found.path, saved[key], remedy)
+
+
+def load_params(
+  path: Path,
+  *,
+  setting: str = SETTINGS,
+  dtype: str | None = "float32",
+  like: PyTree | None = None,
+) -> PyTree:
+  """Reads parameters, whatever of the known formats `path` holds.
+
+  Args:
+    path: a folder or a file, local or `gs://`.
+    setting: what the user set the path with, for the messages.
+    dtype: what floating-point arrays are converted to (the network's parameters
+      are float32, however a file stores them); None keeps the file's. Not read
+      with `like`.
+    like: nested dict of `jax.ShapeDtypeStruct`s, whose names and shapes are
+      compared before anything is read. Arrays are converted to its types, see
+      `stored_weights`, and layers joined where it has the stacks of a scanned
+      network. With shardings the parameters are read onto devices: each process
+      then reads what its devices hold, one array at a time.
+
+  Returns:
+    Nested dict of numpy arrays, or of `jax.Array`s with shardings.
+
+  Raises:
+    ValueError: if `path` holds none of the formats, is damaged, or has other
+      names or shapes than `like`.
+  """
+  flat = open_params(path, setting=setting)
+  if like is None:
+    return stored_arrays.read_tree(flat, dtype)
+  wanted = traverse_util.flatten_dict(like, sep="/")
+  flat = stored_arrays.joined_stacks(
+    stored_arrays.converted(flat, wanted), wanted
+  )
+  errors.check_matches(flat, like, setting=setting, path=path)
+  if all(leaf.sharding is None for leaf in wanted.values()):
+    return stored_arrays.read_tree(flat)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+  return stored_arrays.place_tree(flat, shardings)
+
+
+def load_config(
+  path: Path, *, setting: str = SETTINGS
+) -> dict[str, Any] | None:
+  """Reads the network configuration stored beside the parameters.
+
+  Args:
+    path: as for `load_params`.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    The fields of `network.T5Config` that were saved, or None if none were, as
+    in T5X's formats.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  found = find(path, setting=setting)
+  if found.format == "huggingface":
+    return dataclasses.asdict(
+      huggingface.read_config(found.path, setting=setting)
+    )
+  file = {
+    "orbax": found.path / "config" / safetensors_io.CONFIG_FILE,
+    "gkd": found.path / safetensors_io.CONFIG_FILE,
+    "safetensors": found.path.parent / safetensors_io.CONFIG_FILE,
+  }.get(found.format)
+  if file is None or not file.exists():
+    return None
+  return safetensors_io.decode_config(file, setting=setting)
+
+
+def load_model(
+  path: Path, *, setting: str = SETTINGS, dtype: str | None = "float32"
+) -> tuple[network.T5Config, PyTree]:
+  """Reads a network's configuration and its parameters.
+
+  Args:
+    path: as for `load_params`.
+    setting: as for `load_params`.
+    dtype: as for `load_params`.
+
+  Returns:
+    The configuration, and a nested dict of numpy arrays that fit it.
+
+  Raises:
+    ValueError: as `load_params`; if the format carries no configuration (T5X's
+      do not); or if the parameters are not those of the configuration.
+  """
+  config = load_config(path, setting=setting)
+  if not config:
+    raise ValueError(
+      f"expected a network configuration beside the parameters, got none in"
+      f" {os.fspath(path)}; set {setting} to a folder with one, as `gkd import`"
+      " writes"
+    )
+  flat = open_params(path, setting=setting)
+  built = network_config(config, path=path, setting=setting)
+  parameters.check(flat, built, setting=setting, path=path)
+  return built, stored_arrays.read_tree(flat, dtype)
+
+
+def network_config(
+  config: dict[str, Any], *, path: Path, setting: str
+) -> network.T5Config:
+  """Fields of a configuration that was saved -> configuration.
+
+  Raises:
+    ValueError: if there are other fields.
+  """
+  known = {field.name for field in dataclasses.fields(network.T5Config)}
+  other = sorted(set(config) - known)
+  if other or "vocab_size" not in config:
+    raise ValueError(
+      f"expected the fields of network.T5Config, got {sorted(config)} in"
+      f" {os.fspath(path)}; set {setting}"
+    )
+  fields = dict(config)
+  if "mlp_activations" in fields:
+    fields["mlp_activations"] = tuple(fields["mlp_activations"])
+  return network.T5Config(**fields)

@@ -1,0 +1,377 @@
+"""Hugging Face's T5 folders, both ways: T5, T5 1.1, FLAN-T5, T0, mT5, ByT5.
+
+One table of names serves both directions: ours on the left, theirs on the
+right, and whether the matrix is transposed (PyTorch's linear layers store
+`[out, in]`). A folder is `config.json` and `model.safetensors`, or several
+safetensors files with `model.safetensors.index.json`.
+
+References: the fields of `transformers.T5Config` and the parameter names of
+`transformers.T5ForConditionalGeneration`, versions 4.57 and 5.17,
+https://huggingface.co/docs/transformers/model_doc/t5
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from gkd_jax import network
+from gkd_jax.checkpoints import (
+  errors,
+  parameters,
+  safetensors_io,
+  stored_arrays,
+)
+
+INDEX_FILE = "model.safetensors.index.json"
+# Fields that `config.json` leaves out when they have these values.
+_DEFAULTS = {
+  "t5": {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "relu",
+    "tie_word_embeddings": True,
+  },
+  "mt5": {
+    "vocab_size": 250112,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+  },
+}
+# What our network has, and a configuration may not change.
+_FIXED = {
+  "relative_attention_num_buckets": 32,
+  "relative_attention_max_distance": 128,
+  "layer_norm_epsilon": 1e-6,
+  "is_encoder_decoder": True,
+}
+# Their name of the feed-forward block to ours; "gelu" is the tanh formula in
+# both, and "gelu_new" their name for it.
+_ACTIVATIONS = {
+  "relu": ("relu",),
+  "gated-gelu": ("gelu", "linear"),
+  "gated-gelu_new": ("gelu", "linear"),
+  "gated-silu": ("silu", "linear"),
+  "gated-relu": ("relu", "linear"),
+}
+_ATTENTION = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
+# Our sub-layer: norm, name; their layer number and name, for each side.
+_SUBLAYERS = {
+  "encoder": (
+    ("pre_attention_layer_norm", "attention", "SelfAttention"),
+    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
+  ),
+  "decoder": (
+    ("pre_self_attention_layer_norm", "self_attention", "SelfAttention"),
+    (
+      "pre_cross_attention_layer_norm",
+      "encoder_decoder_attention",
+      "EncDecAttention",
+    ),
+    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
+  ),
+}
+# Copies of the embedding that some files hold beside it, or instead of it.
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
+# In the first T5 checkpoints; nothing ever read it.
+_UNUSED = (
+  "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+)
+
+
+def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
+  """Our parameter path to their name, and whether it is transposed."""
+  table = {"token_embedder/embedding": (EMBEDDING, False)}
+  depths = {
+    "encoder": config.num_encoder_layers,
+    "decoder": config.num_decoder_layers,
+  }
+  branches = range(len(config.mlp_activations))
+  mlp = (
+    [("wi", "wi")]
+    if len(branches) == 1
+    else [(f"wi_{i}", f"wi_{i}") for i in branches]
+  )
+  for side, depth in depths.items():
+    first = f"{side}.block.0.layer.0.SelfAttention"
+    table[f"{side}/relpos_bias/rel_embedding"] = (
+      f"{first}.relative_attention_bias.weight",
+      True,
+    )
+    table[f"{side}/{side}_norm/scale"] = (
+      f"{side}.final_layer_norm.weight",
+      False,
+    )
+    for i in range(depth):
+      for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
+        here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
+        table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
+        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
+        for a, b in matrices:
+          table[f"{here}/{ours}/{a}/kernel"] = (
+            f"{there}.{theirs}.{b}.weight",
+            True,
+          )
+  if not config.logits_via_embedding:
+    table["decoder/logits_dense/kernel"] = (_HEAD, True)
+  return table
+
+
+def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
+  """Reads `config.json`.
+
+  Raises:
+    ValueError: if it is no T5's, or of one that our network does not compute.
+  """
+  return _config(_fields(folder, setting), folder, setting)
+
+
+def _fields(folder, setting):
+  """The fields of `config.json`, with those that it leaves out."""
+  file = folder / safetensors_io.CONFIG_FILE
+  text = safetensors_io.read_json(file, setting=setting)
+  kind = text.get("model_type")
+  if kind not in _DEFAULTS:
+    raise ValueError(
+      f"expected model_type {' or '.join(map(repr, _DEFAULTS))}, got {kind!r} in"
+      f" {os.fspath(file)}; set {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
+    )
+  return {**_DEFAULTS[kind], **text}
+
+
+def _config(fields, folder, setting):
+  """Our configuration of these fields; see `read_config`."""
+  file = folder / safetensors_io.CONFIG_FILE
+  other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
+  if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
+    raise ValueError(
+      f"expected {_FIXED} and feed_forward_proj of {list(_ACTIVATIONS)}, got"
+      f" {other or fields['feed_forward_proj']} in {os.fspath(file)}; set"
+      f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
+    )
+  decoder_layers = fields.get("num_decoder_layers")
+  return network.T5Config(
+    vocab_size=fields["vocab_size"],
+    emb_dim=fields["d_model"],
+    num_heads=fields["num_heads"],
+    num_encoder_layers=fields["num_layers"],
+    num_decoder_layers=(
+      fields["num_layers"] if decoder_layers is None else decoder_layers
+    ),
+    head_dim=fields["d_kv"],
+    mlp_dim=fields["d_ff"],
+    mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
+    dropout_rate=fields["dropout_rate"],
+    logits_via_embedding=_scales_logits(fields),
+  )
+
+
+def _scales_logits(fields):
+  """Whether logits are divided by sqrt(D), as T5 1.0 has it with its tied head.
+
+  Up to version 4 that is what `tie_word_embeddings` says. Version 5 always writes
+  that it ties, meaning an `lm_head` that is absent or equal to the embedding; it
+  has a field for the division, and never divides in mT5.
+  """
+  if "scale_decoder_outputs" in fields:
+    return bool(fields["scale_decoder_outputs"])
+  major = str(fields.get("transformers_version", "4")).partition(".")[0]
+  if fields["model_type"] == "mt5" and major.isdigit() and int(major) > 4:
+    return False
+  return bool(fields["tie_word_embeddings"])
+
+
+def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
+  """The content of `config.json`.
+
+  Args:
+    config: our configuration.
+    dtype: of the parameters that are written.
+
+  Raises:
+    ValueError: if Hugging Face's T5 has no such feed-forward block.
+  """
+  names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
+  activations = tuple(config.mlp_activations)
+  if activations not in names:
+    raise ValueError(
+      f"expected mlp_activations of {list(names)}, which Hugging Face's T5 has,"
+      f" got {activations}; set --format=gkd or --format=t5x"
+    )
+  return {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "vocab_size": config.vocab_size,
+    "d_model": config.emb_dim,
+    "d_kv": config.head_dim,
+    "d_ff": config.mlp_dim,
+    "num_layers": config.num_encoder_layers,
+    "num_decoder_layers": config.num_decoder_layers,
+    "num_heads": config.num_heads,
+    "dropout_rate": config.dropout_rate,
+    "feed_forward_proj": names[activations],
+    "tie_word_embeddings": config.logits_via_embedding,
+    **_FIXED,
+    "initializer_factor": 1.0,
+    "use_cache": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "torch_dtype": dtype,
+  }
+
+
+def open_folder(
+  folder: epath.Path, *, setting: str
+) -> dict[str, stored_arrays.StoredArray]:
+  """Lists a folder's parameters under our names; they are read later.
+
+  Args:
+    folder: with `config.json` and safetensors.
+    setting: what the user set the path with, for the messages.
+
+  Raises:
+    ValueError: if the folder has other weights than safetensors, lacks a file,
+      or has parameters that are unmapped, missing, duplicated or of a wrong
+      shape: all of them are listed.
+  """
+  fields = _fields(folder, setting)
+  config = _config(fields, folder, setting)
+  theirs = _open_files(folder, setting)
+  table = name_table(config)
+  copies = [n for n in (EMBEDDING, *_COPIES) if n in theirs]
+  if config.logits_via_embedding and _HEAD in theirs:
+    copies.append(_HEAD)
+  if copies and EMBEDDING not in theirs:
+    theirs[EMBEDDING] = theirs[copies[0]]
+  ties_undivided = (
+    fields["tie_word_embeddings"] and not config.logits_via_embedding
+  )
+  if ties_undivided and EMBEDDING in theirs:
+    # Logits of the embedding that are not divided: ours has a head for those.
+    theirs.setdefault(_HEAD, theirs[EMBEDDING])
+  wanted = {name: ours for ours, (name, _) in table.items()}
+  known = {*wanted, *copies, _UNUSED}
+  found = {
+    ours: theirs[name].transpose() if transposed else theirs[name]
+    for ours, (name, transposed) in table.items()
+    if name in theirs
+  }
+  shapes = parameters.shapes(config)
+  parameters.raise_if_any(
+    {
+      "missing": [name for name in wanted if name not in theirs],
+      "unmapped": [name for name in theirs if name not in known],
+      "duplicated with other values": _different(theirs, copies),
+      "wrong shape": [
+        f"{table[ours][0]} (expected {_theirs(shapes[ours], table[ours])}, got"
+        f" {_theirs(x.shape, table[ours])})"
+        for ours, x in found.items()
+        if x.shape != shapes[ours]
+      ],
+    },
+    expected=f"the {len(table)} parameters of its configuration",
+    setting=setting,
+    path=folder,
+  )
+  return found
+
+
+def rename(
+  flat: Mapping[str, stored_arrays.StoredArray], config: network.T5Config
+) -> dict[str, stored_arrays.StoredArray]:
+  """Our parameters under Hugging Face's names, in their orientation.
+
+  Args:
+    flat: our path to array; has to fit `config`.
+    config: of the network.
+  """
+  return {
+    name: flat[ours].transpose() if transposed else flat[ours]
+    for ours, (name, transposed) in name_table(config).items()
+  }
+
+
+def _theirs(shape, entry):
+  return shape[::-1] if entry[1] else shape
+
+
+def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
+  """The arrays of one file, or of all files that the index names."""
+  whole = folder / safetensors_io.WEIGHTS_FILE
+  index = folder / INDEX_FILE
+  if not index.exists():
+    if not whole.exists():
+      raise ValueError(
+        f"expected {whole.name} or {index.name}, got"
+        f" {errors.listing(folder)} in {os.fspath(folder)} (a"
+        " pytorch_model.bin is a pickle, which is never read: convert it with"
+        f" transformers' save_pretrained); set {setting}"
+      )
+    return safetensors_io.open_file(whole, setting=setting)
+  places = safetensors_io.read_json(index, setting=setting).get("weight_map")
+  if not isinstance(places, dict):
+    raise ValueError(
+      f"expected a weight_map, got none in {os.fspath(index)}; copy it again, or"
+      f" set {setting}"
+    )
+  files = sorted(set(places.values()))
+  absent = [
+    name
+    for name in files
+    if os.path.basename(name) != name or not (folder / name).exists()
+  ]
+  if absent:
+    raise ValueError(
+      f"expected the {len(files)} files of {index.name}, got all but"
+      f" {', '.join(absent)} in {os.fspath(folder)}; copy it again, or set"
+      f" {setting}"
+    )
+  arrays, repeated = {}, []
+  for name in files:
+    shard = safetensors_io.open_file(folder / name, setting=setting)
+    repeated += [key for key in shard if key in arrays]
+    arrays |= shard
+  parameters.raise_if_any(
+    {
+      "in several files": repeated,
+      "missing": [key for key in places if key not in arrays],
+    },
+    expected=f"the {len(places)} arrays of {index.name}, each once",
+    setting=setting,
+    path=folder,
+  )
+  return arrays
+
+
+def _different(theirs, copies, rows: int = 4096) -> list[str]:
+  """The copies of the embedding that are not equal to it, bit for bit."""
+  wrong = []
+  original = theirs.get(EMBEDDING)
+  for name in copies:
+    copy = theirs[name]
+    if copy is original:
+      continue
+    same = (copy.shape, copy.dtype) == (original.shape, original.dtype)
+    # By rows: the embedding is the largest array.
+    for start in range(0, original.shape[0] if same else 0, rows):
+      index = (slice(start, start + rows), slice(None))
+      same = same and (
+        copy.read(index).tobytes() == original.read(index).tobytes()
+      )
+    if not same:
+      wrong.append(name)
+  return wrong

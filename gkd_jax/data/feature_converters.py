@@ -1,0 +1,88 @@
+"""seqio feature converters that keep a teacher's stored laws.
+
+Each law stands at the position where the student predicts the token that it is
+of: a target's own in an encoder-decoder, behind the prompt in a decoder. The
+names are `TopK` and that of seqio's converter.
+"""
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+# Features of a batch beside the model's own.
+TOP_K_IDS, TOP_K_LOG_PROBS = "top_k_ids", "top_k_log_probs"
+_LAWS = {
+  TOP_K_IDS: tf.int32,
+  TOP_K_LOG_PROBS: tf.float32,
+}
+
+
+class TopKEncDecFeatureConverter(seqio.EncDecFeatureConverter):
+  """seqio's, and `top_k_ids` `[T, k]` and `top_k_log_probs` `[T, k + 1]`."""
+
+  def __init__(self, pack: bool = False):
+    super().__init__(pack=_no_packing(pack), passthrough_features=_specs())
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Model features of a task's; see `seqio.FeatureConverter`."""
+    length = task_feature_lengths["targets"]
+    ds = _aligned(ds, lambda example, law: law[:length])
+    return super().__call__(ds, {**task_feature_lengths, **_lengths(length)})
+
+
+class TopKDecoderFeatureConverter(seqio.PrefixLMFeatureConverter):
+  """seqio's of prompt and output in one row, and the laws of its positions."""
+
+  def __init__(self, pack: bool = False):
+    super().__init__(pack=_no_packing(pack), passthrough_features=_specs())
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Model features of a task's; see `seqio.FeatureConverter`."""
+    length = task_feature_lengths["targets"]
+    row = length + task_feature_lengths["inputs"]
+
+    def behind_prompt(example, law):
+      return tf.pad(law[:length], [[tf.size(example["inputs"]), 0], [0, 0]])
+
+    ds = _aligned(ds, behind_prompt)
+    return super().__call__(ds, {**task_feature_lengths, **_lengths(row)})
+
+
+def _no_packing(pack):
+  if pack:
+    raise ValueError(
+      "expected unpacked rows with stored laws, got packed ones;"
+      " set PACK = False"
+    )
+  return False
+
+
+def _specs():
+  spec = seqio.FeatureConverter.FeatureSpec
+  return {name: spec(dtype=dtype, rank=2) for name, dtype in _LAWS.items()}
+
+
+def _lengths(length):
+  return {name: length for name in _LAWS}
+
+
+def _aligned(dataset, align):
+  """The dataset with its laws moved by `align`."""
+  missing = sorted(set(_LAWS) - set(dataset.element_spec))
+  if missing:
+    raise ValueError(
+      f"expected a task with a teacher's stored laws, got one without"
+      f" {' and '.join(missing)}; write them with TOP_K, and set"
+      " TEACHER_DATA_PATH"
+    )
+  return dataset.map(
+    lambda example: (
+      example | {name: align(example, example[name]) for name in _LAWS}
+    ),
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )

@@ -1,0 +1,152 @@
+"""Which shards of the data a process reads, whatever their number is.
+
+A batch of B rows is n blocks of B / n, one from each of n shards of the data,
+in order. n is fixed with the run; the rows of a process are where its devices
+stand in the mesh. So the batches of a run, row by row, do not depend on how many
+processes read them, and a run goes on with another number of processes where it
+stopped. A shard that lies in the rows of several processes is read by each.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from gkd_jax import files
+from gkd_jax.checkpoints import errors, formats
+
+
+class Share(NamedTuple):
+  """What one process reads.
+
+  Attributes:
+    count: n, shards of the data in all.
+    shards: numbers of those that the process reads, ascending.
+    owned: of these, those whose position it saves; no two processes own one.
+    rows: its rows among the rows of `shards`, laid end to end.
+  """
+
+  count: int
+  shards: tuple[int, ...]
+  owned: tuple[int, ...]
+  rows: np.ndarray
+
+
+def rows_of_processes(
+  process_grid: np.ndarray, batch_size: int
+) -> dict[int, np.ndarray]:
+  """Process to the rows of a batch that its devices hold, ascending.
+
+  Two processes that take turns along the data axis, and share a model axis:
+
+  >>> rows_of_processes(np.array([[0, 0], [1, 1], [0, 0], [1, 1]]), 8)
+  {0: array([0, 1, 4, 5]), 1: array([2, 3, 6, 7])}
+
+  Args:
+    process_grid: see `partitioning.process_grid`.
+    batch_size: rows of all processes together, a multiple of the data axis.
+  """
+  rows = np.arange(batch_size).reshape(len(process_grid), -1)
+  return {
+    int(p): rows[(process_grid == p).any(axis=1)].ravel()
+    for p in np.unique(process_grid)
+  }
+
+
+def folder(shard: int, n: int) -> str:
+  """Name of the folder of a shard's position."""
+  return f"shard_{shard}-of-{n}"
+
+
+def share(
+  process_rows: Mapping[int, np.ndarray], process: int, batch_size: int, n: int
+) -> Share:
+  """What `process` reads of `n` shards.
+
+  Two processes of four rows each read half of the four shards:
+
+  >>> share({0: np.arange(4), 1: np.arange(4, 8)}, 1, batch_size=8, n=4)
+  Share(count=4, shards=(2, 3), owned=(2, 3), rows=array([0, 1, 2, 3]))
+
+  Args:
+    process_rows: see `rows_of_processes`.
+    process: its number.
+    batch_size: rows of all processes together, a multiple of n.
+    n: shards of the data.
+  """
+  size = batch_size // n
+  shards = np.unique(process_rows[process] // size)
+  before = [rows // size for p, rows in process_rows.items() if p < process]
+  owned = np.setdiff1d(shards, np.concatenate([[-1], *before]))
+  places = np.searchsorted(shards, process_rows[process] // size)
+  return Share(
+    n,
+    tuple(int(x) for x in shards),
+    tuple(int(x) for x in owned),
+    places * size + process_rows[process] % size,
+  )
+
+
+def count(
+  given: int | None,
+  model_dir: str,
+  batch_size: int,
+  process_rows: Mapping[int, np.ndarray],
+) -> int:
+  """The number of shards of a run: as it began, as given, or as few as serve.
+
+  Args:
+    given: DATA_SHARDS.
+    model_dir: of the run.
+    batch_size: rows of all processes together.
+    process_rows: see `rows_of_processes`.
+
+  Raises:
+    ValueError: the run began with another number, or it does not divide
+      `batch_size`.
+  """
+  begun = _recorded(model_dir)
+  if begun and given not in (None, begun):
+    raise ValueError(
+      f"expected DATA_SHARDS = {begun}, which the run in {model_dir} began with,"
+      f" got {given}; set DATA_SHARDS, or another MODEL_DIR"
+    )
+  n = begun or given
+  if n is None:
+    return _default(batch_size, process_rows)
+  if n < 1 or batch_size % n:
+    raise ValueError(
+      f"expected DATA_SHARDS to divide the {batch_size} rows of a batch, got {n};"
+      " set DATA_SHARDS or BATCH_SIZE"
+    )
+  return n
+
+
+def _default(batch_size, process_rows):
+  """The least number with which no process reads a row that it has no use for."""
+  for n in range(1, batch_size):
+    if batch_size % n == 0 and all(
+      len(share(process_rows, p, batch_size, n).shards) * batch_size
+      == n * len(rows)
+      for p, rows in process_rows.items()
+    ):
+      return n
+  return batch_size
+
+
+def _recorded(model_dir):
+  """The number in the newest checkpoint of a run; None before the first."""
+  steps = formats.find_steps(files.absolute(model_dir))
+  if not steps:
+    return None
+  positions = steps[max(steps)] / "dataset"
+  names = [p.name for p in positions.iterdir()] if positions.exists() else []
+  found = {re.fullmatch(r"shard_\d+-of-(\d+)", name) for name in names} - {None}
+  if not found:
+    raise ValueError(
+      "expected the position of each shard of the data, got"
+      f" {errors.listing(positions)} in {positions}; set MODEL_DIR to"
+      " an empty folder and INITIAL_CHECKPOINT_PATH to this run"
+    )
+  return int(next(match[1] for match in found if match))

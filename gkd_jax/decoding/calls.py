@@ -1,0 +1,131 @@
+"""What a model needs to decode with any decode function.
+
+A decode function (`types.DecodeFn`) is `sampling.sample`,
+`beams.beam_search` or a user's own. A model makes a cache for its B
+prompts, widens it to N rows for each, and calls `decode`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import types
+
+
+def row_axes(make: Callable[[int], types.PyTree]) -> types.PyTree:
+  """Finds the axis of the rows in each leaf of a cache, by its shapes.
+
+  >>> row_axes(lambda n: {"keys": jnp.zeros((3, 2 * n)), "index": jnp.int32(0)})
+  {'index': -1, 'keys': 1}
+
+  Args:
+    make: gives the cache of N rows for each prompt, for the N that it is given;
+      traced, not run.
+
+  Returns:
+    A tree of the cache's structure: the axis that grows with the number of
+    rows, -1 for a leaf without one.
+  """
+  few, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2))
+
+  def axis(a, b):
+    grown = [i for i, n in enumerate(a.shape) if n != b.shape[i]]
+    return grown[0] if grown else -1
+
+  return jax.tree.map(axis, few, many)
+
+
+def widen(
+  tree: types.PyTree, num_decodes: int, axes: types.PyTree | None = None
+) -> types.PyTree:
+  """Repeats each row N times: row b becomes rows b N to b N + N - 1.
+
+  >>> widen(jnp.array([5, 6]), 2).tolist()
+  [5, 5, 6, 6]
+
+  Args:
+    tree: of arrays.
+    num_decodes: N.
+    axes: tree of the axes of the rows, from `row_axes`; None for axis 0.
+  """
+  if num_decodes == 1:
+    return tree
+  if axes is None:
+    axes = jax.tree.map(lambda _: 0, tree)
+
+  def repeat(x, axis):
+    if axis < 0:
+      return x
+    shape = (*x.shape[: axis + 1], num_decodes, *x.shape[axis + 1 :])
+    rows = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+    return rows.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+  return jax.tree.map(repeat, tree, axes)
+
+
+def decode(
+  decode_fn: types.DecodeFn,
+  tokens_to_logits: types.TokensToLogits,
+  cache: types.PyTree,
+  key: jax.Array | None,
+  *,
+  batch_size: int,
+  num_decodes: int,
+  options: Mapping[str, Any],
+  **settings: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Calls a decode function, and puts its outputs in ascending order.
+
+  Args:
+    decode_fn: see `types.DecodeFn`.
+    tokens_to_logits: of B N rows.
+    cache: of B N rows.
+    key: random key, or None.
+    batch_size: B.
+    num_decodes: N.
+    options: the decode function's own.
+    **settings: its other arguments: `max_decode_length`, `eos_id`, `row_axes`.
+
+  Returns:
+    Tokens `[B, N, T]` and scores `[B, N]`, the best last. The score of a sample
+    is its log-prob in nats; that of a beam search is its own.
+
+  Raises:
+    ValueError: an option that the decode function does not take.
+  """
+  _check_options(decode_fn, options)
+  tokens, scores = decode_fn(
+    tokens_to_logits,
+    cache,
+    key,
+    batch_size=batch_size,
+    num_decodes=num_decodes,
+    **settings,
+    **options,
+  )
+  if tokens.ndim == 3:
+    return tokens, scores
+  scores = jnp.sum(scores, axis=-1).reshape(batch_size, num_decodes)
+  tokens = tokens.reshape(batch_size, num_decodes, -1)
+  order = jnp.argsort(scores, axis=1)
+  return (
+    jnp.take_along_axis(tokens, order[:, :, None], axis=1),
+    jnp.take_along_axis(scores, order, axis=1),
+  )
+
+
+def _check_options(decode_fn, options):
+  parameters = inspect.signature(decode_fn).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    return
+  unknown = sorted(set(options) - set(parameters))
+  if unknown:
+    function = getattr(decode_fn, "func", decode_fn)  # of a functools.partial
+    name = getattr(function, "__name__", function)
+    raise ValueError(
+      f"expected options of the decode function {name}, got"
+      f" {', '.join(unknown)}; set DECODE_FN or DECODER_PARAMS"
+    )

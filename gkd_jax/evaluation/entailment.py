@@ -1,0 +1,193 @@
+"""A reward by a T5 that tells whether one text follows from another.
+
+Such a model (the TRUE mixture's is one, Honovich et al., arXiv 2204.04991)
+reads "premise: ... hypothesis: ..." and answers "1" or "0". The reward is the
+probability of "1", as in the GKD paper's RL experiment after Roit et al. (arXiv
+2306.00186): the document entails the summary.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax import checkpoints, partitioning, types
+
+OVER = ("vocabulary", "answers")
+
+
+class EntailmentReward:
+  """The probability that the input entails the output: a `types.Reward`.
+
+  The scorer is placed on a mesh of its own making, the same that training runs
+  on, and split by the same rules as the teacher. Texts are tokenized with the
+  scorer's vocabulary, whatever the student's is.
+
+  Args:
+    model: the scorer, an `EncoderDecoderModel`.
+    checkpoint_path: its parameters, in any format that `load_params` reads.
+    vocabulary: its seqio vocabulary.
+    input_length: S; the premise is cut where both texts are longer.
+    batch_size: rows of all devices together that are scored at a time.
+    answers: texts of "entailed" and "not entailed". Of each the first token
+      counts.
+    over: the softmax is over the "vocabulary", or over both "answers" alone.
+    input_prefix: of the task's inputs; it is no part of the premise.
+    num_partitions: devices that share one copy of the scorer.
+    shard_params_over_data: split parameters over the data axis too.
+
+  Raises:
+    ValueError: a setting is out of range, answers begin with the same token, or
+      the checkpoint is not of this model.
+  """
+
+  def __init__(
+    self,
+    model: types.TransformerModel,
+    checkpoint_path: str,
+    vocabulary: Any,
+    *,
+    input_length: int = 512,
+    batch_size: int = 32,
+    answers: tuple[str, str] = ("1", "0"),
+    over: str = "vocabulary",
+    input_prefix: str = "",
+    num_partitions: int = 1,
+    shard_params_over_data: bool = False,
+  ):
+    self._mesh = partitioning.make_mesh(num_partitions)
+    data_axis = partitioning.row_shards(self._mesh)
+    if batch_size < 1 or batch_size % data_axis:
+      raise ValueError(
+        f"expected a scorer's batch size that is a multiple of {data_axis}"
+        f" data-parallel devices, got {batch_size}; set SCORER_BATCH_SIZE"
+      )
+    if input_length < 2:
+      raise ValueError(
+        f"expected a scorer's input length of at least 2, got {input_length};"
+        " set SCORER_INPUT_LENGTH"
+      )
+    if over not in OVER:
+      raise ValueError(
+        f"expected a softmax over {' or '.join(OVER)}, got {over!r};"
+        " set SCORER_OVER"
+      )
+    firsts = [vocabulary.encode(answer)[0] for answer in answers]
+    if firsts[0] == firsts[1]:
+      raise ValueError(
+        f"expected answers whose first tokens differ, got {answers}, which both"
+        f" begin with {firsts[0]}; set SCORER_ANSWERS"
+      )
+    self._vocabulary, self._length = vocabulary, input_length
+    self._rows = batch_size // jax.process_count()
+    self._prefix = input_prefix
+    self._params = checkpoints.load_placed(
+      checkpoint_path,
+      *partitioning.abstract_params(
+        model,
+        partitioning.input_shapes({"inputs": 2, "targets": 1}),
+        self._mesh,
+        partitioning.parameter_rules(shard_params_over_data),
+      ),
+      setting="SCORER_CHECKPOINT_PATH",
+      of="scorer",
+    )
+    self._score = partitioning.jit(
+      functools.partial(entailment, model, answers=tuple(firsts), over=over),
+      self._mesh,
+      out_shardings=partitioning.batch_sharding(self._mesh),
+    )
+
+  def __call__(
+    self,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    examples: Sequence[Mapping[str, Any]],
+  ) -> np.ndarray:
+    """See `types.Reward`: probabilities `[B]`, float32."""
+    del examples
+    tokens = np.stack(
+      [
+        encode_pair(
+          premise.removeprefix(self._prefix),
+          hypothesis,
+          self._vocabulary,
+          self._length,
+        )
+        for premise, hypothesis in zip(inputs, outputs, strict=True)
+      ]
+    )
+    scores = [
+      self._score_rows(tokens[start : start + self._rows])
+      for start in range(0, len(tokens), self._rows)
+    ]
+    return np.concatenate(scores)
+
+  def _score_rows(self, tokens):
+    missing = self._rows - len(tokens)
+    batch = partitioning.put_batch(
+      {"tokens": np.pad(tokens, ((0, missing), (0, 0)))}, self._mesh
+    )
+    scores = self._score(self._params, batch["tokens"])
+    return partitioning.local_rows(scores)[: len(tokens)]
+
+
+def entailment(
+  model: types.TransformerModel,
+  params: Any,
+  tokens: jax.Array,
+  *,
+  answers: tuple[int, int],
+  over: str = "vocabulary",
+) -> jax.Array:
+  """The probability that a scorer's answer begins with the first of two tokens.
+
+  Args:
+    model: an `EncoderDecoderModel`.
+    params: its parameters.
+    tokens: `[B, S]` int32, premise and hypothesis.
+    answers: token ids of "entailed" and "not entailed".
+    over: "vocabulary" or "answers", what the softmax is over.
+
+  Returns:
+    `[B]` float32.
+  """
+  start = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+  batch = {
+    "encoder_input_tokens": tokens,
+    "decoder_input_tokens": start,
+    "decoder_target_tokens": start + answers[0],  # marks the position as used
+  }
+  logits = model.logits(params, batch)[:, 0].astype(jnp.float32)
+  if over == "answers":
+    return jax.nn.sigmoid(logits[:, answers[0]] - logits[:, answers[1]])
+  return jax.nn.softmax(logits)[:, answers[0]]
+
+
+def encode_pair(
+  premise: str, hypothesis: str, vocabulary: Any, length: int
+) -> np.ndarray:
+  """Tokens `[length]` of "premise: ... hypothesis: ...", EOS and zeros.
+
+  Where they are too many the premise loses its end, and only where nothing of
+  it is left the hypothesis.
+
+  Args:
+    premise: a text.
+    hypothesis: what may follow from it.
+    vocabulary: a seqio vocabulary.
+    length: S.
+  """
+  head, tail = f"premise: {premise}", f"hypothesis: {hypothesis}"
+  tokens = list(vocabulary.encode(f"{head} {tail}"))
+  room = length - 1
+  if len(tokens) > room:
+    tail_tokens = list(vocabulary.encode(f" {tail}"))[:room]
+    head_tokens = list(vocabulary.encode(head))[: room - len(tail_tokens)]
+    tokens = head_tokens + tail_tokens
+  row = np.zeros(length, np.int32)
+  row[: len(tokens) + 1] = [*tokens, vocabulary.eos_id]
+  return row

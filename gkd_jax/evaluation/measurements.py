@@ -1,0 +1,392 @@
+"""Calibration of a student, and its distance to a teacher, over a split.
+
+The divergence is measured in two places: on the data, teacher forced, which is
+what training on fixed outputs makes small; and on the student's own samples, where
+it is used. A gap between the two that grows with the position is exposure bias.
+
+What is measured of a student and its teacher, token by token.
+
+All functions are pure and return sums, which add up over batches; a runner
+divides once. p is the teacher's and q the student's next-token law, both
+normalised over the real tokens.
+
+Sources: expected calibration error, Guo et al. (arXiv 1706.04599), equation 3;
+acceptance rate of speculative decoding, Leviathan et al. (arXiv 2211.17192),
+corollary 3.6.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax import (
+  checkpoints,
+  divergences,
+  losses,
+  models,
+  partitioning,
+  types,
+)
+from gkd_jax.evaluation import evaluate
+
+# Sources of outputs, as named in results.
+SAMPLES, DATA = "student_samples", "data"
+# What `by_position.json` holds; the rest is given as means over tokens alone.
+BY_POSITION = ("forward_kl", "reverse_kl")
+
+
+def load_teacher(model: models.GKDModel, path: str | None, mesh: Any) -> Any:
+  """The teacher's parameters on the mesh of an evaluation.
+
+  Args:
+    model: its teacher says what shapes they have.
+    path: see `checkpoints.load_params`.
+    mesh: of the evaluation.
+
+  Raises:
+    ValueError: no path, nothing there, or other shapes.
+  """
+  shapes = partitioning.input_shapes({"inputs": 1, "targets": 1})
+  return checkpoints.load_placed(
+    path,
+    *partitioning.abstract_params(
+      model.teacher, shapes, mesh, partitioning.parameter_rules(False)
+    ),
+    setting="TEACHER_CHECKPOINT_PATH",
+    of="teacher",
+  )
+
+
+def measure(
+  evaluator: evaluate.Evaluator,
+  mesh: Any,
+  model: Any,
+  params: Any,
+  teacher_params: Any = None,
+  *,
+  seed: int = 0,
+) -> tuple[dict[str, float], dict[str, Any]]:
+  """Goes over the evaluator's examples, all tasks together.
+
+  Args:
+    evaluator: holds the split.
+    mesh: the evaluator's.
+    model: a `GKDModel`, whose sampling settings and temperatures hold for the
+      samples and for both laws; or a model without a teacher.
+    params: the student's.
+    teacher_params: the teacher's; not read without a teacher.
+    seed: of the samples; each row has its own stream, whatever the batch size.
+
+  Returns:
+    Scores: `ece`, the expected calibration error in percent of the student's
+    likeliest token against the targets, teacher forced, at temperature 1, in
+    `NUM_BINS` bins of equal width. With a teacher also, of each
+    source SOURCE in `student_samples` and `data`: `SOURCE/NAME`, the mean over
+    tokens of each of `compare_laws`, and `SOURCE/length`, tokens of
+    an output, EOS included.
+
+    What `by_position.json` holds: `{SOURCE: {NAME: [...], "count": [...]}}`, the
+    means at an output's first token, second, and so on, for the names in
+    `BY_POSITION` in nats, and how many outputs have a token there. `calibration`
+    holds mean confidence, accuracy and count of each bin.
+  """
+  compiled = partitioning.jit(
+    functools.partial(_sums, model),
+    mesh,
+    out_shardings=partitioning.replicated(mesh),
+  )
+  key = jax.random.key(seed)
+  totals: Any = None
+  for start, batch in evaluator.batches():
+    sums = compiled(params, teacher_params, batch, key, start)
+    # float32 sums of a batch, added in float64: no digit is lost over a split.
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+  if totals is None:
+    raise ValueError(
+      "expected examples to measure on, got none; set EVAL_SPLIT or"
+      " EVAL_NUM_EXAMPLES"
+    )
+  calibration = totals.pop("calibration")
+  scores = {"ece": expected_calibration_error(calibration)}
+  tables: dict[str, Any] = {}
+  for source, table in totals.items():
+    scores |= _means(source, table)
+    tables[source] = _by_position(table)
+  tables["calibration"] = _bins(calibration)
+  return scores, tables
+
+
+def _sums(model, params, teacher_params, batch, key, start):
+  """Sums over one batch, by source; see `measure`."""
+  student = model.student
+  logits = student.logits(params, batch)
+  weights = student.loss_weights(batch)
+  real = student.num_real_tokens
+  sums = {
+    "calibration": calibration_sums(
+      log_law(logits, num_real_tokens=real),
+      batch["decoder_target_tokens"],
+      weights,
+    )
+  }
+  if model.teacher is None:
+    return sums
+  sums[DATA] = _compare(model, teacher_params, batch, logits)
+  encoded = student.encode(params, batch)
+  tokens, weights, _ = student.sample_outputs(
+    params,
+    encoded,
+    batch,
+    key,
+    row_ids=start + jnp.arange(weights.shape[0]),
+    **model.sampling,
+  )
+  # Rows that fill up the last batch have no input, and count for nothing.
+  weights *= student.has_inputs(batch)[:, None]
+  sampled = dict(batch) | student.output_features(batch, tokens, weights)
+  logits = student.decoder_logits(params, encoded, sampled)
+  sums[SAMPLES] = _compare(model, teacher_params, sampled, logits)
+  return sums
+
+
+def _compare(
+  model: models.GKDModel,
+  teacher_params: Any,
+  batch: types.Batch,
+  student_logits: jax.Array,
+) -> dict[str, jax.Array]:
+  """Sums by position `[T]` of what is compared, `count`, and rows `[]`."""
+  real = model.student.num_real_tokens
+  p = log_law(
+    model.teacher.logits(teacher_params, batch),
+    temperature=model.teacher_temperature,
+    num_real_tokens=real,
+  )
+  q = log_law(
+    student_logits,
+    temperature=model.student_temperature,
+    num_real_tokens=real,
+  )
+  weights = model.student.loss_weights(batch)
+  values = compare_laws(p, q) | {"count": jnp.ones_like(weights)}
+  sums = {
+    name: sum_by_position(value, weights) for name, value in values.items()
+  }
+  return sums | {"rows": jnp.sum(jnp.any(weights > 0, axis=1))}
+
+
+def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """Means over tokens, and the mean length."""
+  tokens, rows = table["count"].sum(), table["rows"]
+  if not tokens:
+    raise ValueError(
+      f"expected tokens of {source} to measure on, got none; set EVAL_SPLIT"
+    )
+  names = [name for name in table if name not in ("count", "rows")]
+  return {
+    f"{source}/{name}": float(table[name].sum() / tokens) for name in names
+  } | {f"{source}/length": float(tokens / rows)}
+
+
+def _by_position(table: Mapping[str, np.ndarray]) -> dict[str, list]:
+  """Means by position, up to the longest output."""
+  counts = table["count"]
+  # An output has no gaps: counts do not grow, and end at the longest.
+  longest = int(np.sum(counts > 0))
+  return {
+    name: (table[name][:longest] / counts[:longest]).tolist()
+    for name in BY_POSITION
+  } | {"count": counts[:longest].astype(int).tolist()}
+
+
+def _bins(sums: Mapping[str, np.ndarray]) -> dict[str, list]:
+  """Mean confidence and accuracy of each bin; None where it is empty."""
+  counts = sums["count"]
+  mean = lambda name: [
+    float(x / n) if n else None for x, n in zip(sums[name], counts, strict=True)
+  ]
+  return {
+    "confidence": mean("confidence"),
+    "accuracy": mean("correct"),
+    "count": counts.astype(int).tolist(),
+  }
+
+
+NUM_BINS = 15  # of Guo et al.
+
+
+def log_law(
+  logits: jax.Array,
+  *,
+  temperature: float = 1.0,
+  num_real_tokens: int | None = None,
+) -> jax.Array:
+  """Log-probs of the next-token law, float32.
+
+  >>> logits = jnp.log(jnp.array([1.0, 3.0, 5.0]))
+  >>> jnp.exp(log_law(logits, num_real_tokens=2)).round(2).tolist()
+  [0.25, 0.75, 0.0]
+
+  Args:
+    logits: `[..., V]` in any float type.
+    temperature: divides the logits, above 0.
+    num_real_tokens: ids from here on have no mass; None for V.
+
+  Returns:
+    `[..., V]` nats, -1e9 or below where the law has no mass.
+  """
+  logits = logits.astype(jnp.float32) / temperature
+  return jax.nn.log_softmax(losses.without_padding(logits, num_real_tokens))
+
+
+def acceptance_rate(
+  teacher_log_probs: jax.Array, student_log_probs: jax.Array
+) -> jax.Array:
+  """Σ min(p, q): how likely the teacher accepts the student's next token.
+
+  In speculative decoding with the student as draft model, the expectation over
+  the student's token; 1 minus the total variation.
+
+  >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
+  >>> round(float(acceptance_rate(p, q)), 4)
+  0.75
+
+  Args:
+    teacher_log_probs: `[..., V]` log p.
+    student_log_probs: `[..., V]` log q.
+
+  Returns:
+    `[...]` in [0, 1], float32.
+  """
+  return jnp.sum(
+    jnp.exp(jnp.minimum(teacher_log_probs, student_log_probs)), axis=-1
+  )
+
+
+def compare_laws(
+  teacher_log_probs: jax.Array, student_log_probs: jax.Array
+) -> dict[str, jax.Array]:
+  """The divergences and rates that are reported, each `[...]`.
+
+  Args:
+    teacher_log_probs: `[..., V]` log p.
+    student_log_probs: `[..., V]` log q.
+
+  Returns:
+    `forward_kl`, `reverse_kl`, `teacher_entropy`, `student_entropy` in nats, and
+    `acceptance`, see `acceptance_rate`.
+  """
+  p, q = teacher_log_probs, student_log_probs
+  return {
+    "forward_kl": divergences.forward_kl(p, q),
+    "reverse_kl": divergences.reverse_kl(p, q),
+    "teacher_entropy": divergences.entropy(p),
+    "student_entropy": divergences.entropy(q),
+    "acceptance": acceptance_rate(p, q),
+  }
+
+
+def sum_by_position(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Sums over rows of what stands at the output's first token, second, ...
+
+  A position is counted within a row's output: its first token of weight above 0
+  is at 0, wherever it stands in the row, so that rows may begin with a prompt.
+
+  >>> weights = jnp.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+  >>> values = jnp.array([[9.0, 1.0, 2.0], [5.0, 9.0, 9.0]])
+  >>> sum_by_position(values, weights).tolist()
+  [6.0, 2.0, 0.0]
+
+  Args:
+    values: `[B, T]`.
+    weights: `[B, T]`, 0 at what is no output; there a value may be anything.
+
+  Returns:
+    `[T]` float32.
+  """
+  counted = weights > 0
+  position = jnp.cumsum(counted, axis=1) - 1
+  # Set aside before the sum: 0 times NaN would be NaN.
+  values = jnp.where(counted, values.astype(jnp.float32), 0.0)
+  position = jnp.where(counted, position, 0)
+  return jax.ops.segment_sum(
+    values.ravel(), position.ravel(), num_segments=values.shape[1]
+  )
+
+
+def calibration_sums(
+  log_probs: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  num_bins: int = NUM_BINS,
+) -> dict[str, jax.Array]:
+  """Confidence and accuracy of the likeliest token, in bins of confidence.
+
+  Bin m of M holds the tokens whose likeliest next token has a probability in
+  (m/M, (m+1)/M].
+
+  Args:
+    log_probs: `[B, T, V]` the student's, teacher forced.
+    targets: `[B, T]` int.
+    weights: `[B, T]`, 0 at what is no output.
+    num_bins: M, of equal width.
+
+  Returns:
+    `confidence`, `correct` and `count`: sums in each bin, `[M]` float32. See
+    `expected_calibration_error`.
+
+  Raises:
+    ValueError: shapes that differ.
+  """
+  shape = log_probs.shape[:-1]
+  if targets.shape != shape or weights.shape != shape:
+    raise ValueError(
+      f"expected targets and weights of shape {shape}, got"
+      f" {targets.shape} and {weights.shape}; one entry per position"
+    )
+  counted = (weights > 0).ravel()
+  best = jnp.argmax(log_probs, axis=-1)
+  confidence = jnp.exp(jnp.max(log_probs, axis=-1)).ravel()
+  confidence = jnp.where(counted, confidence, 1.0)
+  bins = jnp.ceil(confidence * num_bins).astype(jnp.int32) - 1
+  bins = jnp.clip(bins, 0, num_bins - 1)
+
+  def in_bins(values):
+    values = jnp.where(counted, values.astype(jnp.float32), 0.0)
+    return jax.ops.segment_sum(values, bins, num_segments=num_bins)
+
+  return {
+    "confidence": in_bins(confidence),
+    "correct": in_bins((best == targets).ravel()),
+    "count": in_bins(counted),
+  }
+
+
+def expected_calibration_error(sums: dict[str, np.ndarray]) -> float:
+  """Mean over tokens of |accuracy - confidence| of the token's bin, in percent.
+
+  >>> sums = {"confidence": np.array([0.5, 2.7]), "correct": np.array([1, 2]),
+  ...         "count": np.array([1, 3])}
+  >>> round(expected_calibration_error(sums), 1)
+  30.0
+
+  Args:
+    sums: from `calibration_sums`, over all batches.
+
+  Raises:
+    ValueError: there is no token.
+  """
+  total = float(np.sum(sums["count"]))
+  if not total:
+    raise ValueError(
+      "expected target tokens to measure the calibration on, got none; set"
+      " EVAL_SPLIT or MIXTURE_OR_TASK_NAME"
+    )
+  gaps = np.abs(np.subtract(sums["correct"], sums["confidence"]))
+  return float(100.0 * np.sum(gaps) / total)

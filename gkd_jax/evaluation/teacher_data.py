@@ -1,0 +1,286 @@
+"""A teacher's outputs for a whole task, written shard by shard.
+
+Shard s of S holds the outputs for the examples s n / S to (s + 1) n / S of the
+n in the split, and is written whole or not at all. A run that starts again
+skips the shards that are there, so that no output is lost or there twice. The
+random numbers of an output come from (seed, example, sample number) alone, and
+a shard is decoded in the same batches every time: it does not depend on which
+shards were there before, nor on the number of processes. The same files come
+out bit for bit on the same devices with the same batch size.
+
+Each process works alone on its own shards, on its own devices.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from gkd_jax import data, partitioning
+from gkd_jax.evaluation import teacher_records
+from gkd_jax.tasks import teacher_shards
+
+
+def write(
+  model: Any,
+  params: Any,
+  task: seqio.Task,
+  lengths: Mapping[str, int],
+  prefix: str,
+  shards: teacher_records.Shards,
+  *,
+  split: str,
+  batch_size: int,
+  num_examples: int | None = None,
+  temperature: float = 0.0,
+  use_cached: bool = False,
+  seed: int = 0,
+  process_index: int | None = None,
+  process_count: int | None = None,
+) -> int:
+  """Writes the shards of this process that are not there yet.
+
+  Args:
+    model: the teacher, with T5X's protocol.
+    params: its parameters, on the host.
+    task: a task, not a mixture.
+    lengths: seqio feature to length in tokens.
+    prefix: of the shards' paths, see `teacher_shards`; local, or `gs://`.
+    shards: how they are stored.
+    split: name of the split.
+    batch_size: rows decoded at a time.
+    num_examples: the first so many alone, None for all.
+    temperature: 0 is greedy, or as the model's `decode_fn` has it.
+    use_cached: read seqio's cache.
+    seed: of sampling, and of preprocessors that draw numbers.
+    process_index: this process; by default JAX's.
+    process_count: of all that share the work; by default JAX's.
+
+  Returns:
+    The number of examples in the split.
+
+  Raises:
+    ValueError: a wrong setting, or shards that were begun with others.
+  """
+  index = jax.process_index() if process_index is None else process_index
+  count = jax.process_count() if process_count is None else process_count
+  _check(model, task, split, shards, temperature)
+  dataset = functools.partial(
+    _examples, task, lengths, model, split, num_examples, use_cached, seed
+  )
+  settings = {
+    "CHECKPOINT_PATH": fingerprint(params),
+    "TASK_FEATURE_LENGTHS": dict(lengths),
+    "EVAL_SPLIT": split,
+    "EVAL_NUM_EXAMPLES": num_examples,
+    "SEED": seed,
+    **_settings(model, task, shards, temperature),
+  }
+  total = _begun(prefix, settings, shards, dataset, model, index)
+  paths = teacher_shards.shard_paths(prefix, shards.num_shards)
+  mine = _missing(paths, index, count)
+  if mine:
+    mesh = partitioning.make_mesh(devices=jax.local_devices())
+    params = jax.device_put(params, partitioning.replicated(mesh))
+    size = min(batch_size, -(-total // shards.num_shards))
+    for s, start, rows in _shares(dataset(), total, shards.num_shards, mine):
+      records = teacher_records.records(
+        model,
+        params,
+        task,
+        rows,
+        shards,
+        first_index=start,
+        temperature=temperature,
+        seed=seed,
+        batch_size=size,
+        mesh=mesh,
+      )
+      teacher_shards.write_shard(paths[s], records)
+      print(
+        f"shard {s + 1} of {len(paths)}: {len(rows):,} examples from"
+        f" {start:,} on",
+        flush=True,
+      )
+  _wait_for_others()
+  return total
+
+
+def _missing(paths, index, count):
+  """Numbers of the shards of one of `count` processes that are not there yet."""
+  return {
+    s
+    for s, path in enumerate(paths)
+    if s % count == index and not tf.io.gfile.exists(path)
+  }
+
+
+def _wait_for_others():
+  if jax.process_count() > 1:
+    # Whoever is ready first would end the others' coordinator.
+    multihost_utils.sync_global_devices("teacher_data written")
+
+
+def fingerprint(params: Any) -> str:
+  """A checksum of parameters: of their names, shapes, types and values."""
+  code = 0
+  for name, leaf in sorted(traverse_util.flatten_dict(dict(params)).items()):
+    leaf = np.ascontiguousarray(leaf)
+    head = f"{'/'.join(name)} {leaf.shape} {leaf.dtype}".encode()
+    code = zlib.crc32(leaf.reshape(-1).view(np.uint8), zlib.crc32(head, code))
+  return f"crc32:{code:08x}"
+
+
+def _settings(model, task, shards, temperature):
+  """What the outputs depend on, by the names of the gin macros."""
+  settings = {
+    "MIXTURE_OR_TASK_NAME": task.name,
+    "NUM_REAL_TOKENS": model.num_real_tokens,
+    **{k.upper(): v for k, v in dataclasses.asdict(shards).items()},
+  }
+  if shards.targets == teacher_records.OUTPUTS:
+    settings |= {
+      "SAMPLING_TEMPERATURE": temperature,
+      "DECODE_FN": _name(model.decode_fn),
+      "DECODER_PARAMS": repr(
+        sorted(
+          (name, value)
+          for name, value in model.default_decoder_params.items()
+          if name != "slots"  # the outputs are the same
+        )
+      ),
+    }
+  return settings
+
+
+def _check(model, task, split, shards, temperature):
+  if not isinstance(task, seqio.Task):
+    raise ValueError(
+      f"expected one task for a teacher's data, got the mixture {task.name!r};"
+      " set MIXTURE_OR_TASK_NAME"
+    )
+  if split not in task.splits:
+    raise ValueError(
+      f"expected a split of {sorted(task.splits)} of {task.name}, got"
+      f" {split!r}; set EVAL_SPLIT"
+    )
+  size = model.num_real_tokens or model.config.vocab_size
+  if shards.top_k > size:
+    raise ValueError(
+      f"expected TOP_K of at most {size}, the number of tokens, got"
+      f" {shards.top_k}; set TOP_K"
+    )
+  if shards.num_samples > 1 and not teacher_records.draws(model, temperature):
+    raise ValueError(
+      f"expected one output for each input without sampling, got"
+      f" {shards.num_samples} at temperature {temperature};"
+      " set SAMPLING_TEMPERATURE, or NUM_SAMPLES = 1"
+    )
+
+
+def _name(decode_fn):
+  """A decode function's name, and what is bound to it."""
+  if isinstance(decode_fn, functools.partial):
+    bound = sorted(decode_fn.keywords.items())
+    return f"{_name(decode_fn.func)} {bound!r}"
+  return f"{decode_fn.__module__}.{decode_fn.__qualname__}"
+
+
+def _examples(
+  task, lengths, model, split, num_examples, use_cached, seed
+) -> tf.data.Dataset:
+  """Pairs of a task's example and its model features, in the split's order."""
+  dataset = task.get_dataset(
+    sequence_length=dict(lengths),
+    split=split,
+    shuffle=False,
+    use_cached=use_cached,
+    seed=seed,
+  )
+  if num_examples is not None:
+    dataset = dataset.take(num_examples)
+  convert = data.feature_converter(model.FEATURE_CONVERTER_CLS, pack=False)
+  features = convert(dataset, dict(lengths))
+  return tf.data.Dataset.zip((dataset, features))
+
+
+def _begun(prefix, settings, shards, dataset, model, index):
+  """The number of examples, after the manifest was made or compared."""
+  # As JSON has them: tuples are lists.
+  settings = json.loads(json.dumps(settings))
+  manifest = teacher_shards.read_manifest(prefix)
+  if manifest is None and index == 0:
+    total = sum(1 for _ in dataset())
+    if not total:
+      raise ValueError(
+        f"expected examples in the split {settings['EVAL_SPLIT']!r} of"
+        f" {settings['MIXTURE_OR_TASK_NAME']}, got none; set EVAL_SPLIT"
+      )
+    laws = None
+    if shards.top_k:
+      laws = {
+        "top_k": shards.top_k,
+        "ids": "uint16" if model.config.vocab_size <= 2**16 else "int32",
+        "log_probs": shards.top_k_dtype,
+      }
+    teacher_shards.write_manifest(
+      prefix, {"settings": settings, "num_examples": total, "laws": laws}
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("teacher_data begun")
+  manifest = teacher_shards.read_manifest(prefix)
+  if manifest is None:
+    raise ValueError(
+      "expected the manifest that the first process writes, got none at"
+      f" {teacher_shards.manifest_path(prefix)}; set OUTPUT_PATH to a folder"
+      " that all processes see"
+    )
+  known = manifest["settings"]
+  other = [
+    f"{name} {settings.get(name)!r} instead of {known.get(name)!r}"
+    for name in sorted({*known, *settings})
+    if settings.get(name) != known.get(name)
+  ]
+  if other:
+    raise ValueError(
+      "expected the settings that these shards were begun with"
+      f" ({teacher_shards.manifest_path(prefix)}), got {', '.join(other)};"
+      f" set {other[0].split()[0]}, or OUTPUT_PATH to another prefix"
+    )
+  return manifest["num_examples"]
+
+
+def _shares(
+  dataset: tf.data.Dataset, total: int, num_shards: int, wanted: set[int]
+) -> Iterator[tuple[int, int, Sequence[Any]]]:
+  """Yields (shard, its first example's index, its pairs) of the wanted shards.
+
+  The examples before and between them are read and dropped.
+  """
+  pairs = dataset.as_numpy_iterator()
+  for s in range(max(wanted) + 1):
+    start, stop = s * total // num_shards, (s + 1) * total // num_shards
+    share = itertools.islice(pairs, stop - start)
+    if s not in wanted:
+      read = sum(1 for _ in share)
+      rows = []
+    else:
+      rows = list(share)
+      read = len(rows)
+    if read < stop - start:
+      raise ValueError(
+        f"expected {total} examples, as when these shards were begun, got"
+        f" {start + read}; set OUTPUT_PATH to another prefix"
+      )
+    if s in wanted:
+      yield s, start, rows

@@ -1,0 +1,432 @@
+"""Runs the cells of a grid as processes, and goes on where a sweep stopped.
+
+Finds what is wrong with the gin of a grid before any cell is run.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from gkd_jax.experiments import run_folders, sweeps
+
+GKD = (sys.executable, "-m", "gkd_jax.main")
+_POLL_SECONDS = 0.2
+_TAIL_LINES = 20
+
+
+@dataclasses.dataclass
+class _Running:
+  """A cell under way; without a process it is one of a sweep that was killed."""
+
+  cell: sweeps.Cell
+  cores: list[int]
+  process: subprocess.Popen | None
+
+
+def prepare(
+  cells: Sequence[sweeps.Cell], output: str, report: Mapping[str, Any]
+):
+  """Makes the folders, with what each cell is in `cell.json`.
+
+  Args:
+    cells: from `sweeps.cells`.
+    output: folder of the sweep.
+    report: the sweep file's settings of the report, kept in `sweep.json`.
+
+  Raises:
+    ValueError: a folder holds a cell with other settings, or `output` cannot
+      stand in a gin string.
+  """
+  if set(output) & set("'\"\\{}"):
+    raise ValueError(
+      "expected a folder without quotes, backslashes and braces, got"
+      f" {output!r}; set --output_dir"
+    )
+  for cell in cells:
+    folder = os.path.join(output, cell.name)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "cell.json")
+    new = json.loads(json.dumps(dataclasses.asdict(cell)))
+    if os.path.exists(path):
+      with open(path, encoding="utf-8") as f:
+        old = json.load(f)
+      changed = [k for k in new if old.get(k) != new[k]]
+      if changed and has_begun(cell, output):
+        raise ValueError(
+          f"expected the {', '.join(changed)} that {folder} was begun with,"
+          f" {[old.get(k) for k in changed]}, got {[new[k] for k in changed]};"
+          " remove that folder, or set another --output_dir"
+        )
+    write_json(path, new)
+  axes: dict[str, dict[str, None]] = {}
+  for cell in cells:
+    for axis, label in cell.axes.items():
+      axes.setdefault(axis, {})[label] = None
+  write_json(
+    os.path.join(output, "sweep.json"),
+    {
+      "axes": {axis: list(labels) for axis, labels in axes.items()},
+      "cells": [cell.name for cell in cells],
+      "report": dict(report),
+    },
+  )
+
+
+def has_begun(cell: sweeps.Cell, output: str) -> bool:
+  """Whether the cell was ever started by a sweep, or is finished."""
+  log = os.path.join(output, cell.name, "log.txt")
+  return os.path.exists(log) or is_finished(cell, output)
+
+
+def is_finished(cell: sweeps.Cell, output: str) -> bool:
+  """Whether the cell's last file is there, whoever ran it."""
+  return os.path.exists(
+    os.path.join(output, cell.name, cell.done or "done.json")
+  )
+
+
+def commands(
+  cells: Sequence[sweeps.Cell], output: str, options: Sequence[str] = ()
+) -> str:
+  """Shell lines of the unfinished cells, needed ones before who needs them."""
+  left = [cell for cell in cells if not is_finished(cell, output)]
+  waves: dict[str, int] = {}
+  for cell in left:
+    waves[cell.name] = 1 + max((waves.get(n, 0) for n in cell.needs), default=0)
+  lines = []
+  for wave in sorted(set(waves.values())):
+    lines.append(
+      f"# wave {wave}"
+      + (f": after wave {wave - 1} has finished" if wave > 1 else "")
+    )
+    for cell in left:
+      if waves[cell.name] == wave:
+        lines.append(_shell_line(cell, output, options))
+  return "\n".join(lines)
+
+
+def _shell_line(cell, output, options):
+  environment = cell.environment(output).items()
+  words = [f"{name}={shlex.quote(value)}" for name, value in environment]
+  words += ["gkd", *map(shlex.quote, [*cell.arguments(output), *options])]
+  if cell.done is None:
+    marker = os.path.join(output, cell.name, "done.json")
+    words.append(f"&& echo '{{}}' >{shlex.quote(marker)}")
+  return " ".join(words)
+
+
+def run(
+  cells: Sequence[sweeps.Cell],
+  output: str,
+  *,
+  jobs: int,
+  options: Sequence[str] = (),
+  program: Sequence[str] = GKD,
+) -> bool:
+  """Runs what is not finished, `jobs` cells at a time.
+
+  A cell that fails does not stop the others; those that need it are left out.
+  SIGTERM and Ctrl-C are handed on, so that training saves before it stops.
+
+  Args:
+    cells: from `sweeps.cells`, prepared.
+    output: folder of the sweep.
+    jobs: cells at a time; the cores of this process are divided among them.
+    options: further command line arguments of each cell.
+    program: what is started with a cell's arguments.
+
+  Returns:
+    Whether every cell is finished.
+  """
+  # Cells are found finished by their files alone, so all else may be killed.
+  waiting = [cell for cell in cells if not is_finished(cell, output)]
+  if len(waiting) < len(cells):
+    done = len(cells) - len(waiting)
+    print(f"{done} of {len(cells)} cells are finished already", flush=True)
+  failed: dict[str, str] = {}
+  running: list[_Running] = []
+  free = core_groups(jobs)
+  command = lambda cell: [*program, *cell.arguments(output), *options]
+  with _forwarded_signals(running) as stopped:
+    while (waiting and not stopped) or running:
+      while free and not stopped:
+        cell = _next_cell(waiting, cells, failed, output)
+        if cell is None:
+          break
+        running.append(_start(cell, output, free.pop(0), command(cell)))
+        if stopped and running[-1].process:  # a signal in between
+          running[-1].process.terminate()
+      time.sleep(_POLL_SECONDS)
+      for item in list(running):
+        if stopped and item.process is None:
+          running.remove(item)  # not ours to stop
+          continue
+        error = _outcome(item, output)
+        if error is None:
+          continue
+        running.remove(item)
+        free.append(item.cores)
+        if error and item.process is None:
+          waiting.insert(0, item.cell)  # goes on from where the other stopped
+          continue
+        if error and not stopped:
+          failed[item.cell.name] = error
+        _say_outcome(
+          item.cell, "stopped" if error and stopped else error, output
+        )
+        run_folders.write_table(output)
+  run_folders.write_table(output)
+  for name, error in failed.items():
+    print(f"\n{name}: {error}", flush=True)
+  if stopped:
+    print("stopped; the same command goes on from here", flush=True)
+    sys.exit(128 + stopped[0])
+  print(
+    f"{sum(is_finished(cell, output) for cell in cells)} of {len(cells)} cells"
+    f" finished, {len(failed)} failed or left out;"
+    f" table in {os.path.join(output, 'cells.csv')}",
+    flush=True,
+  )
+  return not failed
+
+
+def core_groups(jobs: int) -> list[list[int]]:
+  """The cores of this process, dealt out to `jobs` cells.
+
+  An empty list of cores is one that is not set: where the system has no
+  affinity. More jobs than cores share them.
+  """
+  if not hasattr(os, "sched_getaffinity"):
+    return [[] for _ in range(jobs)]
+  cores = sorted(os.sched_getaffinity(0))
+  return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
+
+
+def write_json(path: str, value: Any):
+  """Writes a file that is there whole or not at all."""
+  temporary = f"{path}.{os.getpid()}.tmp"
+  with open(temporary, "w", encoding="utf-8") as f:
+    json.dump(value, f, indent=1)
+  os.replace(temporary, path)
+
+
+def _next_cell(waiting, cells, failed, output) -> sweeps.Cell | None:
+  """Takes the first waiting cell that has all it needs.
+
+  Those that need a cell in `failed` join it.
+  """
+  finished = {c.name for c in cells if is_finished(c, output)}
+  for cell in list(waiting):
+    missing = [name for name in cell.needs if name in failed]
+    if missing:
+      waiting.remove(cell)
+      failed[cell.name] = f"not run: it needs {', '.join(missing)}"
+    elif finished.issuperset(cell.needs):
+      waiting.remove(cell)
+      return cell
+  return None
+
+
+def _say_outcome(cell, error, output):
+  print(
+    f"{time.strftime('%H:%M:%S')} {cell.name}:"
+    f" {error.splitlines()[0] if error else _scores(cell, output)}",
+    flush=True,
+  )
+
+
+def _start(cell, output, cores, command) -> _Running:
+  """Starts a cell under its cores, or waits for one that a dead sweep started."""
+  folder = os.path.join(output, cell.name)
+  with open(os.path.join(folder, ".lock"), "w") as lock:
+    if not _lock(lock):
+      print(f"{cell.name}: is running already, waiting for it", flush=True)
+      return _Running(cell, cores, None)
+    if is_finished(cell, output):
+      return _Running(cell, cores, None)
+    print(f"{time.strftime('%H:%M:%S')} {cell.name}: started", flush=True)
+    before = _set_cores(cores)
+    try:
+      with open(os.path.join(folder, "log.txt"), "ab") as log:
+        process = subprocess.Popen(
+          command,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          stdin=subprocess.DEVNULL,
+          env=_environment(cell, output),
+          # Ctrl-C reaches the sweep alone, which hands SIGTERM on.
+          start_new_session=True,
+          # The lock lives as long as the cell does, whatever becomes of us.
+          pass_fds=[lock.fileno()],
+        )
+    finally:
+      _set_cores(before)
+  return _Running(cell, cores, process)
+
+
+def _set_cores(cores):
+  """Sets this process's cores, which a child starts with; returns the old ones.
+
+  A library that counts cores when it starts (XLA's thread pools) must see them.
+  """
+  if not cores:
+    return cores
+  before = sorted(os.sched_getaffinity(0))
+  os.sched_setaffinity(0, cores)
+  return before
+
+
+def _environment(cell, output):
+  # Cells of a grid are the same few programs: each is compiled once. A folder
+  # for each machine, because the programs are made for its processor.
+  compiled = os.path.join(output, f".compiled-{platform.node()}")
+  defaults = {
+    "JAX_COMPILATION_CACHE_DIR": compiled,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # a failed cell's last lines are its own
+  }
+  return defaults | os.environ | cell.environment(output)
+
+
+def _outcome(item: _Running, output: str) -> str | None:
+  """None while it runs, "" when it is finished, else what went wrong."""
+  cell = item.cell
+  folder = os.path.join(output, cell.name)
+  status = None
+  if item.process is not None:
+    status = item.process.poll()
+    if status is None:
+      return None
+  else:
+    with open(os.path.join(folder, ".lock"), "w") as lock:
+      if not _lock(lock):
+        return None
+  if status == 0 and cell.done is None:
+    write_json(os.path.join(folder, "done.json"), {})
+  if is_finished(cell, output):
+    return ""
+  if status:
+    reason = f"failed with exit status {status}"
+  else:
+    reason = f"ended without {cell.done}, which says that it is finished"
+    if cell.done == "final.json":
+      reason += "; set train.train.final_eval_split"
+  return f"{reason}\n{_tail(os.path.join(folder, 'log.txt'))}"
+
+
+def _scores(cell, output):
+  """The scores of a finished cell, in short."""
+  row = run_folders.read_cell(os.path.join(output, cell.name))
+  shown = [f"{k} {v:.2f}" for k, v in row.items() if k.startswith("greedy/")]
+  return " ".join(["finished", *shown])
+
+
+def _tail(path):
+  """The last lines of a log."""
+  if not os.path.exists(path):
+    return f"no log in {path}"
+  with open(path, "rb") as f:
+    f.seek(max(0, os.path.getsize(path) - 16384))
+    lines = f.read().decode(errors="replace").splitlines()
+  return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+
+
+def _lock(file: IO) -> bool:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
+  """Hands SIGTERM and SIGINT on as SIGTERM; yields a list that then holds one."""
+  seen: list[int] = []
+
+  def handle(number, frame):
+    del frame
+    seen.append(number)
+    for item in running:
+      if item.process is not None:
+        item.process.terminate()
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, handle) for number in numbers}
+  try:
+    yield seen
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def check_cells(
+  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
+):
+  """Parses the gin of each cell, in a process that ends with it.
+
+  The process keeps what gin imports (jax, TensorFlow) out of the sweep's own,
+  which may run for days.
+
+  Args:
+    cells: those to be run.
+    output: folder of the sweep.
+    search_paths: further folders of gin files.
+
+  Raises:
+    ValueError: gin that cannot be parsed, a macro that nothing reads, or a
+      training cell that would write no `final.json`.
+  """
+  if not cells:
+    return
+  with concurrent.futures.ProcessPoolExecutor(
+    max_workers=1, mp_context=multiprocessing.get_context("spawn")
+  ) as pool:
+    pool.submit(check_here, cells, output, search_paths).result()
+
+
+def check_here(
+  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
+):
+  """What `check` does, in this process; gin's state is left as the last cell's."""
+  import gin
+  from gkd_jax import gin_utils
+  from gkd_jax.experiments import sweeps
+
+  # Seeds differ by a number alone: the first is parsed.
+  firsts: dict[tuple, sweeps.Cell] = {}
+  for cell in cells:
+    firsts.setdefault((cell.stage, *cell.axes.values()), cell)
+  for cell in firsts.values():
+    bindings = [
+      f"{name} = {value.replace('{output}', output)}"
+      for name, value in cell.settings.items()
+    ]
+    try:
+      gin_utils.parse(cell.gin_files, bindings, search_paths)
+    except Exception as error:  # gin raises many kinds
+      # The first line is what is wrong, the others say where gin met it.
+      reason = str(error).strip().splitlines() or [repr(error)]
+      raise ValueError(f"{cell.name}: {reason[0]}") from None
+    if cell.command == "train" and cell.done == "final.json":
+      try:
+        split = gin.query_parameter("train.train.final_eval_split")
+      except ValueError:
+        split = None
+      if not split:
+        raise ValueError(
+          f"expected a split to score {cell.name} on, got none;"
+          " set train.train.final_eval_split"
+        )

@@ -1,0 +1,325 @@
+"""Losses over sequences: temperature, mask, normalisation, sum and weight.
+
+Every loss returns `(loss_sum, weight_sum, aux)`. The caller adds sums and
+weights over microbatches and devices and divides once, so that the gradient
+depends on none of them. `aux` are `types.Metrics`, per token whatever the
+normalisation of the loss, and carry no gradient.
+
+All is computed in float32. A position of weight 0 adds neither value nor
+gradient, even where its logits are NaN or infinite.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax import divergences, types
+from gkd_jax.divergences import stable
+from gkd_jax.losses import vocabulary
+
+
+def token_weights(
+  weights: jax.Array,
+  length_normalization: str,
+  segment_ids: jax.Array | None = None,
+  importance: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Weights that turn per-token losses into the loss's sum.
+
+  >>> w, n = token_weights(jnp.array([[1., 1.], [1., 0.]]), "sequence")
+  >>> w.tolist(), float(n)
+  ([[0.5, 0.5], [1.0, 0.0]], 2.0)
+
+  Args:
+    weights: `[B, T]`, 0 at padding.
+    length_normalization: "sequence": the tokens of each sequence share a weight
+      of 1, the paper's 1/L_y (equation 2). "token": `weights` as they are.
+    segment_ids: `[B, T]` int, which sequence of a packed row each token belongs
+      to; None for one sequence per row.
+    importance: `[B, T]` factors of the result, see `importance.factors`; None
+      for 1.
+
+  Returns:
+    The weights `[B, T]` float32, and their sum `[]` float32: the number of
+    sequences with at least one weighted token, which `importance` leaves as it
+    is, or the sum of `weights`, each times its factor.
+
+  Raises:
+    ValueError: another `length_normalization`, or shapes that differ.
+  """
+  if length_normalization not in ("sequence", "token"):
+    raise ValueError(
+      "expected length normalisation 'sequence' or 'token', got"
+      f" {length_normalization!r}; set LENGTH_NORMALIZATION"
+    )
+  weights = weights.astype(jnp.float32)
+  if length_normalization == "token":
+    if importance is not None:
+      weights = weights * importance
+    return weights, jnp.sum(weights)
+  if segment_ids is None:
+    totals = jnp.sum(weights, axis=1, keepdims=True)  # [B, 1]
+    number = jnp.sum(totals > 0)
+  else:
+    _check_shape("segment_ids", segment_ids, weights.shape)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, T]
+    of_others = jnp.where(same, weights[:, None, :], 0.0)
+    totals = jnp.sum(of_others, axis=2)  # [B, T]
+    # A sequence is counted at its first weighted token.
+    before = jnp.sum(jnp.tril(of_others, k=-1), axis=2)
+    number = jnp.sum((weights > 0) & (before == 0))
+  shares = weights / jnp.where(totals > 0, totals, 1.0)
+  if importance is not None:
+    shares = shares * importance
+  return shares, number.astype(jnp.float32)
+
+
+def distillation_loss(
+  teacher_logits: jax.Array,
+  student_logits: jax.Array,
+  weights: jax.Array,
+  *,
+  divergence: str | types.Divergence,
+  teacher_temperature: float | jax.Array = 1.0,
+  student_temperature: float | jax.Array = 1.0,
+  length_normalization: str = "sequence",
+  segment_ids: jax.Array | None = None,
+  importance: jax.Array | None = None,
+  num_real_tokens: int | None = None,
+) -> tuple[jax.Array, jax.Array, types.Metrics]:
+  """Divergence of the student from the teacher, position by position.
+
+  `loss_sum / weight_sum` is the paper's equation 2 averaged over sequences, or
+  the mean over tokens. The result is not multiplied by squared temperatures.
+
+  >>> teacher = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1]]]))
+  >>> student = jnp.log(jnp.array([[[0.75, 0.25], [0.1, 0.9]]]))
+  >>> loss, weight, _ = distillation_loss(
+  ...     teacher, student, jnp.array([[1.0, 0.0]]), divergence="forward_kl")
+  >>> round(float(loss / weight), 4)
+  0.1438
+
+  Args:
+    teacher_logits: `[B, T, V]`. Gradients flow into them as into the student's;
+      stop them outside.
+    student_logits: `[B, T, V]`.
+    weights: `[B, T]`, 0 at padding.
+    divergence: a name in `divergences` without hyper-parameters to set, or what
+      `divergences.get` returns.
+    teacher_temperature: divides the teacher's logits, a number above 0 or a
+      traced scalar.
+    student_temperature: divides the student's logits.
+    length_normalization: "sequence" or "token", see `token_weights`.
+    segment_ids: `[B, T]` int for packed rows, see `token_weights`.
+    importance: `[B, T]` factors, see `token_weights`; metrics have none.
+    num_real_tokens: R; token ids from R on are padding of the vocabulary, and
+      neither law has mass there: value, gradient and metrics are those of the
+      first R logits. None for R = V.
+
+  Returns:
+    `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
+    the mean over tokens of each ("sequence"), or over tokens ("token"). Then
+    metrics per token: `forward_kl`, `reverse_kl`, `teacher_entropy`,
+    `student_entropy` in nats, all at the temperatures of the loss, and
+    `top1_agreement`, the share of tokens that both rank first.
+
+  Raises:
+    ValueError: shapes that differ, a temperature not above 0, a
+      `num_real_tokens` outside of 1..V, or a name or length normalisation that
+      does not exist.
+  """
+  if teacher_logits.shape != student_logits.shape:
+    raise ValueError(
+      "expected teacher and student logits of one shape, got"
+      f" {teacher_logits.shape} and {student_logits.shape}; set the same"
+      " vocab_size for TEACHER and STUDENT"
+    )
+  _check_shape("weights", weights, student_logits.shape[:-1])
+  if isinstance(divergence, str):
+    divergence = divergences.get(divergence)
+  loss, per_token = token_losses(
+    _masked(teacher_logits, weights),
+    _masked(student_logits, weights),
+    divergence,
+    teacher_temperature,
+    student_temperature,
+    num_real_tokens,
+  )
+  shares, weight_sum = token_weights(
+    weights, length_normalization, segment_ids, importance
+  )
+  loss_sum = jnp.sum(shares * loss)
+  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+
+
+TOKEN_METRICS = (
+  "forward_kl",
+  "reverse_kl",
+  "teacher_entropy",
+  "student_entropy",
+  "top1_agreement",
+)
+
+
+def token_losses(
+  teacher_logits: jax.Array,
+  student_logits: jax.Array,
+  divergence: types.Divergence,
+  teacher_temperature: float | jax.Array,
+  student_temperature: float | jax.Array,
+  num_real_tokens: int | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The divergence and the metrics of each token, from float32 logits.
+
+  Args:
+    teacher_logits: `[..., V]`, finite.
+    student_logits: `[..., V]`, finite.
+    divergence: see `distillation_loss`, as the other arguments.
+    teacher_temperature: divides the teacher's logits.
+    student_temperature: divides the student's logits.
+    num_real_tokens: token ids from here on have no mass; None: there are none.
+
+  Returns:
+    Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
+
+  Raises:
+    ValueError: a temperature not above 0, or a `num_real_tokens` outside of
+      1..V.
+  """
+  vocabulary.check_temperatures(teacher_temperature, student_temperature)
+  p = vocabulary.without_padding(
+    teacher_logits / teacher_temperature, num_real_tokens
+  )
+  q = vocabulary.without_padding(
+    student_logits / student_temperature, num_real_tokens
+  )
+  p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+  loss = divergence(p, q)
+  p, q = jax.lax.stop_gradient((p, q))
+  agree = vocabulary.first_of_largest(p) == vocabulary.first_of_largest(q)
+  return loss, summed_metrics(p, q) | {AGREEMENT: agree}
+
+
+AGREEMENT = "top1_agreement"
+
+
+def summed_metrics(p: jax.Array, q: jax.Array) -> dict[str, jax.Array]:
+  """All of `TOKEN_METRICS` but `AGREEMENT`: those that are sums over V.
+
+  Args:
+    p: `[..., V]` the teacher's log-probs.
+    q: `[..., V]` the student's log-probs.
+
+  Returns:
+    `[...]` nats each.
+  """
+  forward, reverse = stable.both_kls(p, q)
+  return {
+    "forward_kl": forward,
+    "reverse_kl": reverse,
+    "teacher_entropy": divergences.entropy(p),
+    "student_entropy": divergences.entropy(q),
+  }
+
+
+def cross_entropy_loss(
+  logits: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+  length_normalization: str = "token",
+  segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, types.Metrics]:
+  """T5X's cross-entropy with label smoothing and z-loss.
+
+  With smoothing ε the target's share is 1-ε, and ε is spread evenly over the
+  other V-1 tokens. The entropy of that law is subtracted, so that the least
+  possible loss is 0 for every ε.
+
+  >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
+  >>> loss, weight, _ = cross_entropy_loss(
+  ...     logits, jnp.array([[1, 0]]), jnp.array([[1.0, 0.0]]))
+  >>> round(float(loss / weight), 4)
+  1.3863
+
+  Args:
+    logits: `[B, T, V]`.
+    targets: `[B, T]` int.
+    weights: `[B, T]`, 0 at padding.
+    label_smoothing: ε in [0, 1).
+    z_loss: factor of log(Z)², which each token adds; Z is the sum of
+      exp(logits).
+    length_normalization: "sequence" or "token", see `token_weights`.
+    segment_ids: `[B, T]` int for packed rows, see `token_weights`.
+
+  Returns:
+    `loss_sum` in nats and `weight_sum`, both `[]` float32, as in
+    `distillation_loss`; with "token", T5X's loss without a normalising factor.
+    Then metrics per token: `cross_entropy` (z-loss not included), `z_loss`, and
+    `accuracy` of the first-ranked token.
+
+  Raises:
+    ValueError: shapes that differ, an ε outside of [0, 1), or a length
+      normalisation that does not exist.
+  """
+  _check_shape("targets", targets, logits.shape[:-1])
+  _check_shape("weights", weights, logits.shape[:-1])
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(
+      f"expected label_smoothing in [0, 1), got {label_smoothing};"
+      " set label_smoothing"
+    )
+  logits = _masked(logits, weights)
+  # As log_softmax, but without writing out `[B, T, V]` log-probs, of which only
+  # the target's are needed, and the sum when smoothing.
+  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+  shifted = logits - largest[:, :, None]
+  log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+  log_z = log_sum + largest
+  picked = jnp.take_along_axis(shifted, targets[:, :, None], axis=-1)[:, :, 0]
+  cross_entropy = log_sum - picked
+  if label_smoothing:
+    others = logits.shape[-1] - 1
+    keep, low = 1 - label_smoothing, label_smoothing / others
+    least = -keep * np.log(keep) - label_smoothing * np.log(low)
+    of_others = others * log_sum - (jnp.sum(shifted, axis=-1) - picked)
+    cross_entropy = keep * cross_entropy + low * of_others - least
+  penalty = z_loss * jnp.square(log_z)
+  shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
+  loss_sum = jnp.sum(shares * (cross_entropy + penalty))
+  per_token = {
+    "cross_entropy": cross_entropy,
+    "z_loss": penalty,
+    "accuracy": vocabulary.first_of_largest(logits) == targets,
+  }
+  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+
+
+def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
+  """Float32 logits, 0 where the weight is.
+
+  Replaced before the softmax: masking the loss after it would still let NaN
+  through, in the gradient.
+  """
+  return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
+
+
+def _token_metrics(
+  per_token: dict[str, jax.Array], weights: jax.Array
+) -> types.Metrics:
+  weights = weights.astype(jnp.float32)
+  total = jnp.sum(weights)
+  return {
+    name: (jax.lax.stop_gradient(jnp.sum(value * weights)), total)
+    for name, value in per_token.items()
+  }
+
+
+def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]):
+  if array.shape != shape:
+    raise ValueError(
+      f"expected {name} of shape {shape}, got {array.shape}; one entry per"
+      " position of the batch"
+    )

@@ -1,0 +1,165 @@
+"""Distillation from a teacher's stored top-k log-probs, the tail kept.
+
+Of each next-token law only the k likeliest tokens are stored, and the mass of
+all others as one more bucket. Merging tokens into a bucket can only lower an
+f-divergence (the data-processing inequality), so the loss is between 0 and the
+exact one, grows with k, and is exact at k = V. Every divergence in
+`divergences` is an f-divergence of (p, q). Without the bucket neither holds: a
+law renormalised over its top k does not see mass that the student puts outside,
+and a truncated sum may be negative.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import types
+from gkd_jax.losses import distillation, vocabulary
+
+# Log-probs are stored as at least this: exp is 0 well above it, and float16
+# holds it.
+LEAST_LOG_PROB = -3e4
+# A logit without mass; finite, so that a bucket of such alone has a gradient.
+_NO_MASS = -1e9
+
+
+def top_k_law(
+  teacher_logits: jax.Array,
+  top_k: int,
+  *,
+  teacher_temperature: float | jax.Array = 1.0,
+  num_real_tokens: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The k likeliest tokens of each law, and their log-probs and the tail's.
+
+  >>> ids, log_probs = top_k_law(jnp.log(jnp.array([0.1, 0.6, 0.3])), 1)
+  >>> ids.tolist(), [round(float(x), 4) for x in jnp.exp(log_probs)]
+  ([1], [0.6, 0.4])
+
+  Args:
+    teacher_logits: `[..., V]` in any float type.
+    top_k: k, from 1 to V (to R, if there is padding).
+    teacher_temperature: divides the logits; the stored law is of this
+      temperature, since none other can be had from a tail.
+    num_real_tokens: R; ids from R on are padding of the vocabulary and have no
+      mass. None for R = V.
+
+  Returns:
+    Ids `[..., k]` int32 from the likeliest down, of equal ones the lowest
+    first, and log-probs `[..., k + 1]` float32 in nats, at least
+    `LEAST_LOG_PROB`. The last is the tail's.
+
+  Raises:
+    ValueError: a k out of range.
+  """
+  size = num_real_tokens or teacher_logits.shape[-1]
+  if not 1 <= top_k <= size:
+    raise ValueError(
+      f"expected top_k within 1..{size}, the number of tokens, got {top_k};"
+      " set TOP_K"
+    )
+  logits = vocabulary.without_padding(
+    teacher_logits.astype(jnp.float32) / teacher_temperature, num_real_tokens
+  )
+  _, ids = jax.lax.top_k(logits, top_k)
+  log_probs = jax.nn.log_softmax(_bucket_logits(logits, ids))
+  return ids, jnp.maximum(log_probs, LEAST_LOG_PROB)
+
+
+def stored_distillation_loss(
+  teacher_ids: jax.Array,
+  teacher_log_probs: jax.Array,
+  student_logits: jax.Array,
+  weights: jax.Array,
+  *,
+  divergence: str | types.Divergence,
+  student_temperature: float | jax.Array = 1.0,
+  length_normalization: str = "sequence",
+  segment_ids: jax.Array | None = None,
+  num_real_tokens: int | None = None,
+) -> tuple[jax.Array, jax.Array, types.Metrics]:
+  """`distillation.distillation_loss` of the k + 1 buckets of `top_k_law`.
+
+  >>> ids, stored = top_k_law(jnp.log(jnp.array([[[0.6, 0.3, 0.1]]])), 1)
+  >>> student = jnp.log(jnp.array([[[0.75, 0.15, 0.1]]]))
+  >>> loss, weight, _ = stored_distillation_loss(
+  ...     ids, stored, student, jnp.ones((1, 1)), divergence="total_variation")
+  >>> round(float(loss / weight), 4)  # exact: 0.15
+  0.15
+
+  Args:
+    teacher_ids: `[B, T, k]` int, distinct at each position of weight above 0.
+    teacher_log_probs: `[B, T, k + 1]` nats, the tail's last, at the teacher's
+      temperature, in any float type; normalised here, as float16 rounds.
+    student_logits: `[B, T, V]`.
+    weights: `[B, T]`, 0 at padding.
+    divergence: see `distillation.distillation_loss`.
+    student_temperature: divides the student's logits.
+    length_normalization: "sequence" or "token", see `distillation.token_weights`.
+    segment_ids: `[B, T]` int for packed rows.
+    num_real_tokens: R of `top_k_law`.
+
+  Returns:
+    `loss_sum` and `weight_sum` as of `distillation.distillation_loss`. So are the
+    metrics, of the buckets: the KLs and entropies are lower bounds.
+    `top1_agreement` is of the whole vocabulary, and `teacher_tail_mass` and
+    `student_tail_mass` are the shares outside of the top k.
+    An id outside of 0..V-1 gives NaN.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
+  expected = (*teacher_ids.shape[:-1], teacher_ids.shape[-1] + 1)
+  if teacher_log_probs.shape != expected:
+    raise ValueError(
+      f"expected teacher log-probs of shape {expected}, those of the ids and of"
+      f" the tail, got {teacher_log_probs.shape}; write the teacher's data anew"
+    )
+  if teacher_ids.shape[:-1] != student_logits.shape[:-1]:
+    raise ValueError(
+      f"expected teacher ids for positions {student_logits.shape[:-1]}, got"
+      f" {teacher_ids.shape[:-1]}; set TASK_FEATURE_LENGTHS"
+    )
+  # Replaced before the softmax: see `losses`.
+  present = weights[:, :, None] > 0
+  logits = jnp.where(present, student_logits.astype(jnp.float32), 0.0)
+  logits = vocabulary.without_padding(
+    logits / student_temperature, num_real_tokens
+  )
+  student = _bucket_logits(logits, teacher_ids)
+  loss, weight, metrics = distillation.distillation_loss(
+    teacher_log_probs,
+    student,
+    weights,
+    divergence=divergence,
+    length_normalization=length_normalization,
+    segment_ids=segment_ids,
+  )
+  weights = weights.astype(jnp.float32)
+  tails = {
+    name: jnp.where(present, jax.nn.softmax(x.astype(jnp.float32)), 0.0)[
+      ..., -1
+    ]
+    for name, x in (("teacher", teacher_log_probs), ("student", student))
+  }
+  agrees = jnp.argmax(logits, axis=-1) == teacher_ids[..., 0]
+  more = {"top1_agreement": agrees} | {
+    f"{name}_tail_mass": mass for name, mass in tails.items()
+  }
+  total = jnp.sum(weights)
+  metrics |= {
+    name: (jax.lax.stop_gradient(jnp.sum(value * weights)), total)
+    for name, value in more.items()
+  }
+  return loss, weight, metrics
+
+
+def _bucket_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
+  """Logits `[..., k + 1]` of the tokens `ids`, and of all others as one.
+
+  The rest is summed as it is: 1 minus the others' mass has no digits left where
+  it is small.
+  """
+  picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill")
+  others = jnp.put_along_axis(logits, ids, _NO_MASS, axis=-1, inplace=False)
+  rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+  return jnp.concatenate([picked, rest], axis=-1)

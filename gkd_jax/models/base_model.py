@@ -1,0 +1,341 @@
+"""What the encoder-decoder and the decoder-only model share.
+
+A subclass says how logits come about (`logits`) and where its outputs stand in
+a row (`loss_weights`); losses and scores follow from the two.
+"""
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import decoding, losses, partitioning, types
+from gkd_jax.network import layer_loops
+
+EOS_ID = 1
+# Where the sequences of a step come from.
+DATA, STUDENT, MIXED = "data", "student", "mixed"
+
+
+class BaseTransformerModel:
+  """T5X's losses, scores and predictions, given a subclass's logits and cache.
+
+  Args:
+    module: the network.
+    input_vocabulary: kept for callers that decode; not read here.
+    output_vocabulary: as `input_vocabulary`.
+    optimizer_def: kept for T5X's gin files; the trainer takes its own.
+    decode_fn: how `predict_batch` decodes: `decoding.sample`,
+      `decoding.beam_search`, or another `types.DecodeFn`. None is
+      `decoding.sample` at temperature 0 (greedy).
+    default_decoder_params: options of `decode_fn` where `predict_batch_with_aux`
+      is given no others, `num_decodes` and `return_all_decodes` among them.
+    num_real_tokens: token ids from here on are padding of the vocabulary (T5
+      has 32,100 pieces and 32,128 logits). They are never decoded, and GKD's
+      divergence leaves them out; the cross-entropy and `score_batch` do not, as
+      in T5X. None: there are none.
+    label_smoothing: share of the target mass on the other tokens.
+    z_loss: factor of log(Z)^2, per token.
+    length_normalization: of `train_loss`: "token" (mean over target tokens) or
+      "sequence" (mean over sequences of the mean over tokens).
+    loss_normalizing_factor: divides `loss_fn`'s sum; None leaves it a sum.
+
+  Raises:
+    ValueError: `num_real_tokens` is not within 2..vocab_size.
+  """
+
+  teacher = None
+
+  def __init__(
+    self,
+    module: Any,
+    input_vocabulary: Any = None,
+    output_vocabulary: Any = None,
+    optimizer_def: Any = None,
+    decode_fn: types.DecodeFn | None = None,
+    *,
+    default_decoder_params: Mapping[str, Any] | None = None,
+    num_real_tokens: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    length_normalization: str = "token",
+    loss_normalizing_factor: float | None = None,
+  ):
+    self.module = module
+    self.input_vocabulary = input_vocabulary
+    self.output_vocabulary = output_vocabulary
+    self.optimizer_def = optimizer_def
+    self.decode_fn = decode_fn or _GREEDY
+    self.default_decoder_params = dict(default_decoder_params or {})
+    self.num_real_tokens = num_real_tokens
+    self.label_smoothing = label_smoothing
+    self.z_loss = z_loss
+    self.length_normalization = length_normalization
+    self.loss_normalizing_factor = loss_normalizing_factor
+    vocab_size = self.config.vocab_size
+    if num_real_tokens is not None and not 2 <= num_real_tokens <= vocab_size:
+      raise ValueError(
+        f"expected num_real_tokens within 2..{vocab_size}, the vocab_size, got"
+        f" {num_real_tokens}; set NUM_REAL_TOKENS"
+      )
+
+  @property
+  def config(self) -> Any:
+    """The network's sizes."""
+    return self.module.config
+
+  @property
+  def student(self) -> Any:
+    """The model that is trained: this one."""
+    return self
+
+  def logits(
+    self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
+  ) -> jax.Array:
+    """See `types.TransformerModel.logits`."""
+    raise NotImplementedError
+
+  def decoder_params(self, params: Any) -> Any:
+    """See `types.TransformerModel.decoder_params`; here all of them."""
+    return params
+
+  def loss_weights(self, batch: types.Batch) -> jax.Array:
+    """See `types.TransformerModel.loss_weights`."""
+    return loss_weights(batch)
+
+  def train_loss(
+    self,
+    params: Any,
+    teacher_params: Any,
+    batch: types.Batch,
+    *,
+    source: str,
+    step: jax.Array,
+    key: jax.Array,
+    row_ids: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
+    """Cross-entropy on the data (SFT): (loss_sum, weight_sum, metrics).
+
+    Args:
+      params: of the network.
+      teacher_params: not read.
+      batch: T5X's features, `[B, ...]`.
+      source: "data"; nothing else is possible without a teacher.
+      step: not read.
+      key: of this step and microbatch.
+      row_ids: not read.
+    """
+    del teacher_params, step, row_ids
+    if source != DATA:
+      raise ValueError(f"expected source {DATA!r} for SFT, got {source!r}")
+    dropout_key = key if self.config.dropout_rate > 0 else None
+    return self._cross_entropy(
+      params, batch, dropout_key, self.length_normalization
+    )
+
+  def _cross_entropy(self, params, batch, dropout_rng, normalization):
+    targets = batch["decoder_target_tokens"]
+    return losses.cross_entropy_loss(
+      self.logits(params, batch, dropout_rng),
+      targets,
+      self.loss_weights(batch),
+      label_smoothing=self.label_smoothing,
+      z_loss=self.z_loss,
+      length_normalization=normalization,
+      segment_ids=batch.get("decoder_segment_ids"),
+    )
+
+  def loss_fn(
+    self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None
+  ) -> tuple[jax.Array, types.Metrics]:
+    """T5X's loss: cross-entropy summed over target tokens, and metrics."""
+    loss, _, metrics = self._cross_entropy(params, batch, dropout_rng, "token")
+    if self.loss_normalizing_factor is not None:
+      loss = loss / self.loss_normalizing_factor
+    return loss, metrics
+
+  def eval_fn(
+    self, params: Any, batch: types.Batch
+  ) -> tuple[jax.Array, types.Metrics]:
+    """`loss_fn` without dropout."""
+    return self.loss_fn(params, batch, None)
+
+  def predict_batch(
+    self, params: Any, batch: types.Batch, rng: jax.Array | None = None
+  ) -> jax.Array:
+    """The best output of each row `[B, T]`, zeros after EOS."""
+    return self.predict_batch_with_aux(
+      params, batch, rng, return_all_decodes=False
+    )[0]
+
+  def predict_batch_with_aux(
+    self,
+    params: Any,
+    batch: types.Batch,
+    rng: jax.Array | None = None,
+    decoder_params: Mapping[str, Any] | None = None,
+    return_all_decodes: bool | None = None,
+    num_decodes: int | None = None,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Outputs and their scores.
+
+    Args:
+      params: of the network.
+      batch: the output length is that of `decoder_input_tokens`.
+      rng: key; may be None where nothing is drawn.
+      decoder_params: options of `decode_fn`, over `default_decoder_params`.
+      return_all_decodes: return all N outputs, not the best. By default what
+        the two dictionaries hold, else False.
+      num_decodes: N, samples or beams for each row. By default what the two
+        dictionaries hold, else 1.
+
+    Returns:
+      Tokens `[B, T]`, and `{"scores": [B]}`: the summed log-probs of a sample
+      in nats, or the scores of `beam_search`. With `return_all_decodes`, tokens
+      `[B, N, T]` and scores `[B, N]` in ascending order.
+
+    Raises:
+      ValueError: N below 1, or an option that `decode_fn` does not take.
+    """
+    options = self.default_decoder_params | dict(decoder_params or {})
+    of_options = options.pop("num_decodes", 1)
+    if num_decodes is None:
+      num_decodes = int(of_options)
+    of_options = options.pop("return_all_decodes", False)
+    return_all = (
+      of_options if return_all_decodes is None else return_all_decodes
+    )
+    if num_decodes < 1:
+      raise ValueError(
+        f"expected at least 1 decode, got {num_decodes}; set num_decodes"
+      )
+    tokens, scores = self._decode(
+      params, batch, rng, num_decodes=num_decodes, options=options
+    )
+    if return_all:
+      return tokens, {"scores": scores}
+    return tokens[:, -1], {"scores": scores[:, -1]}
+
+  def with_decode_fn(
+    self, decode_fn: types.DecodeFn | None = None, **default_decoder_params: Any
+  ) -> Any:
+    """This model with another `decode_fn` and its options; None is greedy."""
+    chosen = decode_fn or _GREEDY
+    if (chosen, default_decoder_params) == (
+      self.decode_fn,
+      self.default_decoder_params,
+    ):
+      return self  # what was compiled for it is used again
+    model = copy.copy(self)
+    model.decode_fn = chosen
+    model.default_decoder_params = default_decoder_params
+    return model
+
+  @property
+  def _decoding_module(self):
+    """The network as it decodes: its layers are not scanned."""
+    return layer_loops.unrolled(self.module)
+
+  def _unstacked(self, params):
+    """The parameters of `_decoding_module`."""
+    if not layer_loops.is_scanned(self.module):
+      return params
+    return layer_loops.unstacked(params)
+
+  def _decoding_params(self, params):
+    """The parameters of a decoding loop, gathered before it once."""
+    one = {f"{name}_input_tokens": (1, 1) for name in ("encoder", "decoder")}
+
+    def axes():
+      variables = jax.eval_shape(
+        lambda: self.get_initial_variables(jax.random.key(0), one)
+      )
+      return partitioning.logical_axes(variables["params_axes"])
+
+    return self._unstacked(partitioning.gather(params, axes))
+
+  def _of_real_tokens(self, logits):
+    """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
+    return losses.without_padding(
+      logits, self.num_real_tokens, no_mass=-jnp.inf
+    )
+
+  def _decode(self, params, batch, key, *, num_decodes, options):
+    """`decoding.decode` with `decode_fn`: tokens `[B, N, T]`, scores `[B, N]`."""
+    raise NotImplementedError
+
+  def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
+    """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
+    log_probs = jax.nn.log_softmax(self.logits(params, batch))
+    targets = batch["decoder_target_tokens"]
+    picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)
+    return jnp.sum(picked[:, :, 0] * self.loss_weights(batch), axis=-1)
+
+
+_GREEDY = functools.partial(decoding.sample, temperature=0.0)
+
+
+def loss_weights(batch: types.Batch) -> jax.Array:
+  """Returns the loss weights `[B, T]`, float32; without the feature, 1 where a target stands."""
+  weights = batch.get("decoder_loss_weights")
+  if weights is None:
+    weights = batch["decoder_target_tokens"] > 0
+  return weights.astype(jnp.float32)
+
+
+def check_unpacked(batch: types.Batch) -> None:
+  """Raises a ValueError for a packed batch, whose outputs cannot be replaced."""
+  if "decoder_segment_ids" in batch:
+    raise ValueError(
+      "expected unpacked batches for on-policy training, got packed ones;"
+      " set PACK = False"
+    )
+
+
+def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
+  """Metrics of a batch whose outputs the student wrote, all of them.
+
+  Args:
+    targets: `[B, T]` int32.
+    weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
+
+  Returns:
+    Mean `sampled_length` in tokens, share `sampled_eos` of outputs that ended,
+    and `on_policy_share`, 1; rows without an output count for nothing.
+  """
+  rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
+  ended = jnp.any((targets == EOS_ID) & (weights > 0), axis=1)
+  number = jnp.sum(rows)
+  return {
+    "sampled_length": (jnp.sum(weights), number),
+    "sampled_eos": (jnp.sum(rows * ended), number),
+    "on_policy_share": (number, number),
+  }
+
+
+def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
+  """The keys of a network: that of dropout, or none."""
+  return {} if key is None else {"dropout": key}
+
+
+def split_key(key: jax.Array | None) -> tuple:
+  """Two keys from one, or twice None: dropout on both sides or on neither."""
+  return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def dropout_keys(
+  dropout_rate: float, key: jax.Array, row_ids: jax.Array
+) -> tuple:
+  """Keys of the encoder's and the decoder's dropout in a step, or twice None.
+
+  Args:
+    dropout_rate: of the model.
+    key: of the step.
+    row_ids: `[B]`, places of the microbatch's rows: others need other masks.
+  """
+  if dropout_rate == 0:
+    return None, None
+  return split_key(jax.random.fold_in(key, row_ids[0]))

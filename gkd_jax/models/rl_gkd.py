@@ -1,0 +1,219 @@
+"""RL + GKD: a reward and a divergence on the student's own outputs.
+
+Equation 5 of the GKD paper (arXiv 2306.13649): maximise, over the student's
+outputs y, (1-α) E[r(y)] - α E[D(p ‖ q)(y)]. One update is two programs with the
+reward between them, which may be any code on the host: `roll_out` samples N
+outputs for each prompt, `training.RolloutBatches` has them judged, and `train_loss`
+reads the outputs and their advantages from the batch like any other features.
+One update per sample: there is no ratio to an older policy, and no clipping.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import decoding, losses, types
+from gkd_jax.losses import policy_gradient
+from gkd_jax.models import base_model, gkd
+
+# Features that a judged batch has besides the model's own.
+ADVANTAGES, REWARDS = "advantages", "rewards"
+
+
+class RLGKDModel(gkd.GKDModel):
+  """A student, a teacher, their divergence, and a reward of the outputs.
+
+  With α = 1 and one sample per prompt no reward is asked for, and the step is
+  that of on-policy GKD. The policy gradient is exact at dropout 0; outputs are
+  drawn without dropout.
+
+  Args:
+    student: the model that is trained.
+    teacher: the frozen model: a larger one, or the student's own start (RLEF*).
+    reward: judges decoded outputs, see `types.Reward`.
+    alpha: α in [0, 1], the divergence's share; 0 is plain REINFORCE.
+    samples_per_prompt: N, outputs for each row of the data; a step trains on
+      B N rows.
+    baseline: "leave_one_out", "running_mean" or "none".
+    credit: "sequence" or "token", see `losses.advantages`.
+    discount: γ of "token".
+    whiten_rewards: give the batch's rewards mean 0 and standard deviation 1
+      before the baseline. Their scale then means nothing to α.
+    baseline_decay: of "running_mean", per step.
+    **gkd_settings: of `GKDModel`; λ is 1 and nothing is sampled ahead, which
+      cannot be set to anything else.
+
+  Raises:
+    ValueError: a setting is out of range, or settings do not go together.
+  """
+
+  OF_OUTPUTS = (*gkd.GKDModel.OF_OUTPUTS, ADVANTAGES)
+
+  def __init__(
+    self,
+    student: types.TransformerModel,
+    teacher: types.TransformerModel,
+    *,
+    reward: types.Reward | None = None,
+    alpha: float = 0.1,
+    samples_per_prompt: int = 4,
+    baseline: str = "leave_one_out",
+    credit: str = "sequence",
+    discount: float = 1.0,
+    whiten_rewards: bool = False,
+    baseline_decay: float = 0.9,
+    **gkd_settings: Any,
+  ):
+    super().__init__(student, teacher, **gkd_settings)
+    check_on_policy(self)
+    if self.sample_ahead:
+      raise ValueError(
+        "expected outputs of the newest student, as a policy gradient is of them,"
+        " got SAMPLE_AHEAD = True; set SAMPLE_AHEAD = False"
+      )
+    self.reward = reward
+    self.alpha = alpha
+    self.samples_per_prompt = samples_per_prompt
+    self.baseline = baseline
+    self.credit = credit
+    self.discount = discount
+    self.whiten_rewards = whiten_rewards
+    self.baseline_decay = baseline_decay
+    if not 0 <= alpha <= 1:
+      raise ValueError(f"expected α in [0, 1], got {alpha}; set ALPHA")
+    if not 0 <= baseline_decay < 1:
+      raise ValueError(
+        f"expected a baseline_decay in [0, 1), got {baseline_decay};"
+        " set BASELINE_DECAY"
+      )
+    if self.needs_rewards:
+      policy_gradient.check_settings(
+        baseline, credit, discount, samples_per_prompt
+      )
+      if not callable(reward):
+        raise ValueError(
+          f"expected a reward, a function of texts, got {reward!r}; set REWARD"
+        )
+
+  @property
+  def NEEDS_LOGITS(self) -> bool:
+    """With a reward: of the log-probs of the outputs."""
+    return self.needs_rewards
+
+  @property
+  def needs_rewards(self) -> bool:
+    """Whether outputs are sampled and judged before the step."""
+    return self.alpha != 1 or self.samples_per_prompt != 1
+
+  def roll_out(
+    self, params: Any, batch: types.Batch, key: jax.Array
+  ) -> dict[str, jax.Array]:
+    """N outputs of the student for each prompt, which is encoded once.
+
+    Args:
+      params: the student's.
+      batch: features `[B, ...]`; outputs in them are not read.
+      key: of this step, the one that `train_loss` gets.
+
+    Returns:
+      Features `[B N, ...]`: rows b N to b N + N - 1 are prompt b's.
+    """
+    n = self.samples_per_prompt
+    encoded = decoding.widen(self.student.encode(params, batch), n)
+    wide = decoding.widen(dict(batch), n)
+    _, sample_key, _ = jax.random.split(key, 3)  # as in GKDModel.train_loss
+    row_ids = jnp.arange(wide["decoder_target_tokens"].shape[0])
+    features, _ = self._with_samples(
+      params, encoded, wide, None, sample_key, row_ids
+    )
+    return features
+
+  def train_loss(
+    self,
+    params: Any,
+    teacher_params: Any,
+    batch: types.Batch,
+    *,
+    source: str,
+    step: jax.Array,
+    key: jax.Array,
+    row_ids: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
+    """The loss of equation 5 on judged outputs: (loss_sum, weight_sum, metrics).
+
+    Args:
+      params: the student's; the only argument that the loss is a function of.
+      teacher_params: the teacher's.
+      batch: features of `roll_out`, `rewards` `[B N]` and `advantages`
+        `[B N, T]`; T5X's features where no rewards are needed.
+      source: "student".
+      step: `[]`, for schedules.
+      key: of this step.
+      row_ids: place of each row in the whole batch.
+
+    Raises:
+      ValueError: a batch without rewards where they are needed.
+    """
+    if self.needs_rewards:
+      if ADVANTAGES not in batch:
+        raise ValueError(
+          "expected judged outputs, got a batch without advantages; use"
+          " rollouts.Batches"
+        )
+      source = base_model.DATA  # the outputs are in the batch already
+    return super().train_loss(
+      params,
+      teacher_params,
+      batch,
+      source=source,
+      step=step,
+      key=key,
+      row_ids=row_ids,
+    )
+
+  def _loss(self, batch, teacher_logits, student_logits, step):
+    divergence, weight, aux = super()._loss(
+      batch, teacher_logits, student_logits, step
+    )
+    if not self.needs_rewards:
+      return divergence, weight, aux
+    weights = self.student.loss_weights(batch)
+    targets = batch["decoder_target_tokens"]
+    law = decoding.sampling_law(
+      student_logits,
+      weights,
+      num_real_tokens=self.student.num_real_tokens,
+      **self.sampling,
+    )
+    gradient, _, more = losses.policy_gradient_loss(
+      losses.target_log_probs(law, targets, weights),
+      batch[ADVANTAGES],
+      weights,
+      length_normalization=self.length_normalization,
+    )
+    rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
+    aux |= (
+      base_model.output_metrics(targets, weights)
+      | more
+      | {
+        "divergence": jax.lax.stop_gradient((divergence, weight)),
+        "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
+      }
+    )
+    loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
+    return loss, weight, aux
+
+
+def check_on_policy(model: gkd.GKDModel):
+  """Raises a ValueError unless a model's outputs are all drawn by the student."""
+  if model.student_data_fraction != 1:
+    raise ValueError(
+      "expected λ = 1, as a policy gradient is of the student's own outputs,"
+      f" got {model.student_data_fraction}; set STUDENT_DATA_FRACTION = 1.0"
+    )
+  if model.sampling["temperature"] == 0:
+    raise ValueError(
+      "expected outputs that are drawn, got a sampling temperature of 0;"
+      " set SAMPLING_TEMPERATURE"
+    )

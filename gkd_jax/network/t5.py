@@ -1,0 +1,444 @@
+"""T5 1.0 and 1.1 as a flax.linen network with T5X's names and call.
+
+References: Raffel et al. 2020 (arXiv 1910.10683) for T5, Shazeer 2020 (arXiv
+2002.05202) for the gated units of T5 1.1.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gkd_jax import partitioning
+from gkd_jax.network import layer_loops, layers, projections
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes and options of a T5 (T5X's fields, plus `remat_policy`).
+
+  Attributes:
+    vocab_size: V, padding pieces included.
+    dtype: of activations, "float32" or "bfloat16"; parameters, norms, softmax
+      and logits are float32.
+    emb_dim: D.
+    num_heads: H.
+    num_encoder_layers: encoder depth.
+    num_decoder_layers: decoder depth.
+    head_dim: K.
+    mlp_dim: F.
+    mlp_activations: `("relu",)` for T5 1.0, `("gelu", "linear")` for T5 1.1.
+    dropout_rate: everywhere.
+    logits_via_embedding: True ties the output head to the token embedding and
+      divides the logits by sqrt(D) (T5 1.0).
+    float32_attention_logits: kept for T5X's gin files; the attention softmax is
+      float32 here whatever it says.
+    remat_policy: what the backward pass computes again of each layer: "none",
+      "minimal" all but the products with weights, "full" everything.
+  """
+
+  vocab_size: int
+  dtype: Any = "float32"
+  emb_dim: int = 512
+  num_heads: int = 8
+  num_encoder_layers: int = 6
+  num_decoder_layers: int = 6
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  mlp_activations: Sequence[str] = ("relu",)
+  dropout_rate: float = 0.1
+  logits_via_embedding: bool = False
+  float32_attention_logits: bool = False
+  remat_policy: str = "none"
+
+  def __post_init__(self):
+    check_config(self, "network", _SIZES)
+
+
+_SIZES = (
+  "vocab_size",
+  "emb_dim",
+  "num_heads",
+  "num_encoder_layers",
+  "num_decoder_layers",
+  "head_dim",
+  "mlp_dim",
+)
+
+
+def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
+  """Checks what every network's configuration has.
+
+  Args:
+    config: a dataclass with the sizes, `remat_policy` and `dropout_rate`.
+    module: that defines its class, for the message.
+    sizes: names of the fields that are at least 1.
+
+  Raises:
+    ValueError: a field is out of its range.
+  """
+  name = type(config).__name__
+  for size in sizes:
+    if getattr(config, size) < 1:
+      raise ValueError(
+        f"expected {name}.{size} of at least 1, got {getattr(config, size)};"
+        f" set {module}.{name}.{size}"
+      )
+  if config.remat_policy not in layer_loops.REMAT_POLICIES:
+    raise ValueError(
+      f"expected {name}.remat_policy in {list(layer_loops.REMAT_POLICIES)}, got"
+      f" {config.remat_policy!r}; set {module}.{name}.remat_policy"
+    )
+  if not 0 <= config.dropout_rate < 1:
+    raise ValueError(
+      f"expected a dropout rate in [0, 1), got {config.dropout_rate};"
+      " set DROPOUT_RATE"
+    )
+
+
+def constrain(x: jax.Array) -> jax.Array:
+  """`[B, T, D]`, with rows on the data axis of the mesh."""
+  return partitioning.constrain(x, "batch", "length", "embed")
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and MLP, each after a norm and inside a residual."""
+
+  config: T5Config
+  deterministic: bool
+  weights: str = "float32"
+
+  @nn.compact
+  def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
+    config, deterministic = self.config, self.deterministic
+    y = layers.LayerNorm(config.dtype, name="pre_attention_layer_norm")(x)
+    y = layers.attention(config, self.weights, name="attention")(
+      y, None, bias, deterministic=deterministic
+    )
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
+    y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
+    y = layers.mlp(config, self.weights, name="mlp")(
+      y, deterministic=deterministic
+    )
+    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
+
+
+class DecoderLayer(nn.Module):
+  """Self-attention, cross-attention and MLP."""
+
+  config: T5Config
+  deterministic: bool
+  decode_length: int | None
+  weights: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    encoded: jax.Array,
+    bias: jax.Array,
+    cross_bias: jax.Array,
+    decode_index: jax.Array | None,
+  ) -> jax.Array:
+    """`[B, T, D]` and the encoded `[B, S, D]` -> `[B, T, D]`."""
+    config, deterministic = self.config, self.deterministic
+    y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
+    y = layers.attention(config, self.weights, name="self_attention")(
+      y,
+      None,
+      bias,
+      deterministic=deterministic,
+      decode_index=decode_index,
+      decode_length=self.decode_length,
+    )
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
+    y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
+    y = layers.attention(
+      config, self.weights, name="encoder_decoder_attention"
+    )(
+      y,
+      encoded,
+      cross_bias,
+      deterministic=deterministic,
+      decode_index=decode_index,
+    )
+    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
+    y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
+    y = layers.mlp(config, self.weights, name="mlp")(
+      y, deterministic=deterministic
+    )
+    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
+
+
+class Encoder(nn.Module):
+  """Token embedding, encoder layers, final norm."""
+
+  config: T5Config
+  embed: layers.Embed
+  scan_layers: bool = False
+  weights: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self, tokens: jax.Array, mask: jax.Array, *, deterministic: bool
+  ) -> jax.Array:
+    """Tokens `[B, S]` and mask `[B, 1, S, S]` -> `[B, S, D]`."""
+    config = self.config
+    positions = jnp.arange(tokens.shape[1])
+    relative = layers.RelativePositionBiases(
+      config.num_heads, name="relpos_bias"
+    )
+    bias = layers.mask_to_bias(mask) + relative(
+      positions, positions, bidirectional=True
+    )
+    x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      EncoderLayer,
+      (config, deterministic, self.weights),
+      config.num_encoder_layers,
+      self.scan_layers,
+      x,
+      bias,
+    )
+    x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
+    return constrain(
+      nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
+    )
+
+
+class Decoder(nn.Module):
+  """Token embedding, decoder layers, final norm, output head."""
+
+  config: T5Config
+  embed: layers.Embed
+  scan_layers: bool = False
+  weights: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self,
+    encoded: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    cross_mask: jax.Array,
+    *,
+    deterministic: bool,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    return_hidden: bool = False,
+  ) -> jax.Array:
+    """Returns logits `[B, T, V]`, float32.
+
+    Args:
+      encoded: `[B, S, D]`.
+      tokens: int32 `[B, T]`; T is 1 when decoding with the cache.
+      mask: bool `[B, 1, T, T]`, or None when decoding.
+      cross_mask: bool `[B, 1, T, S]`.
+      deterministic: no dropout.
+      decode: use the cache. The first call creates it and decodes nothing.
+      max_decode_length: cache length, needed by the call that creates it.
+      return_hidden: return what is multiplied with the head, `[B, T, D]`.
+    """
+    config = self.config
+    relative = layers.RelativePositionBiases(
+      config.num_heads, name="relpos_bias"
+    )
+    index = None
+    if decode:
+      layer_loops.check_unrolled(self.scan_layers)
+      index, bias = self._decode_bias(relative, max_decode_length)
+    else:
+      positions = jnp.arange(tokens.shape[1])
+      bias = layers.mask_to_bias(mask) + relative(
+        positions, positions, bidirectional=False
+      )
+    x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      DecoderLayer,
+      (config, deterministic, max_decode_length, self.weights),
+      config.num_decoder_layers,
+      self.scan_layers,
+      x,
+      encoded,
+      bias,
+      layers.mask_to_bias(cross_mask),
+      index,
+    )
+    x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
+    x = layers.dropout(config)(x, deterministic=deterministic)
+    if return_hidden:
+      return layers.scaled_hidden(config, x)
+    if config.logits_via_embedding:
+      return self.embed.attend(x) / jnp.sqrt(config.emb_dim)
+    return projections.to_logits(config, self.weights, name="logits_dense")(x)
+
+  def _decode_bias(self, relative, max_decode_length):
+    """The position being decoded, of all rows or `[B]`, and its bias."""
+    is_new = not self.has_variable("cache", "cache_index")
+    zero = lambda: jnp.zeros((), jnp.int32)
+    index = self.variable("cache", "cache_index", zero)
+    positions = self.variable(
+      "cache", "positions", lambda: jnp.arange(max_decode_length)
+    ).value
+    current = index.value
+    if not is_new:
+      index.value = current + 1
+    of_rows = jnp.atleast_1d(current)
+    return current, layers.decode_bias(relative, of_rows, positions)
+
+
+class Transformer(nn.Module):
+  """An encoder-decoder T5 with T5X's call and parameter names.
+
+  Attributes:
+    config: sizes.
+    scan_layers: see `layer_loops`.
+    weights: type of the matrices, see `projections`.
+  """
+
+  config: T5Config
+  scan_layers: bool = False
+  weights: str = "float32"
+
+  def setup(self):
+    self.token_embedder = projections.embed(self.config, self.weights)
+    stack = self.config, self.token_embedder, self.scan_layers, self.weights
+    self.encoder, self.decoder = Encoder(*stack), Decoder(*stack)
+
+  def encode(
+    self,
+    encoder_input_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    enable_dropout: bool = True,
+  ) -> jax.Array:
+    """Encodes the inputs.
+
+    Args:
+      encoder_input_tokens: int32 `[B, S]`, PAD 0.
+      encoder_segment_ids: int32 `[B, S]`, the sequence that each token of a
+        packed row belongs to (from 1), or None.
+      enable_dropout: needs the "dropout" rng.
+
+    Returns:
+      `[B, S, D]` in the configuration's dtype.
+    """
+    valid = encoder_input_tokens > 0
+    mask = valid[:, None, :, None] & valid[:, None, None, :]
+    if encoder_segment_ids is not None:
+      mask &= layers.same_segment(encoder_segment_ids, encoder_segment_ids)
+    return self.encoder(
+      encoder_input_tokens, mask, deterministic=not enable_dropout
+    )
+
+  def decode(
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    return_hidden: bool = False,
+  ) -> jax.Array:
+    """Logits of the decoder.
+
+    With `decode=True` and a mutable "cache" collection, the first call creates
+    the cache (cross-attention keys and values included) and its logits mean
+    nothing; each later call takes one token per row and returns the logits of
+    the token after it.
+
+    Args:
+      encoded: `[B, S, D]` from `encode`.
+      encoder_input_tokens: int32 `[B, S]`, for the mask.
+      decoder_input_tokens: int32 `[B, T]`, shifted targets; T is 1 in decoding.
+      decoder_target_tokens: int32 `[B, T]`, for the mask: 0 is padding.
+      encoder_segment_ids: int32 `[B, S]` of packed rows, or None.
+      decoder_segment_ids: int32 `[B, T]` of packed rows, or None.
+      decoder_positions: accepted for T5X's callers; relative positions need
+        none, since a packed sequence lies in one piece.
+      enable_dropout: needs the "dropout" rng.
+      decode: use the key-value cache.
+      max_decode_length: cache length, needed when the cache is created.
+      return_hidden: see Returns.
+
+    Returns:
+      float32 logits `[B, T, V]`, or the `[B, T, D]` that `output_head` turns into
+      them.
+
+    Raises:
+      ValueError: packing was asked for together with `decode`.
+    """
+    del decoder_positions
+    if decode and encoder_segment_ids is not None:
+      raise ValueError(
+        "expected unpacked inputs for decoding, got encoder_segment_ids;"
+        " set packing off in the evaluation's feature converter"
+      )
+    inputs_valid = (encoder_input_tokens > 0)[:, None, None, :]
+    mask, cross_mask = None, inputs_valid
+    if not decode:
+      targets_valid = decoder_target_tokens > 0
+      positions = jnp.arange(decoder_target_tokens.shape[1])
+      causal = positions[:, None] >= positions[None, :]
+      mask = targets_valid[:, None, :, None] & targets_valid[:, None, None, :]
+      mask &= causal[None, None]
+      cross_mask = targets_valid[:, None, :, None] & inputs_valid
+    if decoder_segment_ids is not None and mask is not None:
+      mask &= layers.same_segment(decoder_segment_ids, decoder_segment_ids)
+      cross_mask &= layers.same_segment(
+        decoder_segment_ids, encoder_segment_ids
+      )
+    return self.decoder(
+      encoded,
+      decoder_input_tokens,
+      mask,
+      cross_mask,
+      deterministic=not enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+      return_hidden=return_hidden,
+    )
+
+  def __call__(
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> jax.Array:
+    """Encodes and decodes; see `encode` and `decode` for the arguments.
+
+    Returns:
+      float32 logits `[B, T, V]`.
+    """
+    del encoder_positions
+    encoded = self.encode(
+      encoder_input_tokens, encoder_segment_ids, enable_dropout
+    )
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_positions,
+      enable_dropout,
+      decode,
+      max_decode_length,
+    )

@@ -1,0 +1,36 @@
+"""TODO."""
+
+from etils import epy
+
+with epy.lazy_api_imports(globals()):
+  from gkd_jax.partitioning.meshes import (
+    DATA_AXIS,
+    MODEL_AXIS,
+    SLICE_AXIS,
+    auto_axes,
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    process_grid,
+    put_batch,
+    replicated,
+    row_shards,
+  )
+  from gkd_jax.partitioning.sharding import (
+    ACTIVATION_RULES,
+    FULLY_SHARDED_RULES,
+    STANDARD_RULES,
+    abstract_params,
+    bytes_per_device,
+    constrain,
+    gather,
+    host_params,
+    input_shapes,
+    jit,
+    logical_axes,
+    look_up,
+    param_shardings,
+    parameter_rules,
+    state_shardings,
+    with_shardings,
+  )

@@ -1,0 +1,315 @@
+"""The device mesh, T5X's logical-axis rules, and shardings of trees.
+
+Shapes and places of all that a run keeps on its devices; nothing is allocated.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gkd_jax import types
+from gkd_jax.partitioning import meshes
+
+# How XLA's CPU backend is to order a program's operations.
+_LEAST_MEMORY = {
+  "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+}
+# T5X's standard rules for parameters: logical axis -> mesh axis.
+STANDARD_RULES = (
+  ("vocab", meshes.MODEL_AXIS),
+  ("embed", None),
+  ("mlp", meshes.MODEL_AXIS),
+  ("heads", meshes.MODEL_AXIS),
+  ("kv", None),
+  ("joined_kv", meshes.MODEL_AXIS),
+  ("relpos_buckets", None),
+  ("layers", None),
+)
+# The same with the free axis of each matrix split over the data axis as well. Each
+# slice has all parameters: they are gathered within it.
+FULLY_SHARDED_RULES = tuple(
+  (name, meshes.DATA_AXIS if name == "embed" else axis)
+  for name, axis in STANDARD_RULES
+)
+# Where activations lie, and weights while they are used: rows on the data axis
+# (and that of slices); on the model axis what it computes apart.
+_ROWS = meshes.SLICE_AXIS, meshes.DATA_AXIS
+ACTIVATION_RULES = {
+  "batch": _ROWS,
+  "length": None,
+  "embed": None,
+  "mlp": meshes.MODEL_AXIS,
+  "heads": meshes.MODEL_AXIS,
+  "joined_kv": meshes.MODEL_AXIS,
+  "kv": None,
+  "vocab": meshes.MODEL_AXIS,
+  "relpos_buckets": None,
+  "layers": None,
+  # Of what is looked up in a table, see `look_up`.
+  "rows_of_slice": meshes.SLICE_AXIS,
+  "features": meshes.DATA_AXIS,
+}
+
+
+def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
+  """`jax.jit` of a function in which `constrain` knows the mesh.
+
+  For a CPU the order of operations is the one that needs the least memory: by
+  default gradients are begun before the forward pass, as zeros.
+
+  Args:
+    function: to be compiled; its arguments lie on the mesh.
+    mesh: see `make_mesh`.
+    **options: see `jax.jit`.
+  """
+
+  @functools.wraps(function)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  if mesh.devices.flat[0].platform == "cpu" and _knows_least_memory():
+    options["compiler_options"] = _LEAST_MEMORY
+  return jax.jit(on_mesh, **options)
+
+
+@functools.cache
+def _knows_least_memory() -> bool:
+  """Whether this version of XLA has the option; the smallest program tells."""
+  try:
+    with jax.default_device(jax.devices("cpu")[0]):
+      jax.jit(lambda: 0).lower().compile(_LEAST_MEMORY)
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """`x`, laid out by `ACTIVATION_RULES`; as it is without a mesh (see `jit`).
+
+  What XLA chooses by itself follows the parameters: with those split over the
+  data axis it splits activations by features, and exchanges activations where
+  it should gather weights.
+
+  Args:
+    x: activations, or a weight where it is used.
+    names: logical name of each axis. One that the mesh axis does not divide
+      lies as XLA likes.
+  """
+  sizes = meshes.auto_axes()
+  axes = [ACTIVATION_RULES[name] for name in names]
+  if all(size == 1 for size in sizes.values()):
+    return x
+  places = [_place(axis, sizes) for axis in axes]
+  spec = [
+    P.UNCONSTRAINED if size % parts else axis
+    for (axis, parts), size in zip(places, x.shape, strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows of a table that may be split by features over the data axis.
+
+  Each device looks up its features of its slice's tokens. With one slice XLA does
+  so by itself; of several it would exchange rows between slices.
+
+  Args:
+    table: `[V, D]`.
+    tokens: `[B, S]` int32.
+
+  Returns:
+    `[B, S, D]`.
+  """
+  if meshes.SLICE_AXIS not in meshes.auto_axes():
+    return jnp.take(table, tokens, axis=0)
+  tokens = constrain(tokens, "rows_of_slice", "length")
+  x = jnp.take(table, tokens, axis=0)
+  return constrain(x, "rows_of_slice", "length", "features")
+
+
+def _place(axis, sizes):
+  """Mesh axes of a rule's one, where they are there, and how many parts they make."""
+  if axis == _ROWS:
+    return meshes.rows(sizes)
+  return (axis, sizes[axis]) if axis in sizes else (None, 1)
+
+
+def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
+  """Parameters as they are used, for a loop that uses them again and again.
+
+  `constrain` alone would gather those split over the data axis once a turn.
+
+  Args:
+    params: tree of arrays.
+    axes: returns parameter path to logical names, as `logical_axes`; called
+      only on a mesh.
+  """
+  if all(size == 1 for size in meshes.auto_axes().values()):
+    return params
+  names = axes()
+  flat = traverse_util.flatten_dict(params, sep="/")
+  return traverse_util.unflatten_dict(
+    {path: constrain(x, *names[path]) for path, x in flat.items()}, sep="/"
+  )
+
+
+def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:
+  """Parameter path to logical axis names, from flax's `params_axes`."""
+  flat = traverse_util.flatten_dict(dict(params_axes), sep="/")
+  return {k.removesuffix("_axes"): tuple(v.names) for k, v in flat.items()}
+
+
+def param_shardings(
+  params: Any,
+  axes: dict[str, tuple[str, ...]],
+  mesh: Mesh,
+  rules: Sequence[tuple[str, str | None]] = STANDARD_RULES,
+) -> Any:
+  """Returns the sharding of each parameter, by its logical axes.
+
+  An axis that the mesh axis does not divide stays whole.
+
+  Args:
+    params: tree of arrays or shapes.
+    axes: parameter path to logical names, from `logical_axes`.
+    mesh: see `make_mesh`.
+    rules: logical name to mesh axis.
+
+  Raises:
+    ValueError: a logical axis has no rule.
+  """
+  table = dict(rules)
+
+  def sharding(path, leaf):
+    names = axes["/".join(path)]
+    missing = [name for name in names if name not in table]
+    if missing:
+      raise ValueError(
+        f"expected a rule for each logical axis, got none for {missing};"
+        " set partitioning rules"
+      )
+    spec, used = [], set()
+    for name, size in zip(names, leaf.shape, strict=True):
+      axis = table[name]
+      if axis in used or (axis and size % mesh.shape[axis]):
+        axis = None
+      used.add(axis)
+      spec.append(axis)
+    return NamedSharding(mesh, P(*spec))
+
+  flat = traverse_util.flatten_dict(params)
+  return traverse_util.unflatten_dict(
+    {path: sharding(path, leaf) for path, leaf in flat.items()}
+  )
+
+
+def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+  """Shardings of a train state: optimizer slots lie as their parameters do.
+
+  A slot of the parameter's shape takes its sharding; factored slots and counts
+  are small and are copied.
+
+  Args:
+    state: `TrainState` of arrays or shapes.
+    params_shardings: from `param_shardings`.
+    mesh: see `make_mesh`.
+  """
+  by_path = traverse_util.flatten_dict(params_shardings)
+  shapes = {
+    path: leaf.shape
+    for path, leaf in traverse_util.flatten_dict(state.params).items()
+  }
+
+  def slot(path, leaf):
+    keys = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
+    if keys in by_path and shapes[keys] == leaf.shape:
+      return by_path[keys]
+    return meshes.replicated(mesh)
+
+  rest = jax.tree_util.tree_map_with_path(slot, state)
+  return rest.replace(params=params_shardings)
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """Bytes that one device holds of a tree of arrays or shapes."""
+  sizes = jax.tree.map(
+    lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+    tree,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def input_shapes(
+  task_feature_lengths: Mapping[str, int],
+) -> dict[str, tuple[int, int]]:
+  """Shapes that a model's parameters are drawn with.
+
+  Args:
+    task_feature_lengths: seqio feature to length in tokens.
+  """
+  return {
+    "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
+    "decoder_input_tokens": (1, task_feature_lengths["targets"]),
+  }
+
+
+def parameter_rules(
+  shard_params_over_data: bool,
+) -> Sequence[tuple[str, str | None]]:
+  """The rules of parameters: whole on the data axis, or split over it."""
+  if shard_params_over_data:
+    return FULLY_SHARDED_RULES
+  return STANDARD_RULES
+
+
+def host_params(model: types.TransformerModel) -> Any:
+  """Shapes and types of a model's parameters, which have no place.
+
+  Args:
+    model: student or teacher.
+  """
+  return _variables(model, input_shapes({"inputs": 1, "targets": 1}))["params"]
+
+
+def _variables(model, shapes):
+  return jax.eval_shape(
+    lambda: model.get_initial_variables(jax.random.key(0), shapes)
+  )
+
+
+def abstract_params(
+  model: types.TransformerModel,
+  shapes: Mapping[str, tuple[int, ...]],
+  mesh: Any,
+  rules: Sequence[tuple[str, str | None]],
+) -> tuple[Any, Any]:
+  """Shapes of a model's parameters and their shardings.
+
+  Args:
+    model: student or teacher.
+    shapes: see `input_shapes`.
+    mesh: see `meshes.make_mesh`.
+    rules: logical axis to mesh axis.
+  """
+  variables = _variables(model, shapes)
+  axes = logical_axes(variables["params_axes"])
+  shardings = param_shardings(variables["params"], axes, mesh, rules)
+  return variables["params"], shardings
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """A tree of shapes that know their shardings."""
+  return jax.tree.map(
+    lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
+    shapes,
+    shardings,
+  )

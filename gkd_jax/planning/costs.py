@@ -1,0 +1,401 @@
+"""What one device does when it runs a compiled program: counted, not measured.
+
+XLA's own counts take the body of a loop once, and so miss most of a sampler.
+Here a loop's body counts as often as it runs, and the work stays apart by
+segment: what runs once, and each loop.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable
+
+from gkd_jax.planning import hlo
+
+Collective = hlo.Collective
+# These move nothing, or what they move is counted where it is used.
+_FREE = {
+  *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
+  *("after-all", "partition-id", "replica-id", "opt-barrier"),
+  *("optimization-barrier", "while", "conditional", "call", "async-start"),
+  *("async-update", "async-done", "domain"),
+}
+
+
+@dataclasses.dataclass
+class Segment:
+  """The work of one device in one run of a piece of the program.
+
+  Attributes:
+    name: "once", or that of the loop or of the branch.
+    runs: how often this piece runs.
+    trip_count_known: False of a loop that may end early, whose `runs`, and those
+      of what is in it, are the most that there can be.
+    flops: of matrix products and convolutions; one multiply-add is 2.
+    hbm_bytes: read from and written to HBM.
+    collectives: by kind.
+  """
+
+  name: str
+  runs: int = 1
+  trip_count_known: bool = True
+  flops: int = 0
+  hbm_bytes: int = 0
+  collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+
+  @property
+  def sent_bytes(self) -> int:
+    """Bytes that all collectives within a slice send."""
+    return hlo.sent_bytes(self.collectives, False)
+
+  @property
+  def dcn_bytes(self) -> int:
+    """Bytes that all collectives between slices send."""
+    return hlo.sent_bytes(self.collectives, True)
+
+
+def count(text: str, *, loop_length: int) -> list[Segment]:
+  """Counts a compiled program.
+
+  Elementwise work is left out of `flops`, as in model-FLOPs utilisation. Bytes
+  are without the padding of tiled layouts. Of a condition's branches, such as a
+  step's at several lengths, the one with the most work counts alone.
+
+  Args:
+    text: `jax.stages.Compiled.as_text()`.
+    loop_length: how often a loop runs that does not say so, which may end early:
+      the sampler's, with the longest output. A loop in a `jax.named_scope` of
+      `at_most_N` runs N times.
+
+  Returns:
+    First what runs once, then each loop and each condition's branch.
+
+  Raises:
+    ValueError: text of another form than is known here.
+  """
+  module = hlo.parse(text)
+  segments = [Segment("once")]
+  _walk(module, module.entry, segments[0], segments, loop_length, set())
+  return segments
+
+
+def total(segments: list[Segment], of: Callable[[Segment], int]) -> int:
+  """The whole program's sum of a number of its segments."""
+  return sum(s.runs * of(s) for s in segments)
+
+
+def collectives(segments: list[Segment]) -> dict[str, Collective]:
+  """The whole program's collectives, by kind."""
+  kinds = sorted({kind for s in segments for kind in s.collectives})
+  result = {kind: Collective() for kind in kinds}
+  for segment in segments:
+    for kind, part in segment.collectives.items():
+      result[kind].count += segment.runs * part.count
+      result[kind].operand_bytes += segment.runs * part.operand_bytes
+      result[kind].sent_bytes += segment.runs * part.sent_bytes
+  return result
+
+
+def _walk(
+  module, name, segment, segments, loop_length, channels, *, fused=False
+):
+  """Adds a computation's work to `segment`; loops get segments of their own.
+
+  `channels` are those of the collectives in fusions so far.
+  """
+  computation = module.computations[name]
+  for instruction in computation.values():
+    segment.flops += _flops(instruction, computation)
+    if not (fused and _seen(instruction, channels)):
+      _add_collective(segment, instruction, computation, module.devices)
+    if not fused:
+      segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
+    if instruction.opcode == "while":
+      trips = _trip_count(instruction, computation, module)
+      most = loop_length if instruction.most is None else instruction.most
+      loop = Segment(
+        instruction.name,
+        segment.runs * (most if trips is None else trips),
+        trips is not None,
+      )
+      segments.append(loop)
+      for part in instruction.called("condition", "body"):
+        _walk(module, part, loop, segments, loop_length, channels, fused=fused)
+      continue
+    if instruction.opcode == "conditional":
+      names = instruction.called(*_BRANCHES)
+      segments += _branch(module, names, segment, loop_length, channels)
+      continue
+    inside = fused or instruction.opcode == "fusion"
+    for part in instruction.called(*_callees(instruction.opcode)):
+      _walk(
+        module, part, segment, segments, loop_length, channels, fused=inside
+      )
+
+
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+
+
+def _branch(module, names, segment, loop_length, channels):
+  """Segments of the branch with the most FLOPs, at equal ones with the most bytes."""
+  walked = []
+  for name in names:
+    segments = [Segment(name, segment.runs, segment.trip_count_known)]
+    _walk(module, name, segments[0], segments, loop_length, set(channels))
+    of = lambda field, s=segments: total(s, operator.attrgetter(field))
+    walked.append((of("flops"), of("hbm_bytes"), len(walked), segments))
+  return max(walked)[-1]
+
+
+def _seen(instruction, channels):
+  """Whether a collective in a fusion is a further piece of one that is counted.
+
+  TPU programs spread a collective over fusions that each hold a matrix product
+  as well, also over those of a loop that it outlasts; all name its channel.
+  """
+  match = re.search(r"channel_id=(\d+)", instruction.attributes)
+  if match is None:
+    return False
+  seen = match[1] in channels
+  channels.add(match[1])
+  return seen
+
+
+def _trip_count(loop, computation, module):
+  """How often a loop runs, or None if that depends on more than a counter.
+
+  TPU programs do not state it for the loops that overlap a matrix product with
+  its collective. Those count from one constant to below another.
+  """
+  if loop.trip_count is not None:
+    return loop.trip_count
+  condition, body = (
+    module.computations[loop.called(part)[0]] for part in ("condition", "body")
+  )
+  test, results = _root(condition), _root(body).operands
+  initial = _made_of(computation[loop.operands[0]], computation).operands
+  if test.opcode != "compare" or "direction=LT" not in test.attributes:
+    return None
+  counter = _made_of(condition[test.operands[0]], condition)
+  if counter.opcode != "get-tuple-element" or not initial or not results:
+    return None
+  advance = _made_of(body[results[counter.index]], body)
+  if advance.opcode != "add":
+    return None
+  counted, by = (_made_of(body[name], body) for name in advance.operands)
+  if by.opcode != "constant":
+    counted, by = by, counted
+  bound = _made_of(condition[test.operands[1]], condition)
+  if bound.opcode == "get-tuple-element":
+    bound = _made_of(computation[initial[bound.index]], computation)
+  start = _made_of(computation[initial[counter.index]], computation)
+  if {start.opcode, bound.opcode, by.opcode} != {"constant"}:
+    return None
+  if (counted.opcode, counted.index) != (counter.opcode, counter.index):
+    return None
+  return -(-(int(bound.literal) - int(start.literal)) // int(by.literal))
+
+
+def _callees(opcode):
+  """Attributes of the computations that run inside an instruction."""
+  if opcode in ("fusion", "async-start"):
+    return ("calls",)
+  if opcode == "call":
+    return ("to_apply", "calls")
+  return ()  # what a reduction applies to each element is no matrix product
+
+
+def _shape(name, computation):
+  return computation[name].arrays[0]
+
+
+def _flops(instruction, computation):
+  if instruction.opcode == "dot":
+    lhs = _shape(instruction.operands[0], computation)
+    match = re.search(
+      r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes
+    )
+    axes = [int(a) for a in match[1].split(",") if a] if match else []
+    summed = math.prod(lhs.dims[a] for a in axes)
+    return 2 * math.prod(instruction.arrays[0].dims) * summed
+  if instruction.opcode == "convolution":
+    return _convolution_flops(instruction, computation)
+  return 0
+
+
+def _convolution_flops(instruction, computation):
+  """TPU programs write matrix products as convolutions, batches dilated."""
+  lhs, rhs = (_shape(name, computation) for name in instruction.operands[:2])
+  text = instruction.attributes
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
+  if labels is None:
+    raise ValueError(
+      f"expected dim_labels of the convolution {instruction.name!r}, got"
+      f" {text[:80]!r}; set another version of jax"
+    )
+  size = lambda label, axis, array: array.dims[labels[label].index(axis)]
+  output = instruction.arrays[0]
+  groups = re.search(r"batch_group_count=(\d+)", text)
+  products = size(2, "i", rhs) * size(2, "o", rhs) * size(1, "b", lhs)
+  products //= int(groups[1]) if groups else 1
+  spatial = sorted(c for c in labels[1] if c.isdigit())
+  for place, axis in enumerate(spatial):
+    option = lambda name, default, place=place: int(
+      _window_option(text, name, place, default).split("_")[0]
+    )
+    products *= _window_products(
+      size(1, axis, lhs),
+      size(2, axis, rhs),
+      size(3, axis, output),
+      option("stride", "1"),
+      option("pad", "0_0"),
+      option("rhs_dilate", "1"),
+      option("lhs_dilate", "1"),
+    )
+  return 2 * products
+
+
+def _window_option(text, name, place, default):
+  match = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", text)
+  return match[1].split("x")[place] if match else default
+
+
+@functools.cache
+def _window_products(inputs, window, outputs, stride, low, step, gap):
+  """Pairs of output and window positions that meet an input, on one axis."""
+  found = 0
+  for w in range(window):
+    for o in range(outputs):
+      place, rest = divmod(o * stride - low + w * step, gap)
+      found += rest == 0 and 0 <= place < inputs
+  return found
+
+
+def _add_collective(segment, instruction, computation, devices):
+  found = hlo.collectives_of(instruction, computation, devices)
+  if found:
+    kind, one = found
+    of_kind = segment.collectives.setdefault(kind, Collective())
+    of_kind.count += one.count
+    of_kind.operand_bytes += one.operand_bytes
+    of_kind.sent_bytes += one.sent_bytes
+
+
+def _hbm_bytes(instruction, computation, module):
+  """Bytes between HBM and the core for an instruction that is in no fusion."""
+  opcode = instruction.opcode
+  if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    return 0
+  if opcode == "fusion":
+    return _fusion_bytes(instruction, computation, module)
+  result = instruction.arrays
+  reads = [computation[name].arrays for name in instruction.operands]
+  if opcode == "copy-start":  # what it makes, the operand, a semaphore
+    result = result[:1]
+  elif opcode == "send":  # the operand again
+    result = ()
+  elif opcode.endswith("-start") and len(result) > len(reads):
+    result = result[len(reads) : 2 * len(reads)]  # behind the operands
+  if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
+    # Of its operand it reads as much as it gives.
+    reads[0] = _at(reads[0], result)
+  if opcode == "dynamic-update-slice":  # in place
+    result = _at(reads[0], reads[1])
+    reads = reads[1:]
+  return sum(map(_in_hbm, (result, *reads)))
+
+
+def _at(whole, parts):
+  """Parts of an array, where the whole of it lies."""
+  return [dataclasses.replace(a, on_chip=whole[0].on_chip) for a in parts]
+
+
+def _in_hbm(arrays):
+  return sum(a.bytes for a in arrays if not a.on_chip)
+
+
+def _fusion_bytes(fusion, computation, module):
+  """As `_hbm_bytes`, with slices read and slices updated inside it."""
+  inner = module.computations[fusion.called("calls")[0]]
+  passed, kept = _passed_on(fusion, inner)
+  moved = 0
+  for instruction in inner.values():
+    if instruction.opcode == "parameter" and instruction.name not in passed:
+      outside = computation[fusion.operands[int(instruction.literal)]]
+      moved += min(
+        _in_hbm(outside.arrays), _bytes_read(instruction.name, inner, module)
+      )
+  root = _root(inner)
+  parts = root.operands if root.opcode == "tuple" else (root.name,)
+  if len(parts) != len(fusion.arrays):  # one instruction of several results
+    return moved + _in_hbm(
+      [a for i, a in enumerate(fusion.arrays) if i not in kept]
+    )
+  for place, (name, array) in enumerate(zip(parts, fusion.arrays, strict=True)):
+    made = _made_of(inner[name], inner)
+    if place in kept:
+      continue
+    if made.opcode == "dynamic-update-slice":  # in place
+      moved += min(_in_hbm([array]), _shape(made.operands[1], inner).bytes)
+    else:
+      moved += _in_hbm([array])
+  return moved
+
+
+def _passed_on(fusion, inner):
+  """Parameters and results that a piece of a collective hands to the next one.
+
+  Its first piece reads what is sent and makes what is received; the others only
+  pass both on.
+  """
+  pieces = [i.name for i in inner.values() if i.opcode in hlo.COLLECTIVE_KINDS]
+  text = fusion.attributes
+  aliases = re.search(r"output_to_operand_aliasing=\{(.*?\{\}\))\}", text)
+  if not pieces or not aliases:
+    return set(), set()
+  # Of one result alone the place is empty: {}: (1, {}).
+  found = re.findall(r"\{(\d*)\}: \(\d+,", aliases[1])
+  kept = {int(place or 0) for place in found}
+  starts = any("AsyncCollectiveStart" in i.attributes for i in inner.values())
+  if starts:
+    return set(), kept
+  passive = {*pieces, _root(inner).name}
+  parameters = [i.name for i in inner.values() if i.opcode == "parameter"]
+  users = lambda name: {i.name for i in inner.values() if name in i.operands}
+  return {name for name in parameters if users(name) <= passive}, kept
+
+
+def _bytes_read(name, inner, module):
+  """Bytes that a fusion, or one inside of it, reads of its parameter `name`."""
+  read = 0
+  for user in inner.values():
+    if name not in user.operands:
+      continue
+    first_only = user.operands[0] == name and name not in user.operands[1:]
+    if user.opcode == "bitcast":
+      read += _bytes_read(user.name, inner, module)
+    elif user.opcode == "fusion":
+      deeper = module.computations[user.called("calls")[0]]
+      read += sum(
+        _bytes_read(i.name, deeper, module)
+        for i in deeper.values()
+        if i.opcode == "parameter" and user.operands[int(i.literal)] == name
+      )
+    elif first_only and user.opcode in ("dynamic-slice", "slice", "gather"):
+      read += sum(a.bytes for a in user.arrays)
+    elif not (first_only and user.opcode == "dynamic-update-slice"):
+      return sum(a.bytes for a in inner[name].arrays)
+  return read
+
+
+def _root(computation):
+  return next(i for i in computation.values() if i.is_root)
+
+
+def _made_of(instruction, computation):
+  """What an instruction is a copy or another view of."""
+  while instruction.opcode in ("bitcast", "copy"):
+    instruction = computation[instruction.operands[0]]
+  return instruction

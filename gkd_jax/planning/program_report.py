@@ -1,0 +1,304 @@
+"""What a compiled program needs of each device: memory, work, and time at least.
+
+What `gkd fit` found, as text.
+"""
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gkd_jax.planning import costs, hlo, topologies
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Seconds that a program takes at least, at the chip's published rates.
+
+  Attributes:
+    seconds: of the whole program.
+    flops_seconds: of the matrix units alone.
+    hbm_seconds: of reading and writing HBM alone.
+    link_seconds: of sending to other chips of the slice alone.
+    dcn_seconds: of sending to other slices alone; 0 where the rate is not known.
+  """
+
+  seconds: float
+  flops_seconds: float
+  hbm_seconds: float
+  link_seconds: float
+  dcn_seconds: float = 0.0
+
+
+def roofline(
+  segments: Sequence[costs.Segment], chip: topologies.Chip
+) -> Roofline:
+  """Sums over segments, each as long as its slowest of four resources.
+
+  Within a segment all may overlap; a run of a loop's body does not overlap with
+  the next, nor with what comes before and after the loop. All links of a chip
+  are taken to be busy, which they are not where a mesh axis uses few of them.
+
+  Args:
+    segments: from `costs.count`.
+    chip: whose rates.
+  """
+  whole = flops = hbm = links = dcn = 0.0
+  for segment in segments:
+    times = (
+      segment.runs * segment.flops / chip.peak_flops,
+      segment.runs * segment.hbm_bytes / chip.hbm_bandwidth,
+      segment.runs * segment.sent_bytes / chip.ici_bandwidth,
+      segment.runs * segment.dcn_bytes / (chip.dcn_bandwidth or math.inf),
+    )
+    whole += max(times)
+    flops, hbm, links, dcn = (
+      a + b for a, b in zip((flops, hbm, links, dcn), times, strict=True)
+    )
+  return Roofline(whole, flops, hbm, links, dcn)
+
+
+def report(
+  text: str,
+  memory: dict[str, int],
+  chip: topologies.Chip | None,
+  *,
+  loop_length: int,
+  output_tokens: int,
+) -> dict[str, Any]:
+  """Figures of one program on one device.
+
+  Args:
+    text: of the compiled program, `as_text()`.
+    memory: see `memory`.
+    chip: what it was compiled for; None: neither `fits` nor a roofline.
+    loop_length: see `costs.count`.
+    output_tokens: of all devices in one run, at full length.
+
+  Returns:
+    A dictionary that JSON can hold. `flops`, `hbm_bytes`, `collectives` (count,
+    operand and sent bytes by kind): of a whole run, `segments`: apart.
+    `roofline`: seconds; `tokens_per_second`: output tokens of all devices;
+    `mfu`: `flops` over what the matrix units could do in that time.
+  """
+  segments = costs.count(text, loop_length=loop_length)
+  flops = costs.total(segments, lambda s: s.flops)
+  result = {
+    "fits": None,
+    "flops": flops,
+    "hbm_bytes": costs.total(segments, lambda s: s.hbm_bytes),
+    "collectives": {
+      kind: dataclasses.asdict(c)
+      for kind, c in costs.collectives(segments).items()
+    },
+    "segments": [dataclasses.asdict(s) for s in segments],
+    "roofline": None,
+    "tokens_per_second": None,
+    "mfu": None,
+  }
+  if chip is None:
+    return result
+  least = roofline(segments, chip)
+  return result | {
+    "fits": memory["peak"] <= chip.hbm_bytes,
+    "free_bytes": chip.hbm_bytes - memory["peak"],
+    "roofline": dataclasses.asdict(least),
+    "tokens_per_second": output_tokens / least.seconds,
+    "mfu": flops / (chip.peak_flops * least.seconds),
+  }
+
+
+def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
+  """What can be said of a program that the compiler refuses as too large.
+
+  Args:
+    error: the compiler's.
+    arguments: the program's, shapes with shardings.
+  """
+  match = re.search(r"RESOURCE_EXHAUSTED: ([^\n]*)", str(error))
+  return {
+    "fits": False,
+    "memory": {"arguments": held_bytes(arguments)},
+    "compiler_says": match[1] if match else str(error),
+  }
+
+
+def held_bytes(arguments: Any) -> int:
+  """Bytes of a device that shapes with shardings take."""
+  return sum(
+    math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+    for s in jax.tree.leaves(arguments)
+    if s.sharding is not None
+  )
+
+
+def memory(stats: Any) -> dict[str, int]:
+  """Bytes of one device.
+
+  Args:
+    stats: `jax.stages.Compiled.memory_analysis()`.
+
+  Returns:
+    Its `arguments`, `outputs`, `aliased` (outputs in the place of arguments),
+    `temporaries` and `code`, and `peak`, what must be there at once: their sum
+    less `aliased`.
+  """
+  found = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  # `peak_memory_in_bytes` also counts buffers in a TPU's on-chip memory.
+  return found | {"peak": sum(found.values()) - 2 * found["aliased"]}
+
+
+def lines(title: str, figures: dict[str, Any]) -> list[str]:
+  """The report of one phase as text.
+
+  Args:
+    title: of the phase.
+    figures: from `report` or `of_too_large`.
+  """
+  memory = figures["memory"]
+  result = [f"{title} (compiled in {figures['compile_seconds']:.1f} s)"]
+  fits = {True: ": fits", False: ": DOES NOT FIT", None: ""}[figures["fits"]]
+  parts = ", ".join(f"{name} {_size(n)}" for name, n in memory.items())
+  result.append(f"  memory per device: {parts}{fits}")
+  if "compiler_says" in figures:
+    return [*result, f"  compiler: {figures['compiler_says']}"]
+  if figures["fits"] is not None:
+    result[-1] += f" with {_size(figures['free_bytes'])} to spare"
+  result.append(
+    f"  work per device: {_number(figures['flops'])}FLOP of matrix products,"
+    f" {_size(figures['hbm_bytes'])} to and from memory"
+  )
+  for kind, c in figures["collectives"].items():
+    result.append(
+      f"  {kind}: {c['count']} times, {_size(c['operand_bytes'])} of operands,"
+      f" {_size(c['sent_bytes'])} sent"
+    )
+  for loop in figures["segments"]:
+    if not loop["trip_count_known"] and (loop["flops"] or loop["hbm_bytes"]):
+      result.append(
+        f"  {loop['name']} is counted {loop['runs']} times, its most"
+      )
+  return result + _roofline_lines(figures)
+
+
+def _roofline_lines(figures):
+  least = figures["roofline"]
+  if least is None:
+    return ["  no roofline: the rates of these devices are not known"]
+  return [
+    f"  at least {least['seconds'] * 1e3:.3f} ms (arithmetic"
+    f" {least['flops_seconds'] * 1e3:.3f}, memory"
+    f" {least['hbm_seconds'] * 1e3:.3f}, links"
+    f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)}): at most"
+    f" {figures['tokens_per_second']:,.0f} output tokens/s, MFU"
+    f" {figures['mfu']:.1%}"
+  ]
+
+
+def _of_dcn(figures):
+  """The network between slices, where anything is sent over it."""
+  if not hlo.sent_bytes(figures["collectives"], True):
+    return ""
+  seconds = figures["roofline"]["dcn_seconds"]
+  if not seconds:
+    return ", DCN left out: no published rate"
+  return f", DCN {seconds * 1e3:.3f}"
+
+
+def _size(number):
+  sign = "-" if number < 0 else ""
+  number = abs(number)
+  if number >= _GIB / 10:
+    return f"{sign}{number / _GIB:.2f} GiB"
+  return f"{sign}{number / 2**20:.3f} MiB"
+
+
+def _number(number):
+  for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    if number >= factor:
+      return f"{number / factor:.2f} {prefix}"
+  return f"{number} "
+
+
+FIT_HEADER = (
+  "model axis  split over data  microbatches    remat  GiB at peak  ms at least"
+)
+
+
+def fit_line(row: Mapping[str, Any]) -> str:
+  """A line under `HEADER`.
+
+  Args:
+    row: of a candidate: its settings, whether it seems to fit, and the estimate
+      or why there is none.
+  """
+  settings = row["settings"]
+  if "seconds" in row:
+    numbers = _numbers(row["peak_bytes"], row["seconds"])
+  elif "held_bytes" in row:
+    numbers = f"{row['held_bytes'] / _GIB:11.2f}  of arguments alone"
+  else:
+    numbers = f"  {row['compiler_says'][:60]}"
+  return (
+    f"{settings['num_partitions']:10}"
+    f"  {'yes' if settings['shard_params_over_data'] else 'no':>15}"
+    f"  {settings['num_microbatches']:12}  {settings['remat_policy']:>7}"
+    f"  {numbers}{'' if row['fits'] else '  does not fit'}"
+  )
+
+
+def whole_lines(row: Mapping[str, Any]) -> list[str]:
+  """A candidate that was compiled whole, beside its estimate.
+
+  Args:
+    row: see `line`, with the `report` of the whole program.
+  """
+  report = row["report"]
+  memory = report["memory"]
+  lines = [f"compiled whole, {shlex.join(row['flags'])}:"]
+  columns = f"{'':12}{'GiB at peak':>11}  {'ms at least':>11}"
+  estimate = _numbers(row["peak_bytes"], row["seconds"])
+  lines += [columns, f"  {'estimated':10}{estimate}"]
+  if "peak" in memory:
+    found = _numbers(memory["peak"], report["roofline"]["seconds"])
+    lines.append(f"  {'whole':10}{found}")
+  else:
+    lines.append(f"  {'whole':10}  {report['compiler_says'][:60]}")
+  return lines
+
+
+def fit_lines(result: Mapping[str, Any]) -> list[str]:
+  """All that `gkd fit` prints below its first line, but reports of programs.
+
+  Args:
+    result: see `fit.fit`.
+  """
+  rows = result["candidates"]
+  found = [FIT_HEADER, *map(fit_line, rows)]
+  for row in rows:
+    if "report" in row:
+      found += whole_lines(row)
+  return [*found, choice(result["best"])]
+
+
+def choice(best: Mapping[str, Any] | None) -> str:
+  """The last line: the settings of the fastest that fits."""
+  if best is None:
+    return "nothing fits"
+  return "fits: " + shlex.join(best["flags"])
+
+
+def _numbers(peak, seconds):
+  return f"{peak / _GIB:11.2f}  {seconds * 1e3:11.2f}"

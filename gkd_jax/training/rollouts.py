@@ -1,0 +1,205 @@
+"""Batches whose outputs the student wrote and a reward judged.
+
+Between two steps of RL + GKD (`models.RLGKDModel`): the batch's prompts go
+to the device, N outputs for each come back, the host decodes and judges them,
+and the outputs with their advantages are the next step's batch. Outputs drawn one
+step ahead are `sample_ahead`'s. Any other model's batches are those of the data,
+as they are.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gkd_jax import losses, models, partitioning
+from gkd_jax.models import rl_gkd
+from gkd_jax.training import sample_ahead
+
+_FILE = "running_mean.json"
+
+
+class RolloutBatches:
+  """What a run trains on, step by step; its position can be saved.
+
+  With a running-mean baseline the mean is part of the position, so that a
+  resumed run goes on as if it had not stopped.
+
+  Args:
+    iterator: the data's batches, a `checkpoints.SavableIterator`.
+    model: what is trained.
+    task: whose vocabularies decode inputs and outputs.
+    seed: of the run.
+    mesh: see `partitioning.make_mesh`.
+  """
+
+  def __init__(
+    self, iterator: Any, model: Any, task: Any, *, seed: int, mesh: Any
+  ):
+    self._iterator, self._model, self._seed = iterator, model, seed
+    self._mesh = mesh
+    self._vocabularies = {
+      name: task.output_features[name].vocabulary
+      for name in ("inputs", "targets")
+      if name in task.output_features
+    }
+    self.judged = isinstance(model, models.RLGKDModel) and model.needs_rewards
+    if self.judged:
+      self._roll_out = partitioning.jit(
+        model.roll_out,
+        mesh,
+        out_shardings=partitioning.batch_sharding(mesh),
+      )
+      self._advantages = jax.jit(
+        functools.partial(
+          losses.advantages,
+          baseline=model.baseline,
+          credit=model.credit,
+          discount=model.discount,
+        )
+      )
+    self._mean = losses.RunningMean()
+    self._ahead = None
+    if isinstance(model, models.GKDModel) and model.sample_ahead:
+      self._ahead = sample_ahead.Ahead(iterator, model, seed=seed, mesh=mesh)
+
+  def next(self, step: int, params: Any) -> dict[str, np.ndarray]:
+    """This process's rows for a step.
+
+    Args:
+      step: updates made so far.
+      params: the student's, which the outputs are drawn with.
+
+    Raises:
+      ValueError: the reward gave something else than a number for each output.
+    """
+    if self._ahead:
+      return self._ahead.next(step, params)
+    batch = next(self._iterator)
+    if not self.judged:
+      return batch
+    key = jax.random.fold_in(jax.random.key(self._seed), step)
+    placed = partitioning.put_batch(batch, self._mesh)
+    outputs = jax.tree.map(
+      partitioning.local_rows, self._roll_out(params, placed, key)
+    )
+    return outputs | self._judge(batch, outputs)
+
+  def _judge(self, batch, outputs):
+    """Rewards `[B N]` and advantages `[B N, T]` of this process's outputs."""
+    n = self._model.samples_per_prompt
+    judged = self._model.reward(*self._texts(batch, outputs))
+    judged = np.asarray(judged, np.float32)
+    weights = outputs["decoder_loss_weights"]
+    rows, length = weights.shape
+    if judged.shape != (rows,):
+      raise ValueError(
+        f"expected one reward for each of {rows} outputs, got an array of shape"
+        f" {judged.shape}; set REWARD"
+      )
+    # Whitening and the running mean are of the whole batch.
+    every, of_all = judged, weights
+    if jax.process_count() > 1:
+      every, of_all = multihost_utils.process_allgather(
+        (judged, weights), tiled=True
+      )
+    mean = self._mean.mean()
+    used = every.reshape(-1, n)
+    if self._model.whiten_rewards:
+      used = losses.whiten(used)
+    advantages = self._advantages(
+      used, of_all.reshape(-1, n, length), running_mean=mean
+    )
+    batch_mean = float(np.mean(np.asarray(used, np.float64)))
+    if np.isfinite(batch_mean):  # else the step is skipped
+      decay = self._model.baseline_decay
+      self._mean = self._mean.updated(batch_mean, decay)
+    start = jax.process_index() * rows
+    advantages = np.asarray(advantages).reshape(-1, length)
+    return {
+      rl_gkd.REWARDS: judged,
+      rl_gkd.ADVANTAGES: advantages[start : start + rows],
+    }
+
+  def _texts(self, batch, outputs):
+    """What a reward reads: decoded inputs, outputs and examples."""
+    n = self._model.samples_per_prompt
+    inputs = self._decode("inputs", prompts(batch))
+    examples = [
+      {"inputs": a, "targets": b}
+      for a, b in zip(
+        inputs, self._decode("targets", targets(batch)), strict=True
+      )
+    ]
+    several = lambda texts: [text for text in texts for _ in range(n)]
+    decoded = self._decode("targets", targets(outputs))
+    return several(inputs), decoded, several(examples)
+
+  def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
+    vocabulary = self._vocabularies[name]
+    return [vocabulary.decode(row.tolist()) for row in rows]
+
+  def save_state(self, path: str | os.PathLike[str]) -> None:
+    """Writes the position into the folder `path`."""
+    (self._ahead or self._iterator).save_state(path)
+    if self._keeps_mean and jax.process_index() == 0:
+      with open(os.path.join(path, _FILE), "w") as file:
+        json.dump(self._mean._asdict(), file)
+
+  def restore_state(self, path: str | os.PathLike[str]) -> None:
+    """Goes to the position that `save_state` wrote.
+
+    Raises:
+      ValueError: a running mean is needed, and none was saved; or outputs were
+        drawn ahead, and no longer are.
+    """
+    if not self._ahead:
+      sample_ahead.check_none(path)
+    (self._ahead or self._iterator).restore_state(path)
+    if not self._keeps_mean:
+      return
+    try:
+      with open(os.path.join(path, _FILE)) as file:
+        self._mean = losses.RunningMean(**json.load(file))
+    except FileNotFoundError as error:
+      raise ValueError(
+        f"expected a checkpoint with the running mean of rewards, got none in"
+        f" {path}; set BASELINE as the run began, or another MODEL_DIR"
+      ) from error
+
+  @property
+  def _keeps_mean(self):
+    return self.judged and self._model.baseline == "running_mean"
+
+
+def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+  """Each row's input tokens, of the encoder or of a decoder-only row.
+
+  Args:
+    batch: features `[B, ...]`.
+  """
+  if "encoder_input_tokens" in batch:
+    return [row[row > 0] for row in batch["encoder_input_tokens"]]
+  rows = batch["decoder_target_tokens"]
+  return [
+    row[(weights == 0) & (row > 0)]
+    for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
+  ]
+
+
+def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+  """Each row's output tokens, those that the loss counts.
+
+  Args:
+    batch: features `[B, ...]`.
+  """
+  rows = batch["decoder_target_tokens"]
+  return [
+    row[weights > 0]
+    for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
+  ]

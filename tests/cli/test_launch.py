@@ -1,0 +1,121 @@
+"""Job files: each dry run gives the command line that `gkd train` takes."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from absl import flags
+
+from gkd_jax import gin_utils, main
+
+ROOT = pathlib.Path(__file__).parents[2]
+ARGUMENTS = (
+  "--gin_file=experiments/smoke.gin",
+  '--gin.MODEL_DIR="gs://b/a run"',
+  "--gin.TRAIN_STEPS=20",
+)
+
+
+def dry_run(*command, **environment):
+  done = subprocess.run(
+    [*command, *ARGUMENTS],
+    env=os.environ | {"DRY_RUN": "1"} | environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parsed(command):
+  """What the CLI's own flags make of a command, and gin of its settings."""
+  assert command[:2] == ["gkd", "train"], command
+  values = flags.FlagValues()
+  for name in main.FLAGS:
+    if main.FLAGS.find_module_defining_flag(name) == main.__name__:
+      values[name] = main.FLAGS[name]
+  for name in values:
+    values[name].unparse()
+  try:
+    rest = values(main._gin_flags(command[1:]))
+    assert rest == ["train"]
+    gin_utils.parse(values.gin_file, values.gin_bindings, [])
+    return {name: values[name].value for name in values}
+  finally:
+    for name in values:
+      values[name].unparse()
+
+
+def test_local():
+  commands = dry_run("bash", "launch/local.sh", PROCESSES="4", PORT="99")
+  assert len(commands) == 4
+  for index, command in enumerate(commands):
+    got = parsed(command)
+    assert got["coordinator_address"] == "localhost:99"
+    assert (got["process_count"], got["process_index"]) == (4, index)
+    assert got["gin_bindings"][0] == 'MODEL_DIR = "gs://b/a run"'
+
+
+def test_tpu_vm():
+  settings = {"TPU": "pod", "ZONE": "z", "INSTALL": "1"}
+  install, train = dry_run("bash", "launch/tpu_vm.sh", **settings)
+  assert train[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+  assert train[5:8] == ["pod", "--zone=z", "--worker=all"]
+  assert install[-1] == "--command=pip install -q 'gkd_jax[tpu]'"
+  got = parsed(shlex.split(train[-1].removeprefix("--command=")))
+  assert got["multiprocess"]
+  assert got["gin_bindings"][0] == 'MODEL_DIR = "gs://b/a run"'
+
+
+def test_slurm():
+  [command] = dry_run("bash", "launch/slurm.sh")
+  assert command[:2] == ["srun", "--kill-on-bad-exit=0"]
+  assert parsed(command[2:])["multiprocess"]
+
+
+def test_xmanager():
+  [command] = dry_run(sys.executable, "launch/xmanager.py")
+  assert parsed(command)["gin_bindings"][1] == "TRAIN_STEPS = 20"
+
+
+def test_gke():
+  job = yaml.safe_load((ROOT / "launch/gke.yaml").read_text())
+  assert job["kind"] == "JobSet"
+  spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+  # As many pods as hosts of the slice: a JobSet waits for ever for others.
+  assert spec["parallelism"] == spec["completions"] == 4
+  pod = spec["template"]["spec"]
+  [container] = pod["containers"]
+  assert container["resources"]["limits"]["google.com/tpu"] * 4 == 16
+  assert parsed(container["command"])["multiprocess"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_skypilot(rank):
+  task = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
+  assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == {
+    134,
+    143,
+  }
+  # The shell itself fills in SkyPilot's variables; `gkd` prints its arguments.
+  script = "gkd() { printf '%q ' gkd \"$@\"; }\n" + task["run"]
+  done = subprocess.run(
+    ["bash", "-euc", script],
+    env=os.environ
+    | {
+      "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+      "SKYPILOT_NUM_NODES": "2",
+      "SKYPILOT_NODE_RANK": str(rank),
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  got = parsed(shlex.split(done.stdout))
+  assert got["coordinator_address"] == "10.0.0.1:7654"
+  assert (got["process_count"], got["process_index"]) == (2, rank)

@@ -1,0 +1,168 @@
+"""Input buckets: shorter batches, the same losses, a program for each length."""
+
+import socket
+import subprocess
+import sys
+import types
+
+import command_line
+import jax
+import numpy as np
+import pytest
+import toy_models
+
+from gkd_jax import data, partitioning, training
+from gkd_jax.training import trainer
+
+FEATURES = {"encoder_input_tokens": 6, "decoder_target_tokens": 7}
+
+
+class Batches:
+  """Toy batches whose longest inputs have these lengths; a place to save."""
+
+  def __init__(self, *lengths):
+    self.left = [*lengths]
+    self.saved = []
+
+  def __next__(self):
+    length = self.left.pop(0)
+    batch = toy_models.batch(seed=len(self.left))
+    short = (np.arange(8) % 6 < length)[:, None]
+    inputs = batch["encoder_input_tokens"] * short
+    return batch | {"encoder_input_tokens": inputs}
+
+  def save_state(self, path):
+    self.saved.append(path)
+
+  def restore_state(self, path):
+    self.left = [self.saved.index(path)]
+
+
+def test_each_batch_is_as_long_as_the_first_bucket_that_holds_it():
+  lengths = [3, 1, 0, 4, 5, 6, 2]
+  cut = data.CutInputs(Batches(*lengths), (2, 4, 9), FEATURES)
+  whole = Batches(*lengths)
+  for expected in (4, 2, 2, 4, 6, 6, 2):
+    got, of_whole = next(cut), next(whole)
+    inputs = of_whole.pop("encoder_input_tokens")
+    np.testing.assert_array_equal(
+      got.pop("encoder_input_tokens"), inputs[:, :expected]
+    )
+    assert not np.any(inputs[:, expected:])
+    for name, x in of_whole.items():
+      np.testing.assert_array_equal(got[name], x)
+
+
+def test_the_position_is_the_iterators():
+  batches = Batches()
+  cut = data.CutInputs(batches, (2,), FEATURES)
+  for path in ("a", "b"):
+    cut.save_state(path)
+  assert batches.saved == ["a", "b"]
+  cut.restore_state("b")
+  assert batches.left == [1]
+
+
+def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
+  model = toy_models.model(8)
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  step, optimizer = toy_models.sgd_step(model, "data")
+  run = training.JitExecutor(
+    lambda s, t, b, source: step(s, t, b), mesh, partitioning.replicated(mesh)
+  )
+
+  def metrics(*buckets):
+    lengths = [3, 2, 5, 1, 6, 3]
+    batches = data.CutInputs(Batches(*lengths), buckets, FEATURES)
+    state = toy_models.state(toy_models.params(model, 1), optimizer)
+    state = jax.device_put(state, partitioning.replicated(mesh))
+    for _ in lengths:
+      state, of_step = run(state, {}, run.put(next(batches)), "data")
+      yield [of_step[k][0] for k in ("loss", "gradient_norm")]
+
+  cut = [*metrics(3)]
+  assert run._compiled("data")._cache_size() == 2  # of 3 and 6 positions
+  whole = [*metrics(6)]
+  assert run._compiled("data")._cache_size() == 2
+  # Six steps of SGD at rate 1 add up: each starts where the last one ended.
+  np.testing.assert_allclose(cut, whole, rtol=1e-4)
+  assert np.ptp([loss for loss, _ in cut]) > 1
+
+
+def test_the_clock_of_sampling_does_not_time_a_compilation():
+  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+  traced = []
+
+  def sample_batch(params, batch, key):
+    traced.append(batch["encoder_input_tokens"].shape)
+    return params + 0 * jax.random.uniform(key)
+
+  model = types.SimpleNamespace(sample_batch=sample_batch)
+  clock = trainer.SamplingClock(model, 0, mesh)
+  run = clock._sample
+  calls = []
+  clock._sample = lambda *args: calls.append(len(traced)) or run(*args)
+  for length in (3, 6, 3):
+    batch = {"encoder_input_tokens": np.zeros((2, length), np.int32)}
+    clock.seconds(np.float32(1), batch)
+  # Programs there before each call: what is timed, the last of a batch's calls,
+  # finds its own.
+  assert traced == [(2, 3), (2, 6)] and calls == [0, 1, 1, 2, 2]
+
+
+_PROCESS = """
+import sys
+import jax
+import numpy as np
+from gkd_jax import data
+
+address, index = sys.argv[1], int(sys.argv[2])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, index)
+longest = [(1, 3), (4, 2), (1, 1), (7, 0)]  # of each process
+rows = [np.int32([[5] * pair[index] + [0] * (9 - pair[index])]) for pair in longest]
+batches = iter([{"encoder_input_tokens": x} for x in rows])
+cut = data.CutInputs(batches, (2, 4), {"encoder_input_tokens": 9})
+print([next(cut)["encoder_input_tokens"].shape[1] for _ in rows])
+"""
+
+
+def test_all_processes_cut_alike():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROCESS, address, str(index)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=command_line.ENV,
+    )
+    for index in range(2)
+  ]
+  printed = [process.communicate(timeout=300) for process in started]
+  for out, errors in printed:
+    assert out.splitlines()[-1:] == ["[4, 4, 2, 9]"], errors[-2000:]
+
+
+@pytest.mark.parametrize(
+  ("lengths", "features", "message"),
+  [
+    ((4, 2), FEATURES, "ascending lengths .*; set INPUT_BUCKETS"),
+    ((0,), FEATURES, "at least 1, got .*; set INPUT_BUCKETS"),
+    (
+      (4,),
+      FEATURES | {"encoder_segment_ids": 6},
+      "unpacked batches .*; set PACK = False",
+    ),
+    (
+      (4,),
+      {"decoder_target_tokens": 12},
+      "encoder_input_tokens, got decoder_target_tokens; set INPUT_BUCKETS = None",
+    ),
+  ],
+)
+def test_what_cannot_be_cut(lengths, features, message):
+  with pytest.raises(ValueError, match=message):
+    data.CutInputs(Batches(), lengths, features)

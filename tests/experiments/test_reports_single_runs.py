@@ -1,0 +1,83 @@
+"""Reports of single runs, as the quickstart compares them."""
+
+import json
+
+import pytest
+from test_reports import T1, Sweep, write_run
+
+from gkd_jax.experiments import figures, report_page, run_folders
+
+# ---- single runs, as the quickstart compares them ----------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+  teacher = write_run(tmp_path / "a", 28.0, 36.0, validation={"wer": 30.5})
+  student = write_run(tmp_path / "b", 60.0, 64.0, [(10, 80.0), (20, 62.0)])
+  return teacher, student
+
+
+def test_report_of_single_runs(folders, tmp_path, capsys):
+  teacher, student = folders
+  output = tmp_path / "out"
+  report_page.report([f"teacher={teacher}", f"gkd={student}"], str(output))
+  lines = (output / "table.txt").read_text().splitlines()
+  assert lines[1].split() == (
+    ["teacher", "1", "28.0", "7.0", "36.0", "9.0", "1,234", "57"]
+  )
+  assert lines[2].split()[:4] == ["gkd", "1", "60.0", "15.0"]
+  assert capsys.readouterr().out.splitlines() == lines
+  results = json.loads((output / "results.json").read_text())
+  assert list(results) == ["teacher", "gkd"]
+  assert results["gkd"] == {
+    "wer": 0.6,
+    "per": 0.15,
+    "sampled_wer": 0.64,
+    "sampled_per": 0.16,
+    "params": 1234,
+    "seconds": 56.7,
+    "steps": 20,
+    "step_seconds": 0.0,
+  }
+  page = (output / "index.html").read_text()
+  assert "One seed: no interval can be given" in page
+  assert {p.stem for p in output.glob("*.png")} == (
+    {"methods", "learning_curves"}
+  )
+
+
+def test_a_name_given_twice_is_two_seeds(folders, tmp_path):
+  again = write_run(tmp_path / "c", 64.0, 66.0)
+  text = report_page.report(
+    [f"gkd={folders[1]}", f"gkd={again}"], str(tmp_path / "out")
+  )
+  # 60 and 64: ± t · 2√2 / √2.
+  assert f"62.0 [{62 - 2 * T1:.1f}, {62 + 2 * T1:.1f}]" in text
+
+
+def test_learning_curves_hold_validation_errors_alone(folders):
+  teacher, student = folders
+  items = [f"teacher={teacher}", f"gkd={student}"]
+  drawn = lambda: {
+    line.get_label(): line
+    for line in figures.learning_curves(run_folders.read(items))
+    .figure.axes[0]
+    .get_lines()
+  }
+  lines = drawn()
+  assert list(lines["gkd"].get_xdata()) == [10, 20]
+  assert list(lines["gkd"].get_ydata()) == [80.0, 62.0]
+  assert set(lines["teacher"].get_ydata()) == {30.5}  # not 28.0, on test
+  write_run(teacher, 28.0, 36.0)
+  assert list(drawn()) == ["gkd"]
+
+
+def test_what_is_neither_run_nor_sweep(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"final\.json, or a sweep, got .*nothing"
+  ):
+    report_page.report([str(tmp_path / "nothing")], str(tmp_path))
+  sweep = Sweep(tmp_path / "sweep")
+  sweep.add("methods", 0, method="SFT")
+  with pytest.raises(ValueError, match="at least one finished run"):
+    report_page.report([str(sweep.folder)], str(tmp_path))

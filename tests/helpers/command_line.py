@@ -1,0 +1,84 @@
+"""`gkd` as a user starts it, and in this process where only its words matter."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from gkd_jax import checkpoints, main, models, network
+
+ROOT = pathlib.Path(__file__).parents[2]
+# With the cache of programs that conftest.py has made.
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def gin(**macros):
+  """Flags that bind macros."""
+  return [f"--gin.{name}={value!r}" for name, value in macros.items()]
+
+
+def command(*arguments, **macros):
+  """The command line of `gkd`."""
+  arguments = (*map(str, arguments), *gin(**macros))
+  return [sys.executable, "-m", "gkd_jax.main", *arguments]
+
+
+def run(arguments, cwd=None, env=None):
+  """Runs a command line to its end."""
+  return subprocess.run(
+    arguments,
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=ENV | (env or {}),
+    timeout=300,
+    check=False,
+  )
+
+
+def gkd(*arguments, cwd=None, env=None, **macros):
+  """Runs `gkd` in a process of its own."""
+  return run(command(*arguments, **macros), cwd, env)
+
+
+def refused(capsys, *arguments):
+  """What `gkd` says about a wrong setting, in this process: imports are slow."""
+  with flagsaver.flagsaver():
+    argv = flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)]))
+    with pytest.raises(SystemExit) as exit_status:
+      main._main_or_error(argv)
+  assert exit_status.value.code == 2
+  said = capsys.readouterr().err
+  assert said.startswith("gkd: expected ") and "Traceback" not in said
+  return said.splitlines()[0]
+
+
+def save_toy(folder, emb_dim, num_heads, mlp_dim, vocab_size=24, seed=0):
+  """A checkpoint of random parameters, with the sizes of models/toy.gin."""
+  config = network.T5Config(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    num_heads=num_heads,
+    head_dim=8,
+    mlp_dim=mlp_dim,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_activations=("gelu", "linear"),
+  )
+  model = models.EncoderDecoderModel(network.Transformer(config))
+  shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 2)}
+  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
+  params = jax.jit(draw)(jax.random.key(seed))
+  checkpoints.save_safetensors(folder, params, dataclasses.asdict(config))
+  return str(folder)
+
+
+def save_toy_teacher(folder):
+  """A checkpoint for TOY_TEACHER."""
+  return save_toy(folder, 32, 4, 64)

@@ -1,0 +1,98 @@
+"""A tiny student and teacher, and a batch of very different lengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax import models, network, optimizers, training
+
+VOCAB = 16
+SHAPES = {"encoder_input_tokens": (1, 6), "decoder_input_tokens": (1, 7)}
+
+
+def model(emb_dim, dropout_rate=0.0, **kwargs):
+  """A T5 1.1 of one layer on each side."""
+  config = network.T5Config(
+    vocab_size=VOCAB,
+    emb_dim=emb_dim,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=8,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_activations=("gelu", "linear"),
+    dropout_rate=dropout_rate,
+  )
+  return models.EncoderDecoderModel(network.Transformer(config), **kwargs)
+
+
+def params(a_model, seed):
+  """Random parameters; the head is enlarged so that samples end early."""
+  return draw_params(a_model, seed, SHAPES, 1.5)
+
+
+_DRAWN = {}
+
+
+def draw_params(a_model, seed, shapes, scale):
+  """Initial parameters times `scale`: drawn once, copied for each caller."""
+  key = repr((a_model.config, seed, shapes, scale))
+  if key not in _DRAWN:
+    draw = lambda key: a_model.get_initial_variables(key, shapes)["params"]
+    tree = jax.jit(draw)(jax.random.key(seed))
+    _DRAWN[key] = jax.tree.map(
+      lambda x: np.asarray(x) * np.float32(scale), tree
+    )
+  return jax.tree.map(jnp.array, _DRAWN[key])
+
+
+def gkd(dropout_rate=0.0, **kwargs):
+  """`GKDModel`, student's and teacher's parameters."""
+  student, teacher = model(8, dropout_rate), model(12)
+  wrapped = models.GKDModel(student, teacher, **kwargs)
+  return wrapped, params(student, 1), params(teacher, 2)
+
+
+def batch(rows=8, seed=0):
+  """T5X's features; target lengths run from 1 to 7."""
+  rng = np.random.default_rng(seed)
+  features = {}
+  for name, length in (("encoder_input", 6), ("decoder_target", 7)):
+    tokens = rng.integers(2, VOCAB, (rows, length)).astype(np.int32)
+    for row in range(rows):
+      end = row % length
+      tokens[row, end] = 1
+      tokens[row, end + 1 :] = 0
+    features[f"{name}_tokens"] = tokens
+  targets = features["decoder_target_tokens"]
+  features["decoder_input_tokens"] = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+  features["decoder_loss_weights"] = (targets > 0).astype(np.int32)
+  return features
+
+
+def sgd_step(a_model, source, **kwargs):
+  """(step function, optimizer): plain SGD, so that updates are gradients."""
+  import optax
+
+  from gkd_jax import schedules
+
+  optimizer = optimizers.Optimizer(schedules.constant(1.0), optax.sgd(1.0))
+
+  def step(state, teacher_params, features):
+    return training.train_step(
+      state,
+      teacher_params,
+      features,
+      model=a_model,
+      optimizer=optimizer,
+      seed=0,
+      source=source,
+      **kwargs,
+    )
+
+  return step, optimizer
+
+
+def state(student_params, optimizer):
+  """The state before the first step."""
+  return training.create(student_params, optimizer.transform)

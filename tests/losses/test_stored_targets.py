@@ -1,0 +1,213 @@
+"""Losses from stored top-k laws: a lower bound that becomes exact."""
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import loss_batches
+import numpy as np
+import pytest
+import test_divergences
+from jax import test_util
+
+from gkd_jax import divergences, losses
+
+SIZES = (1, 2, 3, 5)
+VOCAB = SIZES[-1]
+HYPER = {"beta": 0.5, "alpha": 0.1}
+logits_pairs = hnp.arrays(
+  np.float32, (2, 6, VOCAB), elements=st.floats(-30, 30, width=32)
+)
+
+
+def divergence(name):
+  for hyper in ({}, {"beta": HYPER["beta"]}, {"alpha": HYPER["alpha"]}):
+    try:
+      return divergences.get(name, **hyper)
+    except ValueError:
+      continue
+  raise AssertionError(f"no settings for {name}")
+
+
+def stored_loss(
+  teacher, student, weights, top_k, *, dtype="float32", **options
+):
+  options = {"divergence": "forward_kl"} | options
+  real = options.get("num_real_tokens")
+  ids, log_probs = losses.top_k_law(teacher, top_k, num_real_tokens=real)
+  return losses.stored_distillation_loss(
+    ids, log_probs.astype(dtype), student, weights, **options
+  )
+
+
+@jax.jit
+def every_value(teacher, student):
+  """Of each divergence and k, the value at each position `[P]`."""
+
+  def one(p, q, top_k, function):
+    p, q = p[None, None], q[None, None]
+    return stored_loss(p, q, jnp.ones((1, 1)), top_k, divergence=function)[0]
+
+  return {
+    (name, k): jax.vmap(lambda p, q, n=name, k=k: one(p, q, k, divergence(n)))(
+      teacher, student
+    )
+    for name in divergences.names()
+    for k in SIZES
+  }
+
+
+def bucket_logs(teacher, student, top_k):
+  """Both laws over k + 1 buckets, log-probs in float64."""
+  p, q = map(loss_batches.log_softmax64, (teacher, student))
+  order = np.argsort(-p, axis=-1, kind="stable")
+  p, q = (np.take_along_axis(x, order, axis=-1) for x in (p, q))
+  if top_k == p.shape[-1]:
+    return p, q
+  return tuple(
+    np.concatenate(
+      [x[:, :top_k], np.logaddexp.reduce(x[:, top_k:], -1, keepdims=True)], -1
+    )
+    for x in (p, q)
+  )
+
+
+@hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+@hypothesis.given(logits_pairs)
+def test_a_lower_bound_that_grows_with_k_and_is_exact_at_the_end(pair):
+  teacher, student = pair
+  values = every_value(teacher, student)
+  for name in divergences.names():
+    exact = test_divergences.oracle(name, teacher, student, **HYPER)
+    close = 1e-4 * exact + 1e-5
+    before = np.zeros_like(exact)
+    for k in SIZES:
+      got = np.asarray(values[name, k], np.float64)
+      assert np.all(got >= 0), name
+      assert np.all(got >= before - close), (name, k)
+      assert np.all(got <= exact + close), (name, k)
+      # The bound itself, and not only that it is one.
+      buckets = bucket_logs(teacher, student, k)
+      expected = test_divergences.oracle(name, *buckets, **HYPER)
+      np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+      before = got
+    assert np.all(np.abs(before - exact) <= close), name
+
+
+def test_mass_outside_of_the_top_k_by_hand():
+  """p = .5 .3 .2, q = .025 .015 .96: renormalised over the top 2 they agree."""
+  p, q = np.log([[[0.5, 0.3, 0.2]], [[0.025, 0.015, 0.96]]]).astype(np.float32)
+  loss, weight, metrics = stored_loss(p[None], q[None], np.ones((1, 1)), 2)
+  expected = 0.8 * np.log(20) + 0.2 * np.log(0.2 / 0.96)
+  assert float(loss) == pytest.approx(expected, rel=1e-5) and weight == 1
+  values = {name: float(total) for name, (total, _) in metrics.items()}
+  assert values["teacher_tail_mass"] == pytest.approx(0.2, rel=1e-5)
+  assert values["student_tail_mass"] == pytest.approx(0.96, rel=1e-5)
+  assert values["top1_agreement"] == 0
+  # The tail is the student's likeliest bucket, but no token of the top 2 is.
+  same = stored_loss(p[None], p[None], np.ones((1, 1)), 1)[2]
+  assert float(same["top1_agreement"][0]) == 1
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_value_and_gradient_at_full_size_are_the_dense_loss(normalization):
+  teacher, student, weights, _ = loss_batches.random_batch()
+  options = {"divergence": "reverse_kl", "length_normalization": normalization}
+  dense = loss_batches.value_and_grad(
+    lambda x: losses.distillation_loss(teacher, x, weights, **options), student
+  )
+  stored = loss_batches.value_and_grad(
+    lambda x: stored_loss(teacher, x, weights, 7, **options), student
+  )
+  for a, b in zip(stored, dense, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_coarse_law():
+  teacher, student, weights, _ = loss_batches.random_batch(shape=(2, 3, 7))
+  test_util.check_grads(
+    lambda x: stored_loss(teacher, x, weights, 2, student_temperature=1.5)[0],
+    (student,),
+    order=1,
+    modes=["rev"],
+    rtol=2e-2,
+  )
+
+
+def test_padding_adds_neither_value_nor_gradient():
+  teacher, student, weights, _ = loss_batches.random_batch()
+  clean = loss_batches.value_and_grad(
+    lambda x: stored_loss(teacher, x, weights, 3), student
+  )
+  padding = weights == 0
+  assert padding.any()
+  student[padding] = np.nan
+  ids, log_probs = map(np.array, losses.top_k_law(teacher, 3))
+  ids[padding], log_probs[padding] = 0, np.nan
+  got = loss_batches.value_and_grad(
+    lambda x: losses.stored_distillation_loss(
+      ids, log_probs, x, weights, divergence="forward_kl"
+    ),
+    student,
+  )
+  for a, b in zip(got, clean, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_padding_of_the_vocabulary_has_no_mass():
+  teacher, student, weights, _ = loss_batches.random_batch()
+  for k in (2, 5):
+    cut = stored_loss(teacher[..., :5], student[..., :5], weights, k)[0]
+    masked = stored_loss(teacher, student, weights, k, num_real_tokens=5)[0]
+    np.testing.assert_allclose(masked, cut, rtol=1e-6)
+
+
+def test_temperatures():
+  teacher, student, weights, _ = loss_batches.random_batch()
+  ids, log_probs = losses.top_k_law(teacher, 7, teacher_temperature=2.0)
+  got = losses.stored_distillation_loss(
+    ids,
+    log_probs,
+    student,
+    weights,
+    divergence="forward_kl",
+    student_temperature=0.5,
+  )[0]
+  expected = losses.distillation_loss(
+    teacher,
+    student,
+    weights,
+    divergence="forward_kl",
+    teacher_temperature=2.0,
+    student_temperature=0.5,
+  )[0]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_float16_storage():
+  """Eleven bits of a log-prob; a bucket without mass stays finite."""
+  teacher, student, weights, _ = loss_batches.random_batch()
+  for k in (3, 7):
+    exact = stored_loss(teacher, student, weights, k)[0]
+    narrow = stored_loss(teacher, student, weights, k, dtype="float16")[0]
+    assert narrow != exact
+    np.testing.assert_allclose(narrow, exact, rtol=2e-3)
+  stored = losses.top_k_law(teacher, 7)[1].astype("float16")
+  assert np.isfinite(stored).all() and np.all(np.exp(stored[..., -1]) == 0)
+
+
+def test_what_does_not_fit_is_told():
+  teacher, student, weights, _ = loss_batches.random_batch()
+  with pytest.raises(ValueError, match=r"within 1\.\.7.*got 8; set TOP_K"):
+    losses.top_k_law(teacher, 8)
+  ids, log_probs = losses.top_k_law(teacher, 2)
+  loss = lambda *args: losses.stored_distillation_loss(
+    *args, weights, divergence="forward_kl"
+  )[0]
+  with pytest.raises(ValueError, match="those of the ids and of the tail"):
+    loss(ids, log_probs[..., :2], student)
+  with pytest.raises(ValueError, match="set TASK_FEATURE_LENGTHS"):
+    loss(ids[:, 1:], log_probs[:, 1:], student)
+  # Ids of another vocabulary cannot be seen in the shapes.
+  assert np.isnan(loss(ids + 7, log_probs, student))

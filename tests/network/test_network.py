@@ -1,0 +1,192 @@
+"""The network against T5X's numbers, and its own invariants."""
+
+import dataclasses
+
+import golden_t5x
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_buckets
+from flax import traverse_util
+
+from gkd_jax import models, network
+from gkd_jax.decoding import sampling
+from gkd_jax.network import layers
+
+each = pytest.mark.parametrize("name", golden_t5x.NAMES)
+
+
+@each
+def test_names_shapes_and_axes_are_t5x(name):
+  _, info = golden_t5x.load(name)
+  model, _, batch = golden_t5x.model(name)
+  variables = jax.eval_shape(
+    lambda: model.get_initial_variables(
+      jax.random.key(0), {k: v.shape for k, v in batch.items()}
+    )
+  )
+  flat = traverse_util.flatten_dict(variables["params"], sep="/")
+  assert {k: list(v.shape) for k, v in flat.items()} == info["params"]
+  axes = traverse_util.flatten_dict(variables["params_axes"], sep="/")
+  assert {k: str(v) for k, v in axes.items()} == info["params_axes"]
+
+
+@each
+def test_logits_equal_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  model, params, batch = golden_t5x.model(name)
+  logits = model.logits(params, batch)
+  np.testing.assert_allclose(logits, numbers["logits"], rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_packed_logits_equal_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  model, params, _ = golden_t5x.model(name)
+  batch = golden_t5x.part(numbers, "packed")
+  kept = batch["decoder_loss_weights"] > 0
+  logits = np.asarray(model.logits(params, batch))
+  expected = numbers["packed_logits"][kept]
+  np.testing.assert_allclose(logits[kept], expected, rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_loss_and_gradients_equal_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  model, params, batch = golden_t5x.model(name, z_loss=1e-4)
+  grad_fn = jax.value_and_grad(lambda p: model.loss_fn(p, batch, None)[0])
+  loss, grads = grad_fn(params)
+  np.testing.assert_allclose(loss, numbers["loss"], rtol=1e-5)
+  expected = golden_t5x.part(numbers, "grads")
+  for path, grad in traverse_util.flatten_dict(grads, sep="/").items():
+    scale = np.linalg.norm(expected[path])
+    assert np.linalg.norm(grad - expected[path]) <= 1e-5 * scale, path
+
+
+@each
+def test_scores_equal_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  model, params, batch = golden_t5x.model(name)
+  scores = model.score_batch(params, batch)
+  np.testing.assert_allclose(scores, numbers["scores"], rtol=1e-5)
+
+
+@each
+def test_greedy_tokens_equal_t5x(name):
+  numbers, _ = golden_t5x.load(name)
+  model, params, batch = golden_t5x.model(name)
+  tokens = jax.jit(model.predict_batch)(params, batch)
+  np.testing.assert_array_equal(tokens, numbers["greedy"])
+
+
+@each
+def test_cached_decoding_equals_the_full_forward_pass(name):
+  model, params, batch = golden_t5x.model(name)
+  encoded = model.encode(params, batch)
+  tokens, log_probs = model.sample(
+    params,
+    encoded,
+    batch["encoder_input_tokens"],
+    jax.random.key(3),
+    max_decode_length=10,
+    suppress_ids=(0,),
+  )
+  forced = dict(batch)
+  forced["decoder_target_tokens"] = tokens
+  forced["decoder_input_tokens"] = sampling.shift_right(tokens)
+  logits = model.logits(params, forced).at[:, :, 0].set(-jnp.inf)
+  full = np.take_along_axis(
+    np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], -1
+  )[..., 0]
+  kept = np.asarray(tokens) > 0
+  assert kept.sum() > 20
+  np.testing.assert_allclose(np.asarray(log_probs)[kept], full[kept], atol=1e-5)
+
+
+def test_no_position_sees_a_later_one():
+  model, params, batch = golden_t5x.model("t5_1_1_tiny")
+  encoded = model.encode(params, batch)
+  row = {k: jnp.asarray(v[:1]) for k, v in batch.items()}
+
+  def logit(embedding):
+    variables = {
+      "params": params | {"token_embedder": {"embedding": embedding}}
+    }
+    return model.module.apply(
+      variables,
+      encoded[:1],
+      row["encoder_input_tokens"],
+      row["decoder_input_tokens"],
+      row["decoder_target_tokens"],
+      enable_dropout=False,
+      method="decode",
+    )[0, 4].sum()
+
+  grad = jax.grad(logit)(params["token_embedder"]["embedding"])
+  inputs = batch["decoder_input_tokens"][0]
+  later = set(inputs[5:]) - set(inputs[:5])
+  earlier = set(inputs[:5])
+  assert later
+  assert all(np.abs(grad[t]).max() == 0 for t in later)
+  assert all(np.abs(grad[t]).max() > 0 for t in earlier)
+
+
+def weight_products(jaxpr):
+  """Number of products with weights, which have no batch dimension."""
+  products = test_buckets.equations(jaxpr, "dot_general")
+  return sum(not x.params["dimension_numbers"][1][0] for x in products)
+
+
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_remat_changes_nothing_but_the_work(policy):
+  model, params, batch = golden_t5x.model("t5_1_1_tiny")
+  config = dataclasses.replace(model.config, remat_policy=policy)
+  other = models.EncoderDecoderModel(network.Transformer(config))
+  grad = lambda m: jax.grad(lambda p: m.loss_fn(p, batch, None)[0])
+  for a, b in zip(
+    jax.tree.leaves(grad(model)(params)),
+    jax.tree.leaves(grad(other)(params)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  of = lambda m: weight_products(jax.make_jaxpr(grad(m))(params).jaxpr)
+  # Queries, keys, values, what leaves attention, and two into the MLP; what leaves
+  # the MLP is in no derivative.
+  again = config.num_encoder_layers * 6 + config.num_decoder_layers * 10
+  assert of(other) - of(model) == {"minimal": 0, "full": again}[policy]
+
+
+def test_bfloat16_is_near_float32_and_gives_float32_logits():
+  model, params, batch = golden_t5x.model("t5_1_1_tiny")
+  config = dataclasses.replace(model.config, dtype="bfloat16")
+  other = models.EncoderDecoderModel(network.Transformer(config))
+  logits = other.logits(params, batch)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, model.logits(params, batch), atol=0.15)
+
+
+@pytest.mark.parametrize(
+  ("distance", "bidirectional", "bucket"),
+  [
+    (0, True, 0),
+    (-7, True, 7),
+    (-8, True, 8),
+    (7, True, 23),
+    (500, True, 31),
+    (-15, False, 15),
+    (-16, False, 16),
+    (-500, False, 31),
+    (3, False, 0),
+  ],
+)
+def test_buckets_by_hand(distance, bidirectional, bucket):
+  got = layers.relative_position_bucket(
+    jnp.asarray(distance), bidirectional=bidirectional
+  )
+  assert int(got) == bucket
+
+
+def test_a_wrong_size_names_the_setting():
+  with pytest.raises(ValueError, match=r"emb_dim of at least 1, got 0; set"):
+    network.T5Config(vocab_size=8, emb_dim=0)

@@ -1,0 +1,432 @@
+"""The GKD step: sources, gradients, microbatches, meshes, skipped updates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_models
+
+from gkd_jax import (
+  models,
+  network,
+  optimizers,
+  partitioning,
+  schedules,
+  training,
+)
+from gkd_jax.decoding import sampling
+
+SOURCES = ("data", "student", "mixed")
+
+
+def gradient(source, *, microbatches=1, run=jax.jit, **kwargs):
+  """Gradient (the parameters' change under SGD), metrics."""
+  model, student, teacher = toy_models.gkd(
+    student_data_fraction=0.5, divergence="jsd", beta=0.5, **kwargs
+  )
+  step, optimizer = toy_models.sgd_step(
+    model, source, num_microbatches=microbatches
+  )
+  state = toy_models.state(student, optimizer)
+  new, metrics = run(step)(state, teacher, toy_models.batch())
+  return jax.tree.map(jnp.subtract, state.params, new.params), metrics
+
+
+def assert_same(a, b, tolerance=1e-5):
+  difference = optax.tree.norm(
+    jax.tree.map(lambda x, y: np.asarray(x) - y, a, b)
+  )
+  assert difference <= tolerance * optax.tree.norm(b)
+
+
+@functools.cache
+def reference(source, normalization):
+  return gradient(source, length_normalization=normalization)
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("source", SOURCES)
+def test_microbatches_change_nothing(source, microbatches, normalization):
+  expected, metrics = reference(source, normalization)
+  got, got_metrics = gradient(
+    source, microbatches=microbatches, length_normalization=normalization
+  )
+  assert_same(got, expected)
+  for name, pair in metrics.items():
+    np.testing.assert_allclose(
+      got_metrics[name], pair, rtol=1e-4, atol=1e-6, err_msg=name
+    )
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 4])
+@pytest.mark.parametrize("over_data", [False, True])
+@pytest.mark.parametrize("source", ["data", "student"])
+def test_meshes_change_nothing(source, partitions, over_data):
+  mesh = partitioning.make_mesh(partitions)
+  model, student, teacher = toy_models.gkd(divergence="jsd", beta=0.5)
+  rules = (
+    partitioning.FULLY_SHARDED_RULES
+    if over_data
+    else partitioning.STANDARD_RULES
+  )
+
+  def place(a_model, tree):
+    axes = partitioning.logical_axes(
+      jax.eval_shape(
+        lambda: a_model.get_initial_variables(
+          jax.random.key(0), toy_models.SHAPES
+        )
+      )["params_axes"]
+    )
+    shardings = partitioning.param_shardings(tree, axes, mesh, rules)
+    return jax.tree.map(jax.device_put, tree, shardings), shardings
+
+  student, shardings = place(model.student, student)
+  teacher, _ = place(model.teacher, teacher)
+  step, optimizer = toy_models.sgd_step(model, source)
+  state = toy_models.state(student, optimizer)
+  before = jax.tree.map(np.asarray, student)
+  state_shardings = partitioning.state_shardings(state, shardings, mesh)
+  state = jax.tree.map(jax.device_put, state, state_shardings)
+  run = training.JitExecutor(
+    lambda s, t, b, source: step(s, t, b), mesh, state_shardings
+  )
+  new, _ = run(state, teacher, run.put(toy_models.batch()), source)
+  if partitions > 1:
+    kernel = new.params["decoder"]["logits_dense"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[1] == 16 // partitions
+  got = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.params)
+  assert_same(got, reference(source, "sequence")[0])
+
+
+@pytest.mark.parametrize("source", ["data", "student"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_pmap_changes_nothing(source, microbatches):
+  model, student, teacher = toy_models.gkd(divergence="jsd", beta=0.5)
+  step, optimizer = toy_models.sgd_step(
+    model, source, axis_name="data", num_microbatches=microbatches
+  )
+  state = toy_models.state(student, optimizer)
+  run = training.PmapExecutor(
+    lambda s, t, b, source, axis_name: step(s, t, b), jax.devices()[:4]
+  )
+  new, metrics = run(state, teacher, run.put(toy_models.batch()), source)
+  got = jax.tree.map(jnp.subtract, state.params, new.params)
+  expected, expected_metrics = reference(source, "sequence")
+  assert_same(got, expected)
+  np.testing.assert_allclose(
+    metrics["loss"], expected_metrics["loss"], rtol=1e-5
+  )
+
+
+def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
+  model, student, teacher = toy_models.gkd()
+  batch = toy_models.batch()
+  common = {
+    "step": jnp.zeros((), jnp.int32),
+    "key": jax.random.key(5),
+    "row_ids": jnp.arange(8),
+  }
+  loss = lambda p, b, source: model.train_loss(
+    p, teacher, b, source=source, **common
+  )[0]
+  on_policy = jax.jit(jax.grad(loss), static_argnums=2)(
+    student, batch, "student"
+  )
+  tokens, _ = model.student.sample(
+    student,
+    model.student.encode(student, batch),
+    batch["encoder_input_tokens"],
+    jax.random.split(common["key"], 3)[1],
+    max_decode_length=7,
+    suppress_ids=(0,),
+  )
+  lengths = np.asarray(sampling.sequence_weights(tokens)).sum(1)
+  assert lengths.min() < 4 < lengths.max()
+  as_data = batch | {
+    "decoder_target_tokens": tokens,
+    "decoder_input_tokens": sampling.shift_right(tokens),
+    "decoder_loss_weights": sampling.sequence_weights(tokens),
+  }
+  supervised = jax.jit(jax.grad(loss), static_argnums=2)(
+    student, as_data, "data"
+  )
+  assert_same(on_policy, supervised)
+
+
+def test_eos_is_trained_on_and_nothing_after_it():
+  model, student, teacher = toy_models.gkd(length_normalization="token")
+  batch = toy_models.batch()
+  _, weight, _ = model.train_loss(
+    student,
+    teacher,
+    batch,
+    source="data",
+    step=0,
+    key=jax.random.key(0),
+    row_ids=jnp.arange(8),
+  )
+  ends = np.argmax(batch["decoder_target_tokens"] == 1, axis=1)
+  assert weight == np.sum(ends + 1)
+
+
+def test_loss_equals_the_formula_in_float64():
+  model, student, teacher = toy_models.gkd(teacher_temperature=0.5)
+  batch = toy_models.batch()
+  total, weight, _ = model.train_loss(
+    student,
+    teacher,
+    batch,
+    source="data",
+    step=0,
+    key=jax.random.key(0),
+    row_ids=jnp.arange(8),
+  )
+  logs = []
+  for m, p, t in ((model.teacher, teacher, 0.5), (model.student, student, 1.0)):
+    z = np.asarray(m.logits(p, batch), np.float64) / t
+    logs.append(z - np.logaddexp.reduce(z, axis=-1, keepdims=True))
+  kl = np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
+  w = batch["decoder_loss_weights"]
+  expected = np.mean(np.sum(kl * w, 1) / np.sum(w, 1))
+  np.testing.assert_allclose(total / weight, expected, rtol=1e-5)
+
+
+def test_mixed_rows_use_their_own_source():
+  model, student, _teacher = toy_models.gkd(student_data_fraction=0.5)
+  batch = toy_models.batch()
+  chosen = np.asarray(
+    model._choose("mixed", 0, jax.random.key(1), jnp.arange(8))
+  )
+  assert 0 < chosen.sum() < 8
+  new, metrics = model._with_samples(
+    student,
+    model.student.encode(student, batch),
+    batch,
+    jnp.asarray(chosen),
+    jax.random.key(2),
+    jnp.arange(8),
+  )
+  targets = np.asarray(new["decoder_target_tokens"])
+  np.testing.assert_array_equal(
+    targets[~chosen], batch["decoder_target_tokens"][~chosen]
+  )
+  alone, _ = model.student.sample(
+    student,
+    model.student.encode(student, batch),
+    batch["encoder_input_tokens"],
+    jax.random.key(2),
+    max_decode_length=7,
+    suppress_ids=(0,),
+  )
+  np.testing.assert_array_equal(targets[chosen], np.asarray(alone)[chosen])
+  assert metrics["on_policy_share"] == (chosen.sum(), 8)
+
+
+def test_teacher_is_untouched_and_not_in_the_state():
+  model, student, teacher = toy_models.gkd()
+  before = jax.tree.map(np.array, teacher)
+  step, optimizer = toy_models.sgd_step(model, "student")
+  state, _ = jax.jit(step)(
+    toy_models.state(student, optimizer), teacher, toy_models.batch()
+  )
+  for a, b in zip(
+    jax.tree.leaves(before), jax.tree.leaves(teacher), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  widths = {x.shape for x in jax.tree.leaves(state)}
+  assert (16, 8) in widths and (16, 12) not in widths
+
+
+@pytest.mark.parametrize(("dropout_rate", "encodings"), [(0.0, 1), (0.1, 2)])
+def test_encodings_of_the_student_in_an_on_policy_step(dropout_rate, encodings):
+  model, student, teacher = toy_models.gkd(dropout_rate)
+  step, optimizer = toy_models.sgd_step(model, "student")
+  jaxpr = jax.make_jaxpr(step)(
+    toy_models.state(student, optimizer), teacher, toy_models.batch()
+  )
+  # Attention weights of an encoder, [B, H, S, S]: the student's forward passes,
+  # the teacher's one, and the student's one backward pass.
+  products = str(jaxpr).count("f32[8,2,6,6] = dot_general")
+  assert products == encodings + 1 + 1
+
+
+def test_schedules_of_beta_and_lambda_do_not_recompile():
+  model, student, teacher = toy_models.gkd(
+    divergence="jsd",
+    beta=schedules.linear(0.0, 1.0, 2),
+    student_data_fraction=schedules.linear(0.2, 0.8, 2),
+    student_data_granularity="example",
+  )
+  step, optimizer = toy_models.sgd_step(model, "mixed")
+  compiled = jax.jit(step)
+  state = toy_models.state(student, optimizer)
+  for _ in range(3):
+    state, metrics = compiled(state, teacher, toy_models.batch())
+    assert np.isfinite(metrics["loss"][0])
+  assert compiled._cache_size() == 1
+
+
+class _RootModel:
+  """Loss sqrt(w): at w = 0 it is finite, and its gradient is infinite."""
+
+  def train_loss(self, params, teacher_params, batch, **kwargs):
+    del teacher_params, batch, kwargs
+    return jnp.sqrt(params["w"]), jnp.ones(()), {}
+
+
+@pytest.mark.parametrize(
+  ("bad", "loss_is_finite"), [(-1.0, False), (0.0, True)]
+)
+def test_a_non_finite_update_is_skipped_and_counted(bad, loss_is_finite):
+  step, optimizer = toy_models.sgd_step(_RootModel(), "data")
+  run = jax.jit(step)
+  state = toy_models.state({"w": jnp.float32(bad)}, optimizer)
+  for done in (1, 2):
+    state, metrics = run(state, {}, toy_models.batch())
+    assert bool(jnp.isfinite(metrics["loss"][0])) == loss_is_finite
+    assert state.params["w"] == bad
+    assert state.skipped == state.skipped_in_row == done == state.step
+  good = state.replace(params={"w": jnp.float32(4.0)})
+  state, metrics = run(good, {}, toy_models.batch())
+  # 4 - 1 / (2 sqrt 4)
+  assert state.params["w"] == 3.75
+  assert (state.skipped, state.skipped_in_row, state.step) == (2, 0, 3)
+  assert metrics["skipped_updates"][0] == 2
+
+
+def test_the_coin():
+  model, *_ = toy_models.gkd(student_data_fraction=0.25)
+  draws = [training.source_of_step(model, 7, s) for s in range(2000)]
+  assert abs(draws.count("student") / 2000 - 0.25) < 0.04
+  assert draws == [training.source_of_step(model, 7, s) for s in range(2000)]
+  for fraction, source in ((0.0, "data"), (1.0, "student")):
+    model, *_ = toy_models.gkd(student_data_fraction=fraction)
+    got = {training.source_of_step(model, 7, s) for s in range(500)}
+    assert got == {source}
+  model, *_ = toy_models.gkd(
+    student_data_fraction=0.25, student_data_granularity="example"
+  )
+  assert training.source_of_step(model, 7, 0) == "mixed"
+
+
+def test_fixed_data_steps_hold_no_decoding_loop():
+  model, student, teacher = toy_models.gkd()
+  for source, loops in (("data", False), ("student", True)):
+    step, optimizer = toy_models.sgd_step(model, source)
+    text = str(
+      jax.make_jaxpr(step)(
+        toy_models.state(student, optimizer), teacher, toy_models.batch()
+      )
+    )
+    assert (" while[" in text) == loops
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "message"),
+  [
+    ({"student_data_fraction": 1.5}, "λ in .* 1.5; set STUDENT_DATA_FRACTION"),
+    ({"divergence": "jsd", "beta": -0.1}, "β in .*; set BETA"),
+    ({"divergence": "jsd"}, "got none; set BETA"),
+    ({"beta": 0.5}, "set DIVERGENCE"),
+    ({"divergence": "jds", "beta": None}, "set DIVERGENCE"),
+    ({"teacher_temperature": 0.0}, "set TEACHER_TEMPERATURE"),
+    ({"sampling_temperature": -1.0}, "set SAMPLING_TEMPERATURE"),
+    ({"length_normalization": "mean"}, "set LENGTH_NORMALIZATION"),
+    ({"student_data_granularity": "token"}, "student_data_granularity"),
+  ],
+)
+def test_wrong_settings(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    toy_models.gkd(**kwargs)
+
+
+def test_vocabularies_must_agree():
+  import dataclasses
+
+  student = toy_models.model(8)
+  config = dataclasses.replace(student.config, vocab_size=24)
+  teacher = models.EncoderDecoderModel(network.Transformer(config))
+  with pytest.raises(ValueError, match=r"24 \(teacher\) and 16 \(student\)"):
+    models.GKDModel(student, teacher)
+
+
+class _MatrixModel:
+  """A product of matrices; a gradient that is no number where x is none."""
+
+  def train_loss(self, params, teacher_params, batch, **kwargs):
+    del teacher_params, kwargs
+    y = batch["x"]
+    for w in params:
+      y = jnp.tanh(y @ w)
+    return jnp.sum(y * y), jnp.ones(()), {}
+
+
+def _matrix_step(optimizer, donate):
+  step = functools.partial(
+    training.train_step,
+    model=_MatrixModel(),
+    optimizer=optimizer,
+    seed=0,
+    source="data",
+  )
+  return jax.jit(step, donate_argnums=(0,) if donate else ())
+
+
+def _matrices(n, x):
+  rows = {"x": x, "decoder_target_tokens": np.ones((4, 1), np.int32)}
+  draw = np.random.default_rng(0).normal
+  params = [jnp.asarray(draw(0, n**-0.5, (n, n)), jnp.float32) for _ in "abc"]
+  return params, jax.tree.map(jnp.asarray, rows)
+
+
+def test_a_donated_state_is_not_copied():
+  optimizer = optimizers.adamw(1e-3, weight_decay=0.1)
+  params, batch = _matrices(256, np.ones((4, 256), np.float32))
+  state = training.create(params, optimizer.transform)
+  step = _matrix_step(optimizer, donate=True)
+  used = step.lower(state, {}, batch).compile().memory_analysis()
+  # Gradients, and one more matrix on the way; copies of the moments would be
+  # two more arrays for each parameter.
+  assert used.temp_size_in_bytes < 4.5 * params[0].nbytes
+
+
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    optimizers.adamw(1e-2, weight_decay=0.1, max_grad_norm=0.5),
+    optimizers.adafactor(1e-2, min_dim_size_to_factor=8, beta1=0.9),
+    optimizers.adafactor(1e-2),
+    optimizers.Optimizer(lambda _: 1e-2, optax.sgd(1.0, momentum=0.9)),
+  ],
+)
+def test_updates_are_those_of_optax_and_a_skip_changes_nothing(optimizer):
+  params, batch = _matrices(8, np.ones((4, 8), np.float32))
+  bad = batch | {"x": batch["x"].at[0, 0].set(jnp.nan)}
+  step = _matrix_step(optimizer, donate=False)
+  loss = lambda p: _MatrixModel().train_loss(p, {}, batch)[0]
+  state = training.create(params, optimizer.transform)
+  # From the second step on moments hold something that a skip could lose.
+  for features in (bad, batch, bad, batch):
+    before = state
+    state, _ = step(state, {}, features)
+    if features is bad:
+      expected = before.params, before.opt_state
+      jax.tree.map(
+        np.testing.assert_array_equal, (state.params, state.opt_state), expected
+      )
+      continue
+    updates, moments = optimizer.transform.update(
+      jax.grad(loss)(before.params), before.opt_state, before.params
+    )
+    expected = jax.tree.map(lambda p, u: p + 1e-2 * u, before.params, updates)
+    for got, want in ((state.params, expected), (state.opt_state, moments)):
+      jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        got,
+        want,
+      )
