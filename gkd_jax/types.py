@@ -28,6 +28,10 @@ PyTree = Any
 """Nested containers of arrays: parameters, a KV cache, an optimizer state."""
 Batch = Mapping[str, jax.Array]
 """Feature name (T5X's, e.g. `decoder_target_tokens`) to an array `[B, ...]`."""
+TOP_K_IDS, TOP_K_LOG_PROBS = "top_k_ids", "top_k_log_probs"
+"""Features of a batch with a teacher's stored top-k log-probs: ids `[B, T, k]`, and
+log-probs `[B, T, k + 1]`, the last of all other tokens together."""
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to `(sum, weight)`, both `[]` float32: sums add up over microbatches,
 devices and steps, and are divided by the summed weight once, at the end."""

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from gkd_jax import types
+
 # Features of a batch beside the model's own.
-TOP_K_IDS, TOP_K_LOG_PROBS = "top_k_ids", "top_k_log_probs"
 _LAWS = {
-  TOP_K_IDS: tf.int32,
-  TOP_K_LOG_PROBS: tf.float32,
+  types.TOP_K_IDS: tf.int32,
+  types.TOP_K_LOG_PROBS: tf.float32,
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from gkd_jax import losses, types
-from gkd_jax.data import feature_converters
 from gkd_jax.models import base_model, gkd, length_buckets
 
 
@@ -35,8 +34,8 @@ class StoredTeacherModel(gkd.GKDModel):
 
   OF_OUTPUTS = (
     *gkd.GKDModel.OF_OUTPUTS,
-    feature_converters.TOP_K_IDS,
-    feature_converters.TOP_K_LOG_PROBS,
+    types.TOP_K_IDS,
+    types.TOP_K_LOG_PROBS,
   )
 
   def __init__(
@@ -117,8 +116,8 @@ class StoredTeacherModel(gkd.GKDModel):
     params, encoded = trained
     batch = length_buckets.cut(fixed.batch, length, self.OF_OUTPUTS)
     loss, weight, aux = losses.stored_distillation_loss(
-      batch[feature_converters.TOP_K_IDS],
-      batch[feature_converters.TOP_K_LOG_PROBS],
+      batch[types.TOP_K_IDS],
+      batch[types.TOP_K_LOG_PROBS],
       self.student.decoder_logits(params, encoded, batch, fixed.decoder_key),
       self.student.loss_weights(batch),
       divergence=self._divergence_at(fixed.step),
