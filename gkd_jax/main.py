@@ -278,6 +278,7 @@ def _sweep():
 def _convert(mode):
   """Checkpoint -> our safetensors folder, or another program's format."""
   from gkd_jax.checkpoints import export
+  from gkd_jax.experiments import model_card
 
   if not FLAGS.checkpoint_path or not FLAGS.output_path:
     raise ValueError(
@@ -298,6 +299,7 @@ def _convert(mode):
     dtype=FLAGS.dtype,
     vocabulary_path=FLAGS.vocabulary_path,
     extra_ids=FLAGS.extra_ids,
+    card=model_card.write,
   )
 
 
