@@ -59,8 +59,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "markdown",
   None,
-  "report: also this file, pictures in the folder beside it; precompile: this file"
-  " from reports, and nothing is compiled",
+  "report: also this file, pictures in the folder beside it",
 )
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
@@ -153,12 +152,7 @@ def _run(argv):
     print(shipped.model_path(*argv[2:]))
     return
   if mode in ("precompile", "fit"):
-    if FLAGS.markdown:
-      from gkd_jax.planning import scale_table
-
-      scale_table.write(FLAGS.markdown, argv[2:])
-    else:
-      _compile_only(mode)
+    _compile_only(mode)
     return
   if mode == "sweep":
     _sweep()
