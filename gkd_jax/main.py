@@ -37,13 +37,6 @@ flags.DEFINE_integer(
   "seconds of silence after which one of several processes counts as lost",
   lower_bound=1,
 )
-flags.DEFINE_enum(
-  "preemption_notice",
-  None,
-  ["gce"],
-  "train: ask Google's metadata server, and take its notice of the machine's end"
-  " as SIGTERM",
-)
 flags.DEFINE_string(
   "compilation_cache_dir",
   None,
@@ -178,19 +171,11 @@ def _run_configured(mode):
       print(gin.config_str())
     else:
       gin_utils.save()
-      _watch_notices()
     gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
   elif mode == "eval":
     gin.get_configurable(infer.evaluate_checkpoint)()
   else:
     gin.get_configurable(infer.infer)()
-
-
-def _watch_notices():
-  if FLAGS.preemption_notice == "gce":
-    from gkd_jax.training import preemption_notice
-
-    preemption_notice.watch()
 
 
 def _compile_only(mode):
