@@ -52,8 +52,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "markdown",
   None,
-  "report: also this file, pictures in the folder beside it; precompile: this file"
-  " from reports, and nothing is compiled",
+  "report: also this file, pictures in the folder beside it",
 )
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
@@ -146,12 +145,7 @@ def _run(argv):
     print(shipped.model_path(*argv[2:]))
     return
   if mode in ("precompile", "fit"):
-    if FLAGS.markdown:
-      from gkd_jax.planning import scale_table
-
-      scale_table.write(FLAGS.markdown, argv[2:])
-    else:
-      _compile_only(mode)
+    _compile_only(mode)
     return
   if mode == "sweep":
     _sweep()
@@ -263,6 +257,7 @@ def _sweep():
 def _convert(mode):
   """Checkpoint -> our safetensors folder, or another program's format."""
   from gkd_jax.checkpoints import export
+  from gkd_jax.experiments import model_card
 
   if not FLAGS.checkpoint_path or not FLAGS.output_path:
     raise ValueError(
@@ -283,6 +278,7 @@ def _convert(mode):
     dtype=FLAGS.dtype,
     vocabulary_path=FLAGS.vocabulary_path,
     extra_ids=FLAGS.extra_ids,
+    card=model_card.write,
   )
 
 

@@ -1,12 +1,17 @@
-"""`docs/scale.md` from the reports of `gkd precompile` and `gkd fit`."""
+"""Writes docs/scale.md from the reports beside this script.
+
+Run `python docs/results/scale/table.py` from the repository's root after
+`gkd precompile` or `gkd fit` wrote a report into a folder here. A `note` that was
+added to a report by hand is shown below its command.
+"""
 
 import json
-import os
-from collections.abc import Sequence
+import pathlib
 from typing import Any
 
 from gkd_jax.planning import hlo, program_report
 
+_HERE = pathlib.Path(__file__).parent
 _GIB = 2**30
 _PHASES = {
   "sampling": "sampling",
@@ -28,13 +33,13 @@ are of one core that did other work too. Each row is of the JSON that its comman
 below writes. This file is made by
 
 ```
-gkd precompile --markdown=docs/scale.md docs/results/scale/*/*.json
+python docs/results/scale/table.py
 ```
 
 | setting | devices | batch, lengths | phase | arguments | temporaries | peak of | fits | TFLOP | sent | ms at least | tokens/s | MFU | compiled in |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
-_CHOICES = """
+_FIT_HEAD = """
 ## What `gkd fit` chooses
 
 Estimates are extrapolated from programs of one and two layers (a network whose layers
@@ -42,61 +47,37 @@ are scanned keeps its own number), compiled with little effort; the whole progra
 compiled as it would run."""
 
 
-def write(path: str, reports: Sequence[str]) -> None:
-  """Writes the document.
-
-  Args:
-    path: of the document.
-    reports: JSON files, each a `precompile.json` or a `fit.json`; a `note` that
-      was added by hand is shown below its command.
-
-  Raises:
-    ValueError: no report.
-  """
-  if not reports:
-    raise ValueError(
-      "expected reports, got none; run `gkd precompile --markdown=FILE"
-      " precompile.json ...`"
-    )
+def document() -> str:
+  """Returns the text of docs/scale.md."""
   rows, commands, choices = [], [], []
-  for report in reports:
-    with open(report, encoding="utf-8") as file:
-      found = json.load(file)
-    title = found.get("title") or os.path.basename(os.path.dirname(report))
-    if "candidates" in found:
-      choices += choice(title, found)
+  for path in sorted(_HERE.glob("*/*.json")):
+    report = json.loads(path.read_text())
+    if path.name == "fit.json":
+      choices += _choice(report)
       continue
-    rows += [row(title, found, phase) for phase in found["phases"]]
-    command = found.get("command", report)
+    rows += [_row(report, phase) for phase in report["phases"]]
     commands.append(
-      f"- {title}, {found['topology']}, {_compiler(found)}:\n  `{command}`"
+      f"- {report['title']}, {report['topology']}, {_compiler(report)}:\n"
+      f"  `{report['command']}`"
     )
-    if "note" in found:
-      commands.append(f"  {found['note']}")
+    if "note" in report:
+      commands.append(f"  {report['note']}")
   text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
-  if choices:
-    text += [_CHOICES, *choices]
-  with open(path, "w", encoding="utf-8") as file:
-    file.write("\n".join(text) + "\n")
+  return "\n".join([*text, _FIT_HEAD, *choices]) + "\n"
 
 
-def choice(title: str, report: dict[str, Any]) -> list[str]:
-  """Lines of a section: what `gkd fit` printed, but the programs' reports.
-
-  Args:
-    title: of the setting.
-    report: see `fit.fit`.
-  """
+def _choice(report: dict[str, Any]) -> list[str]:
+  """Returns a section with what `gkd fit` printed at its end."""
   lengths = report["task_feature_lengths"]
   return [
     "",
-    f"### {title}, {report['topology']}",
+    f"### {report['title']}, {report['topology']}",
     "",
     f"Batch {report['batch_size']}, {lengths['inputs']} to"
     f" {lengths['targets']}, the {_PHASES[report['phase']]}.",
     "",
     "```",
-    f"$ {report.get('command', '')}",
+    f"$ {report['command']}",
     *program_report.fit_lines(report),
     "```",
     *(["", report["note"]] if "note" in report else []),
@@ -110,39 +91,35 @@ def _compiler(report):
   return f"jax {versions['jax']}, libtpu {versions['libtpu']}"
 
 
-def row(title: str, report: dict[str, Any], phase: str) -> str:
-  """A line of the table: memory in GiB of one device.
-
-  Args:
-    title: of the setting.
-    report: see `precompile.precompile`.
-    phase: one that is in it.
-  """
-  found = report["phases"][phase]
-  memory, mesh = found["memory"], report["mesh"]
-  lengths = report["task_feature_lengths"]
+def _row(report: dict[str, Any], phase: str) -> str:
+  """Returns a line of the table: FLOP, GiB and time of one device."""
+  program = report["phases"][phase]
+  memory, lengths = program["memory"], report["task_feature_lengths"]
   size = lambda name: f"{memory[name] / _GIB:.2f}" if name in memory else "?"
-  least = found.get("roofline")
   numbers = ["?"] * 5
-  if least:
-    sent = hlo.sent_bytes(found["collectives"], False)
+  if least := program.get("roofline"):
+    sent = hlo.sent_bytes(program["collectives"], False)
     numbers = [
-      f"{found['flops'] / 1e12:.2f}",
+      f"{program['flops'] / 1e12:.2f}",
       f"{sent / _GIB:.2f}",
       f"{least['seconds'] * 1e3:.1f}",
-      f"{found['tokens_per_second']:,.0f}",
-      f"{found['mfu']:.0%}",
+      f"{program['tokens_per_second']:,.0f}",
+      f"{program['mfu']:.0%}",
     ]
   cells = [
-    title,
-    f"{report['topology']}, {' x '.join(map(str, mesh.values()))}",
+    report["title"],
+    f"{report['topology']}, {' x '.join(map(str, report['mesh'].values()))}",
     f"{report['batch_size']}, {lengths['inputs']} to {lengths['targets']}",
     _PHASES[phase],
     size("arguments"),
     size("temporaries"),
     f"{size('peak')} of {report['hbm_bytes'] / _GIB:.2f}",
-    {True: "yes", False: "no", None: "?"}[found["fits"]],
+    {True: "yes", False: "no", None: "?"}[program["fits"]],
     *numbers,
-    f"{found['compile_seconds']:.0f} s",
+    f"{program['compile_seconds']:.0f} s",
   ]
   return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+  (_HERE.parents[1] / "scale.md").write_text(document())
