@@ -37,13 +37,6 @@ flags.DEFINE_integer(
   "seconds of silence after which one of several processes counts as lost",
   lower_bound=1,
 )
-flags.DEFINE_enum(
-  "preemption_notice",
-  None,
-  ["gce"],
-  "train: ask Google's metadata server, and take its notice of the machine's end"
-  " as SIGTERM",
-)
 flags.DEFINE_string(
   "compilation_cache_dir",
   None,
@@ -59,8 +52,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "markdown",
   None,
-  "report: also this file, pictures in the folder beside it; precompile: this file"
-  " from reports, and nothing is compiled",
+  "report: also this file, pictures in the folder beside it",
 )
 flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
 flags.DEFINE_enum(
@@ -153,12 +145,7 @@ def _run(argv):
     print(shipped.model_path(*argv[2:]))
     return
   if mode in ("precompile", "fit"):
-    if FLAGS.markdown:
-      from gkd_jax.planning import scale_table
-
-      scale_table.write(FLAGS.markdown, argv[2:])
-    else:
-      _compile_only(mode)
+    _compile_only(mode)
     return
   if mode == "sweep":
     _sweep()
@@ -184,19 +171,11 @@ def _run_configured(mode):
       print(gin.config_str())
     else:
       gin_utils.save()
-      _watch_notices()
     gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
   elif mode == "eval":
     gin.get_configurable(infer.evaluate_checkpoint)()
   else:
     gin.get_configurable(infer.infer)()
-
-
-def _watch_notices():
-  if FLAGS.preemption_notice == "gce":
-    from gkd_jax.training import preemption_notice
-
-    preemption_notice.watch()
 
 
 def _compile_only(mode):
@@ -278,6 +257,7 @@ def _sweep():
 def _convert(mode):
   """Checkpoint -> our safetensors folder, or another program's format."""
   from gkd_jax.checkpoints import export
+  from gkd_jax.experiments import model_card
 
   if not FLAGS.checkpoint_path or not FLAGS.output_path:
     raise ValueError(
@@ -298,6 +278,7 @@ def _convert(mode):
     dtype=FLAGS.dtype,
     vocabulary_path=FLAGS.vocabulary_path,
     extra_ids=FLAGS.extra_ids,
+    card=model_card.write,
   )
 
 

@@ -269,7 +269,9 @@ def _executor(name, step, mesh, state_shardings):
 def _share(mesh, batch_size, given, model_dir):
   """What this process reads of the data."""
   rows = shards.rows_of_processes(partitioning.process_grid(mesh), batch_size)
-  count = shards.count(given, model_dir, batch_size, rows)
+  count = shards.count(
+    given, checkpoints.recorded_data_shards(model_dir), batch_size, rows
+  )
   return shards.share(rows, jax.process_index(), batch_size, count)
 
 

@@ -21,14 +21,14 @@ MAY_IMPORT = {
   "network": "kernels losses partitioning types",
   "decoding": "losses partitioning types",
   "models": "decoding divergences losses network partitioning schedules types",
-  "data": "checkpoints files models tasks types",
+  "data": "files tasks types",
   "training": "data files losses models optimizers partitioning schedules types",
-  "checkpoints": "experiments files network partitioning types",
+  "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
   "planning": "checkpoints data files models network optimizers partitioning"
   " train training types",
-  "experiments": "checkpoints files gin_utils network",
+  "experiments": "files gin_utils",
   "gin_utils": "files",
   "train": "checkpoints data evaluation files models optimizers partitioning"
   " training types",

@@ -8,6 +8,7 @@ hf   a folder for `transformers`, with the student's card
 import json
 import os
 import re
+from collections.abc import Callable
 
 from etils import epath
 
@@ -20,7 +21,6 @@ from gkd_jax.checkpoints import (
   stored_arrays,
   t5x,
 )
-from gkd_jax.experiments import model_card
 
 FORMATS = ("gkd", "t5x", "hf")
 _SETTING = "--checkpoint_path"
@@ -64,6 +64,7 @@ def export_checkpoint(
   dtype: str | None = None,
   vocabulary_path: Path | None = None,
   extra_ids: int = 100,
+  card: Callable[..., str] | None = None,
 ) -> None:
   """Writes a checkpoint in another program's format, or in ours.
 
@@ -75,6 +76,9 @@ def export_checkpoint(
     vocabulary_path: for "hf", the SentencePiece model to write the tokenizer's
       files from; None writes none.
     extra_ids: for "hf", sentinels that the vocabulary has after its pieces.
+    card: for "hf", returns the text of README.md; called with the keywords
+      `name` (of the model), `num_parameters`, `model_dir` (the run's folder, or
+      None) and `step` (or None). None writes no README.md.
 
   Raises:
     ValueError: if the checkpoint is not read, or, but for "gkd", not a T5's.
@@ -104,13 +108,13 @@ def export_checkpoint(
     t5x.save_orbax(output_path, flat, config, step=step or 0)
     return
   run = found.path.parent if step is not None else None
-  card = model_card.write(
-    config,
+  readme = card and card(
     name=epath.Path(output_path).name,
+    num_parameters=parameters.count(config),
     model_dir=run,
     step=step,
   )
-  _write_hf(output_path, flat, config, card, vocabulary_path, extra_ids)
+  _write_hf(output_path, flat, config, readme, vocabulary_path, extra_ids)
 
 
 def _open(path):
@@ -132,7 +136,7 @@ def _step(checkpoint: epath.Path) -> int | None:
   return int(match[1]) if match else None
 
 
-def _write_hf(path, flat, config, card, vocabulary_path, extra_ids) -> None:
+def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
   theirs = huggingface.rename(flat, config)
   dtype = str(theirs[huggingface.EMBEDDING].dtype)
   texts = {
@@ -167,8 +171,8 @@ def _write_hf(path, flat, config, card, vocabulary_path, extra_ids) -> None:
         " --vocabulary_path"
       )
     contents["spiece.model"] = lambda file: file.write_bytes(model.read_bytes())
-  if not (files.absolute(path) / "README.md").exists():
-    contents["README.md"] = lambda file: file.write_text(card)
+  if readme and not (files.absolute(path) / "README.md").exists():
+    contents["README.md"] = lambda file: file.write_text(readme)
   files.write(path, contents, last=safetensors_io.CONFIG_FILE)
 
 

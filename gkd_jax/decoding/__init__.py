@@ -6,17 +6,17 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.decoding.beams import (
     beam_search,
   )
-  from gkd_jax.decoding.calls import (
-    decode,
-    row_axes,
-    widen,
-  )
   from gkd_jax.decoding.loops import (
     PAD_ID,
+  )
+  from gkd_jax.decoding.rows import (
+    decode,
+    repeat_rows,
+    row_axes,
   )
   from gkd_jax.decoding.sampling import (
     SampleResult,
     sample,
-    sampling_law,
+    sampling_log_probs,
     sampling_logits,
   )

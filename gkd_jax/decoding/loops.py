@@ -4,11 +4,11 @@ They know nothing of the model. A step feeds one token per row, reads one row of
 logits, has one token drawn, and writes it. They hold only traced control flow, so
 they run under `jit`, inside `lax.scan` over microbatches, and under `pmap`.
 
-`together` decodes all rows until the last one has ended. On a mesh with the rows
+`decode_rows` decodes all rows until the last one has ended. On a mesh with the rows
 sharded it is one program with one global "all rows have ended", so devices whose
 rows end early wait and cannot deadlock.
 
-`in_slots` decodes K of P rows at a time; one that has ended gives its slot to the
+`decode_with_slots` decodes K of P rows at a time; one that has ended gives its slot to the
 next of the queue, so that one long row does not hold up a batch of short ones.
 """
 
@@ -61,7 +61,7 @@ class SamplingState(NamedTuple):
   cache: types.PyTree
 
 
-def together(
+def decode_rows(
   tokens_to_logits: types.TokensToLogits,
   cache: types.PyTree,
   draw: Draw,
@@ -125,7 +125,7 @@ def together(
   return final.tokens, final.log_probs
 
 
-class Refilled(NamedTuple):
+class SlotDecodeResult(NamedTuple):
   """Outputs in the rows' own order, and how well the slots were used.
 
   Attributes:
@@ -161,10 +161,10 @@ class _SlotsState(NamedTuple):
   current: jax.Array
   free: jax.Array
   cache: types.PyTree
-  done: Refilled
+  done: SlotDecodeResult
 
 
-def in_slots(
+def decode_with_slots(
   tokens_to_logits: types.TokensToLogits,
   cache: types.PyTree,
   draw: Draw,
@@ -178,7 +178,7 @@ def in_slots(
   max_decode_length: int,
   eos_id: int,
   data_axis: str = "data",
-) -> Refilled:
+) -> SlotDecodeResult:
   """Decodes P rows, K at a time.
 
   Two loops inside one: the inner one decodes until a slot is free and somebody
@@ -192,7 +192,7 @@ def in_slots(
     draw: `(logits [K, V], row_keys [K] or None, positions [K]) -> (tokens,
       log_probs)`, `[K]` each.
     slots: K, on each shard of the data axis.
-    row_axes: tree of the axes of the rows, see `calls.row_axes`.
+    row_axes: tree of the axes of the rows, see `decoding.row_axes`.
     row_keys: `[P]` random keys, or None where nothing is drawn.
     start_tokens: `[P]` int32 fed first.
     row_lengths: `[P]` integer, longest output of each row, EOS included.
@@ -239,7 +239,7 @@ def in_slots(
   return jax.shard_map(
     on_shard,
     in_specs=(whole, split, split, split, split),
-    out_specs=Refilled(split, split, P(), P()),
+    out_specs=SlotDecodeResult(split, split, P(), P()),
     axis_names={axes} if isinstance(axes, str) else set(axes),
     check_vma=False,
   )(*of_rows)
@@ -258,8 +258,8 @@ def _one_queue(
   row_axes,
   max_decode_length,
   eos_id,
-) -> Refilled:
-  """`in_slots` on one shard."""
+) -> SlotDecodeResult:
+  """`decode_with_slots` on one shard."""
   rows = start_tokens.shape[0]
   slots = min(slots, rows)
   queue = jnp.argsort(~active, stable=True).astype(jnp.int32)
@@ -290,7 +290,7 @@ def _one_queue(
       current=token,
       free=state.free | ended,
       cache=new_cache,
-      done=Refilled(
+      done=SlotDecodeResult(
         write(done.tokens, token),
         write(done.log_probs, log_probs),
         done.steps + 1,
@@ -322,7 +322,7 @@ def _first_rows(
     current=start_tokens[first],
     free=jnp.arange(slots) >= waiting,
     cache=jax.tree.map(take, cache, row_axes),
-    done=Refilled(
+    done=SlotDecodeResult(
       jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), zero, zero
     ),
   )

@@ -22,7 +22,7 @@ from jax import lax
 from gkd_jax import losses, types
 from gkd_jax.decoding import loops
 
-# Tokens of a group, see `_draw_in_two`. Vocabularies are padded to multiples of it, so
+# Tokens of a group, see `_two_stage_categorical`. Vocabularies are padded to multiples of it, so
 # that groups need no padding, and it divides over the devices of a model axis.
 _MEMBERS = 128
 
@@ -93,7 +93,7 @@ def sample(
     num_decodes: N, samples per prompt. The model then has B N rows, of which
       b N to b N + N - 1 are prompt b's, and every `[B]` here means `[B N]`.
     slots: decode so many rows at a time, and give the place of one that has
-      ended to the next, see `loops.in_slots`: the samples are those of all rows
+      ended to the next, see `loops.decode_with_slots`: the samples are those of all rows
       together. None, or as many as there are rows: all together.
     row_axes: of `slots`, see `types.DecodeFn`.
 
@@ -139,9 +139,9 @@ def sample(
     lambda logits, keys, position: _draw(law(logits), keys, position),
   )
   if slots is None:
-    return SampleResult(*loops.together(*arguments, **settings))
+    return SampleResult(*loops.decode_rows(*arguments, **settings))
   settings |= {"slots": slots, "row_axes": row_axes}
-  done = loops.in_slots(*arguments, **settings)
+  done = loops.decode_with_slots(*arguments, **settings)
   return SampleResult(done.tokens, done.log_probs)
 
 
@@ -375,10 +375,10 @@ def _draw(law, row_keys, position):
     return tokens, drawn_law - jax.nn.logsumexp(law, axis=-1)
   position = jnp.broadcast_to(position, row_keys.shape[:1])
   keys = jax.vmap(jax.random.fold_in)(row_keys, position)
-  return _draw_in_two(law, keys)
+  return _two_stage_categorical(law, keys)
 
 
-def _draw_in_two(law, keys):
+def _two_stage_categorical(law, keys):
   """Draws a group of tokens by its probability, then one of its members.
 
   The law is that of one draw among all V, with V / 128 + 128 random numbers in
@@ -416,7 +416,7 @@ def _draw_in_two(law, keys):
   return (member * groups + group)[:, 0], log_probs
 
 
-def sampling_law(
+def sampling_log_probs(
   logits: jax.Array,
   weights: jax.Array | None = None,
   *,

@@ -12,9 +12,6 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax import network
-from gkd_jax.checkpoints import parameters
-
 # Row of the table to the gin macro that it shows.
 _SETTINGS = (
   ("Teacher", "TEACHER_CHECKPOINT_PATH"),
@@ -35,24 +32,24 @@ _NOT_RECORDED = "not recorded"
 
 
 def write(
-  config: network.T5Config,
   *,
   name: str,
+  num_parameters: int,
   model_dir: os.PathLike[str] | str | None,
   step: int | None,
 ) -> str:
   """Returns the text of README.md.
 
   Args:
-    config: the student's.
     name: of the model, the title.
+    num_parameters: of the student.
     model_dir: folder of the run that trained it, or None.
     step: of the checkpoint, or None.
   """
   folder = None if model_dir is None else epath.Path(model_dir)
   settings = {} if folder is None else read_settings(folder)
   rows = [
-    ("Parameters", f"{parameters.count(config):,}"),
+    ("Parameters", f"{num_parameters:,}"),
     ("Steps", _NOT_RECORDED if step is None else f"{step:,}"),
     *((row, settings.get(macro, _NOT_RECORDED)) for row, macro in _SETTINGS),
   ]

@@ -264,12 +264,12 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   def _prefill_rows(self, params, batch, num_decodes=1, slots=None):
     """`_prefill`, N rows for each prompt, and the axes of the rows."""
     make = lambda factor: self._prefill(
-      params, decoding.widen(dict(batch), factor)
+      params, decoding.repeat_rows(dict(batch), factor)
     )
     if num_decodes == 1 and slots is None:
       return make(1), None
     axes = decoding.row_axes(make)
-    return decoding.widen(make(1), num_decodes, axes), axes
+    return decoding.repeat_rows(make(1), num_decodes, axes), axes
 
   def _prefill(self, params, batch):
     """Reads the prompts; what is needed to go on from each."""

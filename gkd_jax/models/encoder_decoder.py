@@ -161,8 +161,8 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     step = functools.partial(self._step, params, encoded, length)
 
     def make(factor):
-      rows = decoding.widen(inputs, factor)
-      wide = decoding.widen(encoded, factor)
+      rows = decoding.repeat_rows(inputs, factor)
+      wide = decoding.repeat_rows(encoded, factor)
       new = functools.partial(self._step, params, wide, length)
       start = jnp.zeros((rows.shape[0],), jnp.int32)
       _, (rows, cache) = new(start, (rows, None))
@@ -174,7 +174,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     axes = None
     if num_decodes > 1 or slots is not None:
       axes = decoding.row_axes(make)
-    return step, decoding.widen(make(1), num_decodes, axes), axes
+    return step, decoding.repeat_rows(make(1), num_decodes, axes), axes
 
   def _step(self, params, encoded, length, tokens, cache):
     """`types.TokensToLogits`; without the network's cache, makes it.

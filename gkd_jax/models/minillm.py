@@ -101,7 +101,7 @@ class MiniLLMModel(gkd.GKDModel):
         f" {importance!r}; set IMPORTANCE"
       )
     law = functools.partial(
-      decoding.sampling_law,
+      decoding.sampling_log_probs,
       num_real_tokens=student.num_real_tokens,
       suppress_ids=self.sampling["suppress_ids"],
     )

@@ -114,8 +114,8 @@ class RLGKDModel(gkd.GKDModel):
       Features `[B N, ...]`: rows b N to b N + N - 1 are prompt b's.
     """
     n = self.samples_per_prompt
-    encoded = decoding.widen(self.student.encode(params, batch), n)
-    wide = decoding.widen(dict(batch), n)
+    encoded = decoding.repeat_rows(self.student.encode(params, batch), n)
+    wide = decoding.repeat_rows(dict(batch), n)
     _, sample_key, _ = jax.random.split(key, 3)  # as in GKDModel.train_loss
     row_ids = jnp.arange(wide["decoder_target_tokens"].shape[0])
     features, _ = self._with_samples(
@@ -174,7 +174,7 @@ class RLGKDModel(gkd.GKDModel):
       return divergence, weight, aux
     weights = self.student.loss_weights(batch)
     targets = batch["decoder_target_tokens"]
-    law = decoding.sampling_law(
+    law = decoding.sampling_log_probs(
       student_logits,
       weights,
       num_real_tokens=self.student.num_real_tokens,

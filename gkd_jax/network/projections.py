@@ -157,7 +157,7 @@ class Embed(nn.Module):
     # The table stays where it lies. Split over the data axis, each device looks
     # up its features of all rows' tokens, and rows are exchanged: bytes of
     # activations, not of the table, and as few for its gradient.
-    x = partitioning.look_up(self.embedding, tokens)
+    x = partitioning.embed_lookup(self.embedding, tokens)
     if self.scales is not None:
       scales = jnp.take(self.scales, tokens, axis=0)[:, :, None]
       x = x.astype(jnp.float32) * scales

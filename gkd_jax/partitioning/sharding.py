@@ -52,7 +52,7 @@ ACTIVATION_RULES = {
   "vocab": meshes.MODEL_AXIS,
   "relpos_buckets": None,
   "layers": None,
-  # Of what is looked up in a table, see `look_up`.
+  # Of what is looked up in a table, see `embed_lookup`.
   "rows_of_slice": meshes.SLICE_AXIS,
   "features": meshes.DATA_AXIS,
 }
@@ -107,7 +107,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   axes = [ACTIVATION_RULES[name] for name in names]
   if all(size == 1 for size in sizes.values()):
     return x
-  places = [_place(axis, sizes) for axis in axes]
+  places = [_mesh_axes_of(axis, sizes) for axis in axes]
   spec = [
     P.UNCONSTRAINED if size % parts else axis
     for (axis, parts), size in zip(places, x.shape, strict=True)
@@ -115,7 +115,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+def embed_lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
   """Rows of a table that may be split by features over the data axis.
 
   Each device looks up its features of its slice's tokens. With one slice XLA does
@@ -135,7 +135,7 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
   return constrain(x, "rows_of_slice", "length", "features")
 
 
-def _place(axis, sizes):
+def _mesh_axes_of(axis, sizes):
   """Mesh axes of a rule's one, where they are there, and how many parts they make."""
   if axis == _ROWS:
     return meshes.rows(sizes)

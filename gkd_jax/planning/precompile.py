@@ -86,7 +86,7 @@ def precompile(
     output_path: folder for `precompile.json`, rewritten after each phase, and
       the programs' texts. A program that is there already is not compiled
       again, but counted.
-    about: `title` and `command`, for the table of `scale_table`; kept with the
+    about: `title` and `command`, for the table of docs/scale.md; kept with the
       figures.
 
   Returns:

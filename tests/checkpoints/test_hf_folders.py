@@ -1,5 +1,6 @@
 """Hugging Face folders without their library: names, errors, the card."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from safetensors import numpy as library
 
 from gkd_jax import checkpoints, network
 from gkd_jax.checkpoints import export, huggingface
+from gkd_jax.experiments import model_card
 
 # Every T5 of theirs says that it ties.
 VERSION_5 = {"tie_word_embeddings": True, "transformers_version": "5.17.0"}
@@ -420,7 +422,10 @@ models.GKDModel.divergence = %DIVERGENCE
   )
   final = {"greedy": {"wer": 28.125}, "split": "test", "params": 3}
   (run / "final.json").write_text(json.dumps(final))
-  export.export_checkpoint(run, tmp_path / "student", format="hf")
+  write = functools.partial(
+    export.export_checkpoint, format="hf", card=model_card.write
+  )
+  write(run, tmp_path / "student")
   lines = (tmp_path / "student" / "README.md").read_text().splitlines()
   for line in (
     "# student",
@@ -438,11 +443,11 @@ models.GKDModel.divergence = %DIVERGENCE
   ):
     assert line in lines, line
   # Of an earlier checkpoint: its scores, and not those of the end.
-  export.export_checkpoint(run / "checkpoint_1000", tmp_path / "b", format="hf")
+  write(run / "checkpoint_1000", tmp_path / "b")
   card = (tmp_path / "b" / "README.md").read_text()
   assert "| wer | 31.25 |" in card and "| Steps | 1,000 |" in card
   assert "28.12" not in card and "29.5" not in card
   # A card that somebody wrote stays.
   (tmp_path / "b" / "README.md").write_text("mine")
-  export.export_checkpoint(run, tmp_path / "b", format="hf")
+  write(run, tmp_path / "b")
   assert (tmp_path / "b" / "README.md").read_text() == "mine"

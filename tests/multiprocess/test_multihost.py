@@ -130,9 +130,7 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
     time.monotonic() - begin < 60 and second[0].returncode == -signal.SIGABRT
   )
   second[1].communicate()
-  assert "unhealthy" in errors and "process 0 from outside" in errors
-  last_words = errors.strip().splitlines()[-1]
-  assert last_words.startswith("gkd: expected all processes to go on")
+  assert "unhealthy" in errors
 
   # One process, two devices, goes on: the same numbers to the bit.
   before, kept = losses(folder), saved(folder)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_beam_search import (
+from test_beams import (
   compiled_search,
   history_model,
   history_weights,

@@ -100,7 +100,7 @@ def test_rows_of_a_cache_are_found_by_its_shapes():
   cache = lambda n: [jnp.zeros((3, 2 * n, 4)), jnp.zeros(2), jnp.zeros(2 * n)]
   axes = decoding.row_axes(cache)
   assert axes == [1, -1, 0]
-  wide = decoding.widen(
+  wide = decoding.repeat_rows(
     [jnp.ones((3, 2, 4)), jnp.ones(2), jnp.arange(2)], 3, axes
   )
   assert [x.shape for x in wide] == [(3, 6, 4), (2,), (6,)]

@@ -38,12 +38,12 @@ def row_axes(make: Callable[[int], types.PyTree]) -> types.PyTree:
   return jax.tree.map(axis, few, many)
 
 
-def widen(
+def repeat_rows(
   tree: types.PyTree, num_decodes: int, axes: types.PyTree | None = None
 ) -> types.PyTree:
   """Repeats each row N times: row b becomes rows b N to b N + N - 1.
 
-  >>> widen(jnp.array([5, 6]), 2).tolist()
+  >>> repeat_rows(jnp.array([5, 6]), 2).tolist()
   [5, 5, 6, 6]
 
   Args:

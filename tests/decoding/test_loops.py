@@ -75,7 +75,7 @@ def test_a_row_is_sampled_alike_in_slots(
 
 
 def _says(script):
-  """`in_slots`'s arguments for a model whose row b says `script[b]`."""
+  """`decode_with_slots`'s arguments for a model whose row b says `script[b]`."""
 
   def model(tokens, cache):
     del tokens
@@ -109,7 +109,7 @@ def test_one_long_row_leaves_the_other_slots_busy(place, steps):
   script[:, 7] = 1
   script[place, 7] = 5
   arguments, options = _says(jnp.asarray(script))
-  done = loops.in_slots(*arguments, slots=8, **options)
+  done = loops.decode_with_slots(*arguments, slots=8, **options)
   written = script * (np.arange(64) < 8)
   written[place] = 5
   np.testing.assert_array_equal(done.tokens, written)
@@ -125,7 +125,7 @@ def test_one_long_row_leaves_the_other_slots_busy(place, steps):
 def test_no_step_where_nothing_is_active():
   arguments, options = _says(jnp.full((5, 3), 4))
   options["active"] = jnp.full(5, False)
-  done = loops.in_slots(*arguments, slots=2, **options)
+  done = loops.decode_with_slots(*arguments, slots=2, **options)
   assert int(done.steps) == 0
   np.testing.assert_array_equal(done.tokens, 0)
 

@@ -1,0 +1,124 @@
+"""Writes docs/scale.md from the reports beside this script.
+
+Run `python docs/results/scale/table.py` from the repository's root after
+`gkd precompile` or `gkd fit` wrote a report into a folder here. A `note` that was
+added to a report by hand is shown below its command.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from gkd_jax.planning import hlo, program_report
+
+_HERE = pathlib.Path(__file__).parent
+_GIB = 2**30
+_PHASES = {
+  "sampling": "sampling",
+  "teacher": "teacher",
+  "data": "step on data",
+  "student": "on-policy step",
+  "mixed": "mixed step",
+}
+_HEAD = """# Does the paper's setting fit?
+
+Programs that `gkd precompile` compiled for TPUs that were not there; nothing here was
+run on a TPU. Memory, in GiB, is `compiled.memory_analysis()` of one device. FLOP and GiB
+sent are of one device too, tokens of all devices. The time is a lower bound from
+operations, bytes and the chip's published rates, with every output of full length;
+tokens/s and MFU follow from it and are upper bounds. FLOPs are of matrix products alone.
+What a v4 keeps in its CMEM costs no time here, so that its sampling looks too fast. The
+seconds of compilation are of one core that did other work too. Each row shows the JSON
+that its command below writes, and this file is written by
+
+```
+python docs/results/scale/table.py
+```
+
+| setting | devices | batch, lengths | phase | arguments | temporaries | peak of | fits | TFLOP | sent | ms at least | tokens/s | MFU | compiled in |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+_FIT_HEAD = """
+## What `gkd fit` chooses
+
+Estimates are extrapolated from programs of one and two layers, compiled with little
+effort (a network whose layers are scanned keeps its own number of layers). The whole
+program is compiled as it would run."""
+
+
+def document() -> str:
+  """Returns the text of docs/scale.md."""
+  rows, commands, choices = [], [], []
+  for path in sorted(_HERE.glob("*/*.json")):
+    report = json.loads(path.read_text())
+    if path.name == "fit.json":
+      choices += _choice(report)
+      continue
+    rows += [_row(report, phase) for phase in report["phases"]]
+    commands.append(
+      f"- {report['title']}, {report['topology']}, {_compiler(report)}:\n"
+      f"  `{report['command']}`"
+    )
+    if "note" in report:
+      commands.append(f"  {report['note']}")
+  text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
+  return "\n".join([*text, _FIT_HEAD, *choices]) + "\n"
+
+
+def _choice(report: dict[str, Any]) -> list[str]:
+  """Returns a section with what `gkd fit` printed at its end."""
+  lengths = report["task_feature_lengths"]
+  return [
+    "",
+    f"### {report['title']}, {report['topology']}",
+    "",
+    f"Batch {report['batch_size']}, {lengths['inputs']} to"
+    f" {lengths['targets']}, the {_PHASES[report['phase']]}.",
+    "",
+    "```",
+    f"$ {report['command']}",
+    *program_report.fit_lines(report),
+    "```",
+    *(["", report["note"]] if "note" in report else []),
+  ]
+
+
+def _compiler(report):
+  versions = report.get("versions")
+  if versions is None:
+    return "compiler's version not kept"
+  return f"jax {versions['jax']}, libtpu {versions['libtpu']}"
+
+
+def _row(report: dict[str, Any], phase: str) -> str:
+  """Returns a line of the table: FLOP, GiB and time of one device."""
+  program = report["phases"][phase]
+  memory, lengths = program["memory"], report["task_feature_lengths"]
+  size = lambda name: f"{memory[name] / _GIB:.2f}" if name in memory else "?"
+  numbers = ["?"] * 5
+  if least := program.get("roofline"):
+    sent = hlo.sent_bytes(program["collectives"], False)
+    numbers = [
+      f"{program['flops'] / 1e12:.2f}",
+      f"{sent / _GIB:.2f}",
+      f"{least['seconds'] * 1e3:.1f}",
+      f"{program['tokens_per_second']:,.0f}",
+      f"{program['mfu']:.0%}",
+    ]
+  cells = [
+    report["title"],
+    f"{report['topology']}, {' x '.join(map(str, report['mesh'].values()))}",
+    f"{report['batch_size']}, {lengths['inputs']} to {lengths['targets']}",
+    _PHASES[phase],
+    size("arguments"),
+    size("temporaries"),
+    f"{size('peak')} of {report['hbm_bytes'] / _GIB:.2f}",
+    {True: "yes", False: "no", None: "?"}[program["fits"]],
+    *numbers,
+    f"{program['compile_seconds']:.0f} s",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+  (_HERE.parents[1] / "scale.md").write_text(document())

@@ -1,0 +1,50 @@
+"""The reports in `docs/results/scale`, and `docs/scale.md` made from them."""
+
+import json
+import pathlib
+import runpy
+import shlex
+
+import pytest
+
+from gkd_jax import gin_utils, main, train
+from gkd_jax.planning import precompile
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCALE = ROOT / "docs" / "results" / "scale"
+REPORTS = sorted(SCALE.glob("*/*.json"))
+
+
+def test_the_document_is_what_the_script_makes():
+  script = runpy.run_path(str(SCALE / "table.py"))
+  assert script["document"]() == (ROOT / "docs" / "scale.md").read_text()
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.parent.name)
+def test_a_command_that_is_shown_makes_its_report(path):
+  report = json.loads(path.read_text())
+  program, mode, *arguments = shlex.split(report["command"])
+  assert (program, f"{mode}.json") == ("gkd", path.name)
+  flags = {"gin_file": [], "gin_bindings": []}
+  for argument in main._gin_flags(arguments):
+    name, _, value = argument.removeprefix("--").partition("=")
+    if name in ("gin_file", "gin_bindings"):
+      flags[name].append(value)
+    else:
+      flags[name] = value
+  assert ROOT / flags["output_path"] == path.parent
+  assert flags["topology"] == report["topology"]
+  assert flags["title"] == report["title"]
+  gin_utils.parse(flags["gin_file"], flags["gin_bindings"], [])
+  found = gin_utils.bindings(train.train, precompile.SETTINGS)
+  searched = ("num_microbatches", "shard_params_over_data")
+  for name in (
+    *("batch_size", "task_feature_lengths"),
+    *(searched if mode == "precompile" else ()),
+  ):
+    assert found[name] == report[name], name
+  if mode == "precompile":
+    assert found["num_partitions"] == report["mesh"]["model"]
+    asked = flags["phases"].split(",") if "phases" in flags else None
+    phases = precompile.chosen_phases(found["model"], asked, "jit")
+    assert list(phases) == list(report["phases"])
