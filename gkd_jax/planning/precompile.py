@@ -200,13 +200,6 @@ class Programs:
     self._sampler = training.sampler(model, mesh)
     if _judged(model):
       self._roll_out(lengths)
-    elif _samples_ahead(model):
-      self._sampler = training.sampler(model, mesh)
-      self._step_batch = self._placed(
-        jax.eval_shape(
-          self._sampler, self._state.params, self._batch, self._key
-        )
-      )
     step = functools.partial(
       training.train_step,
       model=model,
@@ -322,10 +315,6 @@ def _compile(lowered, arguments, target, folder, name):
 
 def _judged(model):
   return isinstance(model, models.RLGKDModel) and model.needs_rewards
-
-
-def _samples_ahead(model):
-  return isinstance(model, models.GKDModel) and model.sample_ahead
 
 
 def chosen_phases(

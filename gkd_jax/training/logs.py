@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,7 @@ class TrainLog:
     if self._bar:
       self._bar.advance(self._task)
 
-  def write(self, step: int, time_sampling: Callable[[], float] | None = None):
+  def write(self, step: int):
     """Writes the means since the last call.
 
     `tokens_per_second` counts inputs and the outputs trained on, whosesoever
@@ -146,8 +146,6 @@ class TrainLog:
 
     Args:
       step: steps done.
-      time_sampling: measures the seconds that one step samples for; called if a
-        step since the last call sampled, and not counted in the rates.
     """
     scalars = {}
     outputs = 0.0
@@ -159,8 +157,6 @@ class TrainLog:
       if name in _PER_TOKEN:
         outputs = values[1]
     seconds = time.monotonic() - self._time
-    if self._on_policy and time_sampling:
-      scalars["seconds_sampling"] = time_sampling()
     steps = max(step - self._last, 1)
     scalars |= {
       "seconds_per_step": seconds / steps,

@@ -2,8 +2,7 @@
 
 Between two steps of RL + GKD (`models.RLGKDModel`): the batch's prompts go
 to the device, N outputs for each come back, the host decodes and judges them,
-and the outputs with their advantages are the next step's batch. Outputs drawn one
-step ahead are `sample_ahead`'s. Any other model's batches are those of the data,
+and the outputs with their advantages are the next step's batch. Any other model's batches are those of the data,
 as they are.
 """
 
@@ -18,7 +17,6 @@ from jax.experimental import multihost_utils
 
 from gkd_jax import files, losses, models, partitioning
 from gkd_jax.models import rl_gkd
-from gkd_jax.training import sample_ahead
 
 _FILE = "running_mean.json"
 
@@ -63,9 +61,6 @@ class RolloutBatches:
         )
       )
     self._mean = losses.RunningMean()
-    self._ahead = None
-    if isinstance(model, models.GKDModel) and model.sample_ahead:
-      self._ahead = sample_ahead.Ahead(iterator, model, seed=seed, mesh=mesh)
 
   def next(self, step: int, params: Any) -> dict[str, np.ndarray]:
     """This process's rows for a step.
@@ -77,8 +72,6 @@ class RolloutBatches:
     Raises:
       ValueError: the reward gave something else than a number for each output.
     """
-    if self._ahead:
-      return self._ahead.next(step, params)
     batch = next(self._iterator)
     if not self.judged:
       return batch
@@ -145,7 +138,7 @@ class RolloutBatches:
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the position into the folder `path`."""
-    (self._ahead or self._iterator).save_state(path)
+    self._iterator.save_state(path)
     if self._keeps_mean and jax.process_index() == 0:
       files.write_json(os.path.join(path, _FILE), self._mean._asdict())
 
@@ -153,12 +146,9 @@ class RolloutBatches:
     """Goes to the position that `save_state` wrote.
 
     Raises:
-      ValueError: a running mean is needed, and none was saved; or outputs were
-        drawn ahead, and no longer are.
+      ValueError: a running mean is needed, and none was saved.
     """
-    if not self._ahead:
-      sample_ahead.check_none(path)
-    (self._ahead or self._iterator).restore_state(path)
+    self._iterator.restore_state(path)
     if not self._keeps_mean:
       return
     mean = files.read_json(os.path.join(path, _FILE))
