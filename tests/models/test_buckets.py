@@ -12,7 +12,7 @@ import toy_decoder_only
 import toy_models
 
 from gkd_jax import models, partitioning, training
-from gkd_jax.models import importance, length_buckets
+from gkd_jax.models import length_buckets
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # of the first step of seed 0
 SHORT = 4  # the longest output of a batch of T = 7; a bucket of those below
@@ -178,25 +178,6 @@ def test_the_other_models_losses_are_as_without_buckets(case):
     results(model, student, teacher, batch, gradient=False)
     for model in both(make)
   )
-  assert_close(got, expected)
-
-
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
-def test_outputs_drawn_ahead_are_weighted_as_without_buckets(dropout_rate):
-  settings = {"sample_ahead": True, "dropout_rate": dropout_rate}
-  (model, student, teacher), (plain, *_) = both(gkd, **settings)
-  batch = short_targets()
-  old = -np.random.default_rng(0).uniform(1, 3, (8, 7)).astype(np.float32)
-  batch[importance.LOG_PROBS] = old * batch["decoder_loss_weights"]
-  got, expected = (
-    results(m, student, teacher, batch, "student") for m in (model, plain)
-  )
-  if dropout_rate:  # weights are of the student without it, masks are others
-    got, expected = (
-      {k: x for k, x in of[0][1][1].items() if k.startswith("importance")}
-      for of in (got, expected)
-    )
-    assert len(got) == 2
   assert_close(got, expected)
 
 
