@@ -22,7 +22,6 @@ def token_weights(
   weights: jax.Array,
   length_normalization: str,
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Weights that turn per-token losses into the loss's sum.
 
@@ -36,13 +35,11 @@ def token_weights(
       of 1, the paper's 1/L_y (equation 2). "token": `weights` as they are.
     segment_ids: `[B, T]` int, which sequence of a packed row each token belongs
       to; None for one sequence per row.
-    importance: `[B, T]` factors of the result, see `importance.factors`; None
-      for 1.
 
   Returns:
     The weights `[B, T]` float32, and their sum `[]` float32: the number of
-    sequences with at least one weighted token, which `importance` leaves as it
-    is, or the sum of `weights`, each times its factor.
+    sequences with at least one weighted token, or
+    the sum of `weights`.
 
   Raises:
     ValueError: another `length_normalization`, or shapes that differ.
@@ -54,8 +51,6 @@ def token_weights(
     )
   weights = weights.astype(jnp.float32)
   if length_normalization == "token":
-    if importance is not None:
-      weights = weights * importance
     return weights, jnp.sum(weights)
   if segment_ids is None:
     totals = jnp.sum(weights, axis=1, keepdims=True)  # [B, 1]
@@ -69,8 +64,6 @@ def token_weights(
     before = jnp.sum(jnp.tril(of_others, k=-1), axis=2)
     number = jnp.sum((weights > 0) & (before == 0))
   shares = weights / jnp.where(totals > 0, totals, 1.0)
-  if importance is not None:
-    shares = shares * importance
   return shares, number.astype(jnp.float32)
 
 
@@ -84,7 +77,6 @@ def distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Divergence of the student from the teacher, position by position.
@@ -111,7 +103,6 @@ def distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
-    importance: `[B, T]` factors, see `token_weights`; metrics have none.
     num_real_tokens: R; token ids from R on are padding of the vocabulary, and
       neither law has mass there: value, gradient and metrics are those of the
       first R logits. None for R = V.
@@ -145,9 +136,7 @@ def distillation_loss(
     student_temperature,
     num_real_tokens,
   )
-  shares, weight_sum = token_weights(
-    weights, length_normalization, segment_ids, importance
-  )
+  shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
   loss_sum = jnp.sum(shares * loss)
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 

@@ -69,7 +69,6 @@ def fused_distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
   num_real_tokens: int | None = None,
   chunk_size: int = 256,
   data_axis: str = "data",
@@ -104,7 +103,6 @@ def fused_distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `distillation.token_weights`.
-    importance: see `distillation.distillation_loss`.
     num_real_tokens: see `distillation.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
       memory is twice V · chunk_size float32 and more beside the gradients.
@@ -127,7 +125,7 @@ def fused_distillation_loss(
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
   shares, weight_sum = distillation.token_weights(
-    weights, length_normalization, segment_ids, importance
+    weights, length_normalization, segment_ids
   )
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)

