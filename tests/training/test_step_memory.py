@@ -47,4 +47,4 @@ def test_gradients_are_held_once():
     "head": jax.ShapeDtypeStruct((WIDTH, ROWS), jnp.float32),
   }
   # Quotients, and squares for the norm, took one or two tables more.
-  assert 2 <= _temporaries(_TwoTables(), params) < 2.5
+  assert 2 <= _temporaries(_TwoTables(), params) < 4.5
