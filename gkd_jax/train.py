@@ -22,7 +22,6 @@ from gkd_jax import (
 )
 from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
-from gkd_jax.training import trainer
 
 
 def train(
@@ -172,7 +171,6 @@ def train(
       num_microbatches=num_microbatches,
     )
     run_step = _executor(executor, step_fn, mesh, state_shardings)
-    sampling_clock = trainer.SamplingClock(model, seed, mesh)
     make_evaluator = functools.partial(
       evaluation.Evaluator,
       task,
@@ -203,9 +201,7 @@ def train(
         last = done == train_steps or stopping
         if done % log_period == 0 or last:
           skipped = int(state.skipped_in_row)  # waits for the step
-          log.write(
-            done, functools.partial(sampling_clock.seconds, state.params, batch)
-          )
+          log.write(done)
           _check_skipped(skipped, max_skipped_in_row, done, model_dir)
         evaluated = None
         if done % eval_period == 0 or done == train_steps:
@@ -273,7 +269,9 @@ def _executor(name, step, mesh, state_shardings):
 def _share(mesh, batch_size, given, model_dir):
   """What this process reads of the data."""
   rows = shards.rows_of_processes(partitioning.process_grid(mesh), batch_size)
-  count = shards.count(given, model_dir, batch_size, rows)
+  count = shards.count(
+    given, checkpoints.recorded_data_shards(model_dir), batch_size, rows
+  )
   return shards.share(rows, jax.process_index(), batch_size, count)
 
 

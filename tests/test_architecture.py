@@ -21,7 +21,7 @@ MAY_IMPORT = {
   "network": "kernels losses partitioning types",
   "decoding": "losses partitioning types",
   "models": "decoding divergences losses network partitioning schedules types",
-  "data": "checkpoints files models tasks types",
+  "data": "files tasks types",
   "training": "data files losses models optimizers partitioning schedules types",
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"

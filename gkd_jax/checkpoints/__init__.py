@@ -8,6 +8,7 @@ with epy.lazy_api_imports(globals()):
     SavableIterator,
     has_checkpoint,
     load_placed,
+    recorded_data_shards,
   )
   from gkd_jax.checkpoints.errors import (
     check_matches,

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -104,6 +105,33 @@ def load_placed(
 def has_checkpoint(model_dir: Path) -> bool:
   """Whether a run's folder holds a whole checkpoint, without opening any."""
   return bool(formats.find_steps(files.absolute(model_dir)))
+
+
+def recorded_data_shards(model_dir: Path) -> int | None:
+  """Returns how many shards of data a run reads, from its newest checkpoint.
+
+  Args:
+    model_dir: the run's folder.
+
+  Returns:
+    The n of `dataset/shard_<i>-of-<n>/`; None before the first checkpoint.
+
+  Raises:
+    ValueError: the checkpoint holds no position of the data.
+  """
+  steps = formats.find_steps(files.absolute(model_dir))
+  if not steps:
+    return None
+  positions = steps[max(steps)] / "dataset"
+  names = [p.name for p in positions.iterdir()] if positions.exists() else []
+  for name in names:
+    if found := re.fullmatch(r"shard_\d+-of-(\d+)", name):
+      return int(found[1])
+  raise ValueError(
+    "expected the position of each shard of the data, got"
+    f" {errors.listing(positions)} in {positions}; set MODEL_DIR to"
+    " an empty folder and INITIAL_CHECKPOINT_PATH to this run"
+  )
 
 
 class Checkpointer:

@@ -19,7 +19,6 @@ import tensorflow as tf
 from jax.experimental import multihost_utils
 
 from gkd_jax.data import feature_converters, shards
-from gkd_jax.models import length_buckets
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
@@ -239,7 +238,11 @@ class CutInputs:
   def __init__(
     self, iterator: Any, lengths: Sequence[int], features: Mapping[str, int]
   ):
-    length_buckets.check(lengths, "INPUT_BUCKETS")
+    if any(np.diff([0, *lengths]) < 1):
+      raise ValueError(
+        f"expected ascending lengths of at least 1, got {tuple(lengths)};"
+        " set INPUT_BUCKETS"
+      )
     if _INPUTS not in features:
       raise ValueError(
         f"expected batches with {_INPUTS}, got {', '.join(sorted(features))};"
@@ -251,7 +254,8 @@ class CutInputs:
         " set PACK = False or INPUT_BUCKETS = None"
       )
     self._iterator = iterator
-    self._lengths = length_buckets.lengths(lengths, features[_INPUTS])
+    longest = features[_INPUTS]
+    self._lengths = [n for n in lengths if n < longest] + [longest]
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)

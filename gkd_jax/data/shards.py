@@ -7,14 +7,10 @@ processes read them, and a run goes on with another number of processes where it
 stopped. A shard that lies in the rows of several processes is read by each.
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-
-from gkd_jax import files
-from gkd_jax.checkpoints import errors, formats
 
 
 class Share(NamedTuple):
@@ -90,7 +86,7 @@ def share(
 
 def count(
   given: int | None,
-  model_dir: str,
+  recorded: int | None,
   batch_size: int,
   process_rows: Mapping[int, np.ndarray],
 ) -> int:
@@ -98,7 +94,8 @@ def count(
 
   Args:
     given: DATA_SHARDS.
-    model_dir: of the run.
+    recorded: the number in the run's checkpoints, None before the first; see
+      `checkpoints.recorded_data_shards`.
     batch_size: rows of all processes together.
     process_rows: see `rows_of_processes`.
 
@@ -106,13 +103,12 @@ def count(
     ValueError: the run began with another number, or it does not divide
       `batch_size`.
   """
-  begun = _recorded(model_dir)
-  if begun and given not in (None, begun):
+  if recorded and given not in (None, recorded):
     raise ValueError(
-      f"expected DATA_SHARDS = {begun}, which the run in {model_dir} began with,"
-      f" got {given}; set DATA_SHARDS, or another MODEL_DIR"
+      f"expected DATA_SHARDS = {recorded}, which the run began with, got {given};"
+      " set DATA_SHARDS, or another MODEL_DIR"
     )
-  n = begun or given
+  n = recorded or given
   if n is None:
     return _default(batch_size, process_rows)
   if n < 1 or batch_size % n:
@@ -133,20 +129,3 @@ def _default(batch_size, process_rows):
     ):
       return n
   return batch_size
-
-
-def _recorded(model_dir):
-  """The number in the newest checkpoint of a run; None before the first."""
-  steps = formats.find_steps(files.absolute(model_dir))
-  if not steps:
-    return None
-  positions = steps[max(steps)] / "dataset"
-  names = [p.name for p in positions.iterdir()] if positions.exists() else []
-  found = {re.fullmatch(r"shard_\d+-of-(\d+)", name) for name in names} - {None}
-  if not found:
-    raise ValueError(
-      "expected the position of each shard of the data, got"
-      f" {errors.listing(positions)} in {positions}; set MODEL_DIR to"
-      " an empty folder and INITIAL_CHECKPOINT_PATH to this run"
-    )
-  return int(next(match[1] for match in found if match))

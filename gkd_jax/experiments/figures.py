@@ -9,6 +9,7 @@ import os
 import numpy as np
 from matplotlib import ticker
 
+from gkd_jax import files
 from gkd_jax.experiments import panels, run_folders, studies
 
 
@@ -163,7 +164,7 @@ def learning_curves(study: studies.Study) -> panels.Picture | None:
 def _validation_score(study, run):
   """Returns the final validation score, also of a model that was not trained."""
   path = os.path.join(run.folder, "final.json")
-  final = run_folders.read_json(path) or {}
+  final = files.read_json(path) or {}
   return (final.get("validation") or {}).get(study.metric)
 
 

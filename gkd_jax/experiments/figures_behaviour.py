@@ -7,7 +7,8 @@ import os
 import numpy as np
 from matplotlib import ticker
 
-from gkd_jax.experiments import metrics, panels, run_folders, studies
+from gkd_jax import files
+from gkd_jax.experiments import metrics, panels, studies
 
 # Directions in which the names of points stand, so that close ones do not overlap.
 _CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
@@ -118,7 +119,7 @@ def by_position(study: studies.Study) -> panels.Picture | None:
   tables = {}
   for run in study.runs:
     path = os.path.join(run.folder, "by_position.json")
-    if table := run_folders.read_json(path):
+    if table := files.read_json(path):
       tables[run.folder] = table
   runs = [run for run in study.runs if run.folder in tables]
   names = {

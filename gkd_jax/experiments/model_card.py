@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from gkd_jax import files
 from gkd_jax.experiments import rendering, run_folders
 
 # Row of the table to the gin macro that it shows.
@@ -69,7 +70,7 @@ def _scores(folder: str, step: int | None) -> dict[str, dict[str, Any]]:
     last = max(scores)
     found[f"Validation at step {last:,}"] = scores[last]
   # Written after the last step, it does not describe an earlier checkpoint.
-  final = run_folders.read_json(os.path.join(folder, "final.json"))
+  final = files.read_json(os.path.join(folder, "final.json"))
   if final and len(until) == len(rows):
     split = final.pop("split", "final")
     found[f"Split {split}, after the last step"] = {

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from gkd_jax import files
 from gkd_jax.experiments import (
   figures,
   figures_behaviour,
@@ -26,7 +27,7 @@ _FIGURES = (
 
 
 def report(
-  items: Sequence[str], output: str, markdown: str | None = None
+  items: Sequence[str], output: str, markdown_path: str | None = None
 ) -> str:
   """Prints and writes the comparison of runs.
 
@@ -37,8 +38,8 @@ def report(
       the table; a name given twice is another seed.
     output: folder for `index.html`, a PNG of each figure, `table.txt` and
       `results.json` (by method, means over seeds; error rates as fractions).
-    markdown: file for the same as Markdown; its pictures are written into the
-      folder of its name without the extension.
+    markdown_path: file for the same as Markdown; its pictures are written into
+      the folder of its name without the extension.
 
   Returns:
     The table.
@@ -56,18 +57,18 @@ def report(
     "summary": _summary(study),
     "sections": [results[0], *pictures, *results[1:], *filter(None, more)],
   }
-  _write_pictures(pictures, output)
-  _write(output, "index.html", rendering.html("report.html", **page))
-  _write(output, "results.json", json.dumps(_means(study), indent=2))
+  write = lambda name, text: files.write_text(os.path.join(output, name), text)
+  write("index.html", rendering.html("report.html", **page))
+  write("results.json", json.dumps(_means(study), indent=2))
   text = "\n\n".join(map(report_tables.text, results))
-  _write(output, "table.txt", text + "\n")
-  if markdown:
-    folder, _ = os.path.splitext(markdown)
+  write("table.txt", text + "\n")
+  _write_pictures(pictures, output)
+  if markdown_path:
+    folder, _ = os.path.splitext(markdown_path)
+    name = os.path.basename(folder)
+    content = rendering.markdown("report.md", folder=name, **page)
+    files.write_text(markdown_path, content)
     _write_pictures(pictures, folder)
-    content = rendering.markdown(
-      "report.md", folder=os.path.basename(folder), **page
-    )
-    _write(os.path.dirname(markdown), os.path.basename(markdown), content)
   print(text, flush=True)
   return text
 
@@ -101,14 +102,6 @@ def _means(study: studies.Study) -> dict[str, dict[str, float]]:
 
 
 def _write_pictures(pictures: Sequence[panels.Picture], folder: str):
-  """Writes `NAME.png` of each picture."""
-  os.makedirs(folder, exist_ok=True)
   for picture in pictures:
-    with open(os.path.join(folder, f"{picture.name}.png"), "wb") as f:
-      f.write(picture.png)
-
-
-def _write(folder, name, text):
-  os.makedirs(folder or ".", exist_ok=True)
-  with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-    f.write(text)
+    path = os.path.join(folder, f"{picture.name}.png")
+    files.write_bytes(path, picture.png)

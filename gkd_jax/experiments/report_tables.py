@@ -4,7 +4,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from gkd_jax.experiments import metrics, run_folders, studies
+from gkd_jax import files
+from gkd_jax.experiments import metrics, studies
 
 _EXAMPLES = 6
 _SCORES = 3  # that a table shows of each way of decoding
@@ -167,7 +168,7 @@ def examples(study: studies.Study) -> Table | None:
     method = run.place["method"]
     if method in found or not run.on_grid:
       continue
-    lines = run_folders.read_lines(os.path.join(run.folder, "examples.jsonl"))
+    lines = files.read_json_lines(os.path.join(run.folder, "examples.jsonl"))
     if lines:
       last = max(line["step"] for line in lines)
       found[method] = {x["input"]: x for x in lines if x["step"] == last}

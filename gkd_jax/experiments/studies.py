@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from gkd_jax import files
 from gkd_jax.experiments import metrics, run_folders
 
 # What an axis of a sweep may be called; the report uses the first name.
@@ -221,7 +222,7 @@ def read(items: Sequence[str]) -> Study:
     name, equals, folder = item.partition("=")
     if not equals:
       name, folder = os.path.basename(os.path.normpath(item)), item
-    sweep = run_folders.read_json(os.path.join(folder, "sweep.json"))
+    sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))
       continue
@@ -256,7 +257,7 @@ def read(items: Sequence[str]) -> Study:
 
 
 def _single(name, folder) -> Run:
-  if not os.path.exists(os.path.join(folder, "final.json")):
+  if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"
       " set train.train.final_eval_split and train to the end"
@@ -276,7 +277,7 @@ def _of_sweep(folder, sweep):
   runs, missing = [], []
   for name in sweep["cells"]:
     path = os.path.join(folder, name)
-    cell = run_folders.read_json(os.path.join(path, "cell.json"))
+    cell = files.read_json(os.path.join(path, "cell.json"))
     if cell is None:
       print(f"{name} is left out: its folder has no cell.json", flush=True)
       continue

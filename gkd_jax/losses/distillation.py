@@ -22,7 +22,6 @@ def token_weights(
   weights: jax.Array,
   length_normalization: str,
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Weights that turn per-token losses into the loss's sum.
 
@@ -36,13 +35,11 @@ def token_weights(
       of 1, the paper's 1/L_y (equation 2). "token": `weights` as they are.
     segment_ids: `[B, T]` int, which sequence of a packed row each token belongs
       to; None for one sequence per row.
-    importance: `[B, T]` factors of the result, see `importance.factors`; None
-      for 1.
 
   Returns:
     The weights `[B, T]` float32, and their sum `[]` float32: the number of
-    sequences with at least one weighted token, which `importance` leaves as it
-    is, or the sum of `weights`, each times its factor.
+    sequences with at least one weighted token, or
+    the sum of `weights`.
 
   Raises:
     ValueError: another `length_normalization`, or shapes that differ.
@@ -54,8 +51,6 @@ def token_weights(
     )
   weights = weights.astype(jnp.float32)
   if length_normalization == "token":
-    if importance is not None:
-      weights = weights * importance
     return weights, jnp.sum(weights)
   if segment_ids is None:
     totals = jnp.sum(weights, axis=1, keepdims=True)  # [B, 1]
@@ -69,8 +64,6 @@ def token_weights(
     before = jnp.sum(jnp.tril(of_others, k=-1), axis=2)
     number = jnp.sum((weights > 0) & (before == 0))
   shares = weights / jnp.where(totals > 0, totals, 1.0)
-  if importance is not None:
-    shares = shares * importance
   return shares, number.astype(jnp.float32)
 
 
@@ -84,7 +77,6 @@ def distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Divergence of the student from the teacher, position by position.
@@ -111,9 +103,8 @@ def distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
-    importance: `[B, T]` factors, see `token_weights`; metrics have none.
     num_real_tokens: R; token ids from R on are padding of the vocabulary, and
-      neither law has mass there: value, gradient and metrics are those of the
+      neither distribution has mass there: value, gradient and metrics are those of the
       first R logits. None for R = V.
 
   Returns:
@@ -145,9 +136,7 @@ def distillation_loss(
     student_temperature,
     num_real_tokens,
   )
-  shares, weight_sum = token_weights(
-    weights, length_normalization, segment_ids, importance
-  )
+  shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
   loss_sum = jnp.sum(shares * loss)
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
@@ -187,16 +176,16 @@ def token_losses(
       1..V.
   """
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
-  p = vocabulary.without_padding(
+  p = vocabulary.mask_vocab_padding(
     teacher_logits / teacher_temperature, num_real_tokens
   )
-  q = vocabulary.without_padding(
+  q = vocabulary.mask_vocab_padding(
     student_logits / student_temperature, num_real_tokens
   )
   p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
   loss = divergence(p, q)
   p, q = jax.lax.stop_gradient((p, q))
-  agree = vocabulary.first_of_largest(p) == vocabulary.first_of_largest(q)
+  agree = vocabulary.argmax(p) == vocabulary.argmax(q)
   return loss, summed_metrics(p, q) | {AGREEMENT: agree}
 
 
@@ -235,7 +224,7 @@ def cross_entropy_loss(
   """T5X's cross-entropy with label smoothing and z-loss.
 
   With smoothing ε the target's share is 1-ε, and ε is spread evenly over the
-  other V-1 tokens. The entropy of that law is subtracted, so that the least
+  other V-1 tokens. The entropy of that distribution is subtracted, so that the least
   possible loss is 0 for every ε.
 
   >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
@@ -292,7 +281,7 @@ def cross_entropy_loss(
   per_token = {
     "cross_entropy": cross_entropy,
     "z_loss": penalty,
-    "accuracy": vocabulary.first_of_largest(logits) == targets,
+    "accuracy": vocabulary.argmax(logits) == targets,
   }
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 

@@ -69,7 +69,6 @@ def fused_distillation_loss(
   student_temperature: float | jax.Array = 1.0,
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
-  importance: jax.Array | None = None,
   num_real_tokens: int | None = None,
   chunk_size: int = 256,
   data_axis: str = "data",
@@ -104,7 +103,6 @@ def fused_distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `distillation.token_weights`.
-    importance: see `distillation.distillation_loss`.
     num_real_tokens: see `distillation.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
       memory is twice V · chunk_size float32 and more beside the gradients.
@@ -127,7 +125,7 @@ def fused_distillation_loss(
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
   shares, weight_sum = distillation.token_weights(
-    weights, length_normalization, segment_ids, importance
+    weights, length_normalization, segment_ids
   )
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
@@ -336,7 +334,7 @@ def _over_chunks(
     # 0 at padding, where a NaN would get into the head's gradient as 0 · NaN.
     of_real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, places), 0)
     rows = of_real(hidden)
-    loss, metrics, laws = fused_chunks.token_losses(
+    loss, metrics, residuals = fused_chunks.token_losses(
       rules,
       tiles,
       _logits(layout, of_real(tokens.teacher_hidden), teacher_head),
@@ -348,7 +346,7 @@ def _over_chunks(
     sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     if with_gradient:
-      d_logits = fused_chunks.logits_gradient(rules, laws, shares)
+      d_logits = fused_chunks.logits_gradient(rules, residuals, shares)
       gradients = _add_gradients(
         layout, tiles, gradients, places, rows, head, d_logits
       )

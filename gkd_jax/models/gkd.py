@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import decoding, divergences, losses, schedules, types
-from gkd_jax.models import base_model, gkd_settings, importance, length_buckets
+from gkd_jax.models import base_model, gkd_settings, length_buckets
 
 
 class Fixed(NamedTuple):
@@ -24,15 +24,12 @@ class Fixed(NamedTuple):
     decoder_key: of dropout in the student's decoder, or None.
     step: `[]`, for schedules.
     of_teacher: the teacher's parameters and encoded inputs, if there is one.
-    clean: the student's encoded inputs without dropout, where an older student
-      drew the outputs.
   """
 
   batch: types.Batch
   decoder_key: jax.Array | None
   step: jax.Array
   of_teacher: tuple[Any, Any] | None = None
-  clean: jax.Array | None = None
 
 
 class GKDModel:
@@ -62,9 +59,6 @@ class GKDModel:
     loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
       `losses.distillation_loss` on whole logits; None for the former with chunks
       of 256 where a batch has more than 2^22 logits (B T V).
-    sample_ahead: outputs are drawn one update before they are trained on, see
-      `sample_ahead`, and weighted, see `importance`.
-    max_importance_weight: where those weights are cut.
     output_buckets: ascending lengths; T of the decoders and of the loss is the
       first that holds the longest output of a (micro)batch, or the whole T where
       none does. The results are those of the whole T to rounding, but for dropout
@@ -79,7 +73,7 @@ class GKDModel:
   # Whether the loss of a subclass is a function of whole logits.
   NEEDS_LOGITS = False
   # How the names of the features `[B, T]` begin.
-  OF_OUTPUTS = ("decoder_", importance.LOG_PROBS)
+  OF_OUTPUTS = ("decoder_",)
 
   def __init__(
     self,
@@ -99,8 +93,6 @@ class GKDModel:
     decode_slots: int | None = None,
     length_normalization: str = "sequence",
     loss_chunk_size: int | None = None,
-    sample_ahead: bool = False,
-    max_importance_weight: float = 2.0,
     output_buckets: Sequence[int] | None = None,
   ):
     self.student = student
@@ -121,8 +113,6 @@ class GKDModel:
     self.decode_slots = decode_slots
     self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
-    self.sample_ahead = sample_ahead
-    self.max_importance_weight = max_importance_weight
     self.output_buckets = tuple(output_buckets or ())
     gkd_settings.check(self)
     self._divergence_at(0)
@@ -174,8 +164,7 @@ class GKDModel:
     Args:
       params: the student's; the only argument that the loss is a function of.
       teacher_params: the teacher's.
-      batch: T5X's features, `[B, ...]`; outputs that `importance.draw` put in
-        are trained on, and weighted.
+      batch: T5X's features, `[B, ...]`.
       source: whose outputs: "data", "student", or "mixed" (a coin per row).
       step: `[]`, for schedules.
       key: of this step; a row's sample depends on it and on the row alone.
@@ -192,18 +181,15 @@ class GKDModel:
     encoded = self.student.encode(params, batch, encoder_key)
     metrics = {}
     clean = encoded  # with dropout 0 the encoder runs once for both uses
-    ahead = importance.LOG_PROBS in batch
-    if encoder_key is not None and (ahead or source != base_model.DATA):
+    if encoder_key is not None and source != base_model.DATA:
       clean = self.student.encode(params, batch)
-    if source != base_model.DATA and not ahead:
+    if source != base_model.DATA:
       chosen = self._choose(source, step, coin_key, row_ids)
       batch, metrics = self._with_samples(
         params, clean, batch, chosen, sample_key, row_ids, teacher_params
       )
     of_teacher = teacher_params, self.teacher.encode(teacher_params, batch)
-    fixed = Fixed(
-      batch, decoder_key, step, of_teacher, clean if ahead else None
-    )
+    fixed = Fixed(batch, decoder_key, step, of_teacher)
     loss, weight, aux = self._outputs_loss(params, encoded, fixed)
     return loss, weight, aux | metrics
 
@@ -228,18 +214,12 @@ class GKDModel:
   def _loss_of_length(self, length, trained, fixed):
     """See `length_buckets.LossOfLength`: the loss, and (weight, metrics)."""
     params, encoded = trained
-    batch, decoder_key, step, of_teacher, clean = fixed
+    batch, decoder_key, step, of_teacher = fixed
     teacher_params, encoded_by_teacher = of_teacher
     batch = length_buckets.cut(batch, length, self.OF_OUTPUTS)
     chunk = self._loss_chunk(batch)
     run = self.student.decoder_hidden if chunk else self.student.decoder_logits
     outputs = run(params, encoded, batch, decoder_key)
-    metrics = {}
-    if clean is not None:  # an older student drew, without dropout
-      scored = outputs
-      if decoder_key is not None:
-        scored = run(*jax.lax.stop_gradient((params, clean)), batch)
-      batch, metrics = importance.weighted(self, params, batch, scored, chunk)
     if chunk:
       loss, weight, aux = losses.fused_distillation_loss(
         outputs,
@@ -256,7 +236,7 @@ class GKDModel:
       loss, weight, aux = self._loss(
         batch, jax.lax.stop_gradient(teacher_logits), outputs, step
       )
-    return loss, (weight, aux | metrics)
+    return loss, (weight, aux)
 
   def _loss_chunk(self, batch):
     """Tokens of a chunk of the fused loss; 0 where logits are needed whole."""
@@ -275,7 +255,6 @@ class GKDModel:
       "student_temperature": self.student_temperature,
       "length_normalization": self.length_normalization,
       "segment_ids": batch.get("decoder_segment_ids"),
-      "importance": batch.get(importance.FACTORS),
       "num_real_tokens": self.student.num_real_tokens,
     }
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gkd_jax.models import importance, length_buckets
+from gkd_jax.models import length_buckets
 
 
 def check(model: Any) -> None:
@@ -14,12 +14,6 @@ def check(model: Any) -> None:
   _check_pair(model)
   _check_rest(model)
   length_buckets.check(model.output_buckets, "OUTPUT_BUCKETS")
-  if model.sample_ahead:
-    importance.check_settings(
-      model.sampling,
-      model.student_data_granularity,
-      model.max_importance_weight,
-    )
 
 
 def _check_pair(model):

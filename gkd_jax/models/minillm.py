@@ -33,7 +33,6 @@ _FIXED = {
   "beta": None,
   "decode_slots": None,
   "length_normalization": "sequence",
-  "sample_ahead": False,
 }
 
 
@@ -50,7 +49,7 @@ class MiniLLMModel(gkd.GKDModel):
     sampling_temperature: of q, in sampling and in the loss alike.
     output_buckets: see `GKDModel`.
     **fixed: `student_data_fraction` 1, `divergence` "reverse_kl", `beta` and
-      `decode_slots` None, `length_normalization` "sequence", `sample_ahead` False:
+      `decode_slots` None, `length_normalization` "sequence":
       a run that sets another value of what GKD can choose learns that it has no
       effect here.
 

@@ -41,8 +41,7 @@ class RLGKDModel(gkd.GKDModel):
     whiten_rewards: give the batch's rewards mean 0 and standard deviation 1
       before the baseline. Their scale then means nothing to α.
     baseline_decay: of "running_mean", per step.
-    **gkd_settings: of `GKDModel`; λ is 1 and nothing is sampled ahead, which
-      cannot be set to anything else.
+    **gkd_settings: of `GKDModel`; λ is 1, which cannot be set to anything else.
 
   Raises:
     ValueError: a setting is out of range, or settings do not go together.
@@ -67,11 +66,6 @@ class RLGKDModel(gkd.GKDModel):
   ):
     super().__init__(student, teacher, **gkd_settings)
     check_on_policy(self)
-    if self.sample_ahead:
-      raise ValueError(
-        "expected outputs of the newest student, as a policy gradient is of them,"
-        " got SAMPLE_AHEAD = True; set SAMPLE_AHEAD = False"
-      )
     self.reward = reward
     self.alpha = alpha
     self.samples_per_prompt = samples_per_prompt

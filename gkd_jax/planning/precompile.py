@@ -6,6 +6,7 @@ allocated; neither data nor checkpoints are read.
 """
 
 import functools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import data, models, optimizers, partitioning, train, training
+from gkd_jax import (
+  data,
+  files,
+  models,
+  optimizers,
+  partitioning,
+  train,
+  training,
+)
 from gkd_jax.models import rl_gkd
 from gkd_jax.planning import program_files, program_report, topologies
 
@@ -133,7 +142,7 @@ def precompile(
     result["phases"][phase] = report
     print("\n".join(program_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
-      program_files.write_json(output_path, "precompile.json", result)
+      files.write_json(os.path.join(output_path, "precompile.json"), result)
   return result
 
 
@@ -191,13 +200,6 @@ class Programs:
     self._sampler = training.sampler(model, mesh)
     if _judged(model):
       self._roll_out(lengths)
-    elif _samples_ahead(model):
-      self._sampler = training.sampler(model, mesh)
-      self._step_batch = self._placed(
-        jax.eval_shape(
-          self._sampler, self._state.params, self._batch, self._key
-        )
-      )
     step = functools.partial(
       training.train_step,
       model=model,
@@ -313,10 +315,6 @@ def _compile(lowered, arguments, target, folder, name):
 
 def _judged(model):
   return isinstance(model, models.RLGKDModel) and model.needs_rewards
-
-
-def _samples_ahead(model):
-  return isinstance(model, models.GKDModel) and model.sample_ahead
 
 
 def chosen_phases(

@@ -2,13 +2,11 @@
 
 Between two steps of RL + GKD (`models.RLGKDModel`): the batch's prompts go
 to the device, N outputs for each come back, the host decodes and judges them,
-and the outputs with their advantages are the next step's batch. Outputs drawn one
-step ahead are `sample_ahead`'s. Any other model's batches are those of the data,
+and the outputs with their advantages are the next step's batch. Any other model's batches are those of the data,
 as they are.
 """
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import losses, models, partitioning
+from gkd_jax import files, losses, models, partitioning
 from gkd_jax.models import rl_gkd
-from gkd_jax.training import sample_ahead
 
 _FILE = "running_mean.json"
 
@@ -64,9 +61,6 @@ class RolloutBatches:
         )
       )
     self._mean = losses.RunningMean()
-    self._ahead = None
-    if isinstance(model, models.GKDModel) and model.sample_ahead:
-      self._ahead = sample_ahead.Ahead(iterator, model, seed=seed, mesh=mesh)
 
   def next(self, step: int, params: Any) -> dict[str, np.ndarray]:
     """This process's rows for a step.
@@ -78,8 +72,6 @@ class RolloutBatches:
     Raises:
       ValueError: the reward gave something else than a number for each output.
     """
-    if self._ahead:
-      return self._ahead.next(step, params)
     batch = next(self._iterator)
     if not self.judged:
       return batch
@@ -146,31 +138,26 @@ class RolloutBatches:
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the position into the folder `path`."""
-    (self._ahead or self._iterator).save_state(path)
+    self._iterator.save_state(path)
     if self._keeps_mean and jax.process_index() == 0:
-      with open(os.path.join(path, _FILE), "w") as file:
-        json.dump(self._mean._asdict(), file)
+      files.write_json(os.path.join(path, _FILE), self._mean._asdict())
 
   def restore_state(self, path: str | os.PathLike[str]) -> None:
     """Goes to the position that `save_state` wrote.
 
     Raises:
-      ValueError: a running mean is needed, and none was saved; or outputs were
-        drawn ahead, and no longer are.
+      ValueError: a running mean is needed, and none was saved.
     """
-    if not self._ahead:
-      sample_ahead.check_none(path)
-    (self._ahead or self._iterator).restore_state(path)
+    self._iterator.restore_state(path)
     if not self._keeps_mean:
       return
-    try:
-      with open(os.path.join(path, _FILE)) as file:
-        self._mean = losses.RunningMean(**json.load(file))
-    except FileNotFoundError as error:
+    mean = files.read_json(os.path.join(path, _FILE))
+    if mean is None:
       raise ValueError(
         f"expected a checkpoint with the running mean of rewards, got none in"
         f" {path}; set BASELINE as the run began, or another MODEL_DIR"
-      ) from error
+      )
+    self._mean = losses.RunningMean(**mean)
 
   @property
   def _keeps_mean(self):

@@ -5,7 +5,6 @@ under `pmap`, it is the same function and gives the same numbers.
 """
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
 
 from gkd_jax import models, optimizers, partitioning, schedules, types
 from gkd_jax.training import train_state
@@ -151,54 +149,17 @@ def _accumulate(grad_fn, params, batch, row_ids, num_microbatches):
 
 def _update(state, grads, transform, rate, finite):
   keep = functools.partial(jnp.where, finite)
-  updates, opt_state = _written_first(
-    transform.update, keep, grads, state.opt_state, state.params
-  )
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
   params = optax.apply_updates(state.params, updates)
   skip = jnp.logical_not(finite).astype(jnp.int32)
   return state.replace(
     step=state.step + 1,
     params=jax.tree.map(keep, params, state.params),
-    opt_state=opt_state,
+    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     skipped=state.skipped + skip,
     skipped_in_row=(state.skipped_in_row + skip) * skip,
   )
-
-
-def _written_first(update, keep, grads, old, params):
-  """Updates and the state to keep, of optax's `update`.
-
-  Updates read the moments to keep, not the old ones that these are made of. An
-  old moment is then read by nothing but what overwrites it, and a donated state
-  is updated in place; XLA's CPU backend copied all moments. After a skip the
-  updates are of no use, and so may be made of the old moments.
-
-  This is for moments as large as a parameter: with Adafactor's factors made so
-  too, XLA's CPU backend kept all updates at once.
-  """
-  args = grads, old, params
-  closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
-  jaxpr, number = closed.jaxpr, len(jax.tree.leaves(shapes[0]))
-  new = jax.tree.map(keep, update(*args)[1], old)
-  sizes = {x.shape for x in jax.tree.leaves(params)}
-  made = {var for equation in jaxpr.eqns for var in equation.outvars}
-  given = {
-    var: value
-    for var, value in zip(
-      jaxpr.outvars[number:], jax.tree.leaves(new), strict=True
-    )
-    if isinstance(var, core.Var) and var in made and value.shape in sizes
-  }
-  rest = jaxpr.replace(
-    invars=[*jaxpr.invars, *given],
-    outvars=jaxpr.outvars[:number],
-    eqns=[x for x in jaxpr.eqns if not given.keys() >= set(x.outvars)],
-  )
-  updates = core.jaxpr_as_fun(core.ClosedJaxpr(rest, closed.consts))(
-    *jax.tree.leaves(args), *given.values()
-  )
-  return jax.tree.unflatten(jax.tree.structure(shapes[0]), updates), new
 
 
 class JitExecutor:
@@ -262,42 +223,6 @@ class PmapExecutor:
   def __call__(self, state, teacher_params, batch, source):
     """Returns the new state and metrics."""
     return self._compiled(source)(state, teacher_params, batch)
-
-
-class SamplingClock:
-  """Times the student's sampling alone.
-
-  Inside the compiled step sampling cannot be told from the rest. This runs the
-  sampler of the step once more, as a program of its own, encoder included.
-
-  Args:
-    model: `GKDModel`; of a model without a teacher no time is asked.
-    seed: of the run.
-    mesh: see `partitioning.make_mesh`.
-  """
-
-  def __init__(self, model: Any, seed: int, mesh: Any):
-    self._seed, self._mesh = seed, mesh
-    self._sample = sampler(model, mesh)
-    self._compiled = set()  # kinds of batches
-
-  def seconds(self, params: Any, batch: Mapping[str, np.ndarray]) -> float:
-    """Seconds of sampling an output for each row of the whole batch.
-
-    Args:
-      params: the student's.
-      batch: this process's rows; with several, all have to call.
-    """
-    placed = partitioning.put_batch(batch, self._mesh)
-    args = params, placed, jax.random.key(self._seed)
-    # Lengths may be cut, and outputs drawn ahead have features of their own.
-    kind = frozenset((name, x.shape, x.dtype) for name, x in placed.items())
-    if kind not in self._compiled:
-      jax.block_until_ready(self._sample(*args))
-      self._compiled.add(kind)
-    begin = time.monotonic()
-    jax.block_until_ready(self._sample(*args))
-    return time.monotonic() - begin
 
 
 def sampler(model: Any, mesh: Any) -> Any:

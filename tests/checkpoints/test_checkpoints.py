@@ -242,6 +242,18 @@ def test_the_iterator_is_saved_at_the_position_of_its_step(tmp_path):
   ).read_text() == "10"
 
 
+def test_the_number_of_data_shards_is_read_from_the_newest_checkpoint(tmp_path):
+  assert checkpoints.recorded_data_shards(tmp_path) is None
+  for step, name in ((5, "shard_0-of-2"), (7, "shard_1-of-4")):
+    (tmp_path / f"checkpoint_{step}" / "dataset" / name).mkdir(parents=True)
+  assert checkpoints.recorded_data_shards(str(tmp_path)) == 4
+  (tmp_path / "checkpoint_9" / "dataset" / "process_0-of-1").mkdir(parents=True)
+  with pytest.raises(
+    ValueError, match=r"got process_0-of-1 in .*INITIAL_CHECK"
+  ):
+    checkpoints.recorded_data_shards(tmp_path)
+
+
 def test_a_tf_data_pipeline_goes_on_where_it_was(tmp_path):
   import tensorflow as tf
 

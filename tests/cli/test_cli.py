@@ -86,7 +86,7 @@ def test_smoke_run_writes_what_it_says(whole):
   sampled = [r for r in rows if "sampled_length" in r]
   assert sampled
   for row in sampled:
-    assert row["seconds_sampling"] > 0 and row["seconds_per_step"] > 0
+    assert row["seconds_per_step"] > 0
   examples = _lines(folder / "examples.jsonl")
   assert len(examples) == 10
   assert set(examples[0]) == {

@@ -3,7 +3,6 @@
 import socket
 import subprocess
 import sys
-import types
 
 import command_line
 import jax
@@ -12,7 +11,6 @@ import pytest
 import toy_models
 
 from gkd_jax import data, partitioning, training
-from gkd_jax.training import trainer
 
 FEATURES = {"encoder_input_tokens": 6, "decoder_target_tokens": 7}
 
@@ -87,27 +85,6 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
   # Six steps of SGD at rate 1 add up: each starts where the last one ended.
   np.testing.assert_allclose(cut, whole, rtol=1e-4)
   assert np.ptp([loss for loss, _ in cut]) > 1
-
-
-def test_the_clock_of_sampling_does_not_time_a_compilation():
-  mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-  traced = []
-
-  def sample_batch(params, batch, key):
-    traced.append(batch["encoder_input_tokens"].shape)
-    return params + 0 * jax.random.uniform(key)
-
-  model = types.SimpleNamespace(sample_batch=sample_batch)
-  clock = trainer.SamplingClock(model, 0, mesh)
-  run = clock._sample
-  calls = []
-  clock._sample = lambda *args: calls.append(len(traced)) or run(*args)
-  for length in (3, 6, 3):
-    batch = {"encoder_input_tokens": np.zeros((2, length), np.int32)}
-    clock.seconds(np.float32(1), batch)
-  # Programs there before each call: what is timed, the last of a batch's calls,
-  # finds its own.
-  assert traced == [(2, 3), (2, 6)] and calls == [0, 1, 1, 2, 2]
 
 
 _PROCESS = """

@@ -4,15 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import optax
 import pytest
 import toy_decoder_only
 import toy_models
-from jax.extend import core
 
 from gkd_jax import models, partitioning, training
-from gkd_jax.models import importance, length_buckets
+from gkd_jax.models import length_buckets
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # of the first step of seed 0
 SHORT = 4  # the longest output of a batch of T = 7; a bucket of those below
@@ -181,25 +181,6 @@ def test_the_other_models_losses_are_as_without_buckets(case):
   assert_close(got, expected)
 
 
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
-def test_outputs_drawn_ahead_are_weighted_as_without_buckets(dropout_rate):
-  settings = {"sample_ahead": True, "dropout_rate": dropout_rate}
-  (model, student, teacher), (plain, *_) = both(gkd, **settings)
-  batch = short_targets()
-  old = -np.random.default_rng(0).uniform(1, 3, (8, 7)).astype(np.float32)
-  batch[importance.LOG_PROBS] = old * batch["decoder_loss_weights"]
-  got, expected = (
-    results(m, student, teacher, batch, "student") for m in (model, plain)
-  )
-  if dropout_rate:  # weights are of the student without it, masks are others
-    got, expected = (
-      {k: x for k, x in of[0][1][1].items() if k.startswith("importance")}
-      for of in (got, expected)
-    )
-    assert len(got) == 2
-  assert_close(got, expected)
-
-
 def test_a_short_batch_is_computed_short():
   # Dropout's masks tell: those of self-attention have the length computed.
   (model, student, teacher), (plain, *_) = both(gkd, dropout_rate=0.3)
@@ -273,15 +254,6 @@ def test_a_mesh_changes_nothing():
   assert_close((gradient, metrics), expected, 1e-5)
 
 
-def equations(jaxpr, name):
-  """Equations of a primitive, those inside of others included."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == name:
-      yield equation
-    for inner in core.jaxprs_in_params(equation.params):
-      yield from equations(inner, name)
-
-
 @pytest.mark.parametrize(("dropout_rate", "encodings"), [(0.0, 1), (0.1, 2)])
 def test_branches_hold_no_encoder(dropout_rate, encodings):
   model, student, teacher = toy_models.gkd(
@@ -296,7 +268,9 @@ def test_branches_hold_no_encoder(dropout_rate, encodings):
   products = str(closed).count("f32[8,2,6,6] = dot_general")
   assert products == encodings + 1 + 1
   (switch,) = (
-    e for e in equations(closed.jaxpr, "cond") if len(e.params["branches"]) == 3
+    e
+    for e in jaxprs.equations(closed.jaxpr, "cond")
+    if len(e.params["branches"]) == 3
   )
   # Loss and weight, five metrics with weights, and gradients of what a decoder
   # reads, the encoded inputs among it.

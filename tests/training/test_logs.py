@@ -39,27 +39,21 @@ def test_means_and_rates(tmp_path, clock, capsys):
     log.add(metrics(1.0, 2.0, 20), "student", BATCH)
     clock[0] += 4.0
 
-    def time_sampling():
-      clock[0] += 50.0  # must count in no rate
-      return 0.25
-
-    log.write(6, time_sampling)
+    log.write(6)
     log.add(metrics(8.0, 1.0, 5), "data", BATCH)
     clock[0] += 1.0
-    log.write(7, time_sampling)
+    log.write(7)
   first, second = rows(tmp_path)
   assert first == {
     "step": 6,
     "loss": 7 / 4,  # (6 + 1) / (2 + 2): one quotient of sums
     "top1_agreement": 0.0,
-    "seconds_sampling": 0.25,
     "seconds_per_step": 2.0,
     "examples_per_second": 1.0,  # 4 rows in 4 seconds
     "tokens_per_second": (2 * 5 + 30) / 4,
     "on_policy_steps": 0.5,
   }
   assert second["loss"] == 8.0 and second["seconds_per_step"] == 1.0
-  assert "seconds_sampling" not in second  # nothing was sampled
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("first step ")
   assert lines[1] == (
@@ -80,7 +74,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
   console = rich.console.Console(file=screen, force_terminal=True, width=120)
   with training.TrainLog(str(tmp_path), 2, 4, console) as log:
     log.add(metrics(3.0, 2.0, 10), "student", BATCH)
-    log.write(3, lambda: 0.1)
+    log.write(3)
     log.say("[a line] above")
     log.add(metrics(3.0, 2.0, 10), "student", BATCH)
     log.write(4)

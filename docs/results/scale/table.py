@@ -22,15 +22,14 @@ _PHASES = {
 }
 _HEAD = """# Does the paper's setting fit?
 
-Programs that `gkd precompile` compiled for TPUs that were not there, and counted;
-nothing here was run on a TPU. Memory, in GiB, is `compiled.memory_analysis()` of
-one device, and FLOP and GiB sent are of one device too; tokens are of all of them.
-The time is the least that operations, bytes and the chip's published rates allow,
-with every output of full length; tokens/s and MFU follow from it and are the most
-that there can be. FLOPs are of matrix products alone. What a v4 keeps in its CMEM
-costs no time here, so that its sampling looks too fast. The seconds of compilation
-are of one core that did other work too. Each row is of the JSON that its command
-below writes. This file is made by
+Programs that `gkd precompile` compiled for TPUs that were not there; nothing here was
+run on a TPU. Memory, in GiB, is `compiled.memory_analysis()` of one device. FLOP and GiB
+sent are of one device too, tokens of all devices. The time is a lower bound from
+operations, bytes and the chip's published rates, with every output of full length;
+tokens/s and MFU follow from it and are upper bounds. FLOPs are of matrix products alone.
+What a v4 keeps in its CMEM costs no time here, so that its sampling looks too fast. The
+seconds of compilation are of one core that did other work too. Each row shows the JSON
+that its command below writes, and this file is written by
 
 ```
 python docs/results/scale/table.py
@@ -42,9 +41,9 @@ python docs/results/scale/table.py
 _FIT_HEAD = """
 ## What `gkd fit` chooses
 
-Estimates are extrapolated from programs of one and two layers (a network whose layers
-are scanned keeps its own number), compiled with little effort; the whole program is
-compiled as it would run."""
+Estimates are extrapolated from programs of one and two layers, compiled with little
+effort (a network whose layers are scanned keeps its own number of layers). The whole
+program is compiled as it would run."""
 
 
 def document() -> str:
