@@ -1,7 +1,6 @@
 """The report, from hand-written cells with numbers known beforehand."""
 
 import base64
-import html.parser
 import io
 import json
 import re
@@ -9,60 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
+import report_pages
+import sweep_folders
 from PIL import Image
 
-from gkd_jax.experiments import figures, report_page, report_tables, run_folders
-
-# Student's t, 97.5 %, of 2 and of 1 degrees of freedom, from a printed table.
-T2, T1 = 4.302653, 12.706205
-
-
-def write_lines(path, rows):
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_run(folder, greedy, sampled, curve=(), **more):
-  folder.mkdir(parents=True, exist_ok=True)
-  rates = lambda wer: {"wer": wer, "per": wer / 4}
-  final = {"greedy": rates(greedy), "sampled": rates(sampled), "params": 1234}
-  (folder / "final.json").write_text(
-    json.dumps(final | {"split": "test", "seconds": 56.7} | more)
-  )
-  if curve:
-    lines = [{"step": 1, "loss": 2.0}]
-    lines += [{"step": s, "eval/wer": w} for s, w in curve]
-    write_lines(folder / "metrics.jsonl", lines)
-  return folder
-
-
-class Sweep:
-  """Writes the folder that a sweep leaves."""
-
-  def __init__(self, folder, **settings):
-    self.folder, self.cells, self.axes = folder, [], {}
-    self.settings = settings
-
-  def add(self, stage, seed, **axes):
-    name = f"{stage}/{'_'.join([*axes.values(), f'seed{seed}'])}"
-    self.cells.append(name)
-    for axis, label in axes.items():
-      self.axes.setdefault(axis, {})[label] = None
-    path = self.folder / name
-    path.mkdir(parents=True)
-    command = "eval" if stage == "eval" else "train"
-    done = "metrics.json" if command == "eval" else "final.json"
-    cell = {"name": name, "stage": stage, "axes": axes, "seed": seed}
-    (path / "cell.json").write_text(
-      json.dumps(cell | {"command": command, "done": done})
-    )
-    self.write()
-    return path
-
-  def write(self):
-    axes = {axis: list(labels) for axis, labels in self.axes.items()}
-    (self.folder / "sweep.json").write_text(
-      json.dumps({"axes": axes, "cells": self.cells, "report": self.settings})
-    )
+from gkd_jax.experiments import (
+  figures,
+  figures_behaviour,
+  report_page,
+  report_tables,
+  run_folders,
+  studies,
+)
 
 
 def score_run(path, greedy, sampled, steps=(), examples=()):
@@ -70,15 +27,17 @@ def score_run(path, greedy, sampled, steps=(), examples=()):
   (path / "final.json").write_text(
     json.dumps(final | {"seconds": 10.0, "params": 1000, "split": "test"})
   )
-  write_lines(path / "metrics.jsonl", steps)
-  write_lines(path / "examples.jsonl", examples)
+  sweep_folders.write_lines(path / "metrics.jsonl", steps)
+  sweep_folders.write_lines(path / "examples.jsonl", examples)
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
   """Every figure's data: three seeds, two sizes of data, and a cell that failed."""
   folder = tmp_path_factory.mktemp("sweep")
-  sweep = Sweep(folder, title="A <small> sweep", task="wmt14_en_de")
+  sweep = sweep_folders.Sweep(
+    folder, title="A <small> sweep", task="wmt14_en_de"
+  )
   methods = {"SFT": 20.0, "SeqKD": 21.0, "on-policy KD": 23.0}
   for method, base in methods.items():
     for labelled, more in (("1k", 0.0), ("10k", 2.0)):
@@ -143,37 +102,6 @@ NAMES = {
 }
 
 
-class Page(html.parser.HTMLParser):
-  """Collects a page's images, cells, and whatever points somewhere."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.images, self.links, self.tags, self.rows = [], [], set(), []
-    self._open = False
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    attributes = dict(attrs)
-    self.tags.add(tag)
-    if tag == "img":
-      self.images.append(attributes["src"])
-    for name in ("href", "src", "srcset", "data", "action", "poster"):
-      if name in attributes and tag != "img":
-        self.links.append(attributes[name])
-    if tag == "tr":
-      self.rows.append([])
-    self._open = tag in ("td", "th")
-    if self._open:
-      self.rows[-1].append("")
-
-  def handle_endtag(self, tag):
-    self._open = self._open and tag not in ("td", "th")
-
-  def handle_data(self, data):
-    if self._open:
-      self.rows[-1][-1] += data
-
-
 @pytest.fixture(scope="module")
 def report(sweep, tmp_path_factory):
   folder = tmp_path_factory.mktemp("report")
@@ -183,11 +111,16 @@ def report(sweep, tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def study(sweep):
+  return studies.read([str(sweep)])
+
+
 def test_means_and_intervals_are_those_worked_out_by_hand(report):
   table = (report / "table.txt").read_text().splitlines()
   line = next(x for x in table if x.startswith("SeqKD") and " 10k " in x)
   # Seeds 23, 24, 25: mean 24, deviation 1, interval ± t / √3 = 2.4841.
-  half = T2 / np.sqrt(3)
+  half = sweep_folders.T2 / np.sqrt(3)
   assert re.split(r"\s{2,}", line)[:6] == [
     "SeqKD",
     "small",
@@ -200,29 +133,32 @@ def test_means_and_intervals_are_those_worked_out_by_hand(report):
     x for x in table if x.startswith("grid") and re.search(r"1 +reverse KL", x)
   )
   # Seeds 23 and 24: deviation 1/√2, interval ± t / 2.
-  assert f"23.5 [{23.5 - T1 / 2:.1f}, {23.5 + T1 / 2:.1f}]" in grid
-  page = Page((report / "index.html").read_text())
+  assert (
+    f"23.5 [{23.5 - sweep_folders.T1 / 2:.1f}, {23.5 + sweep_folders.T1 / 2:.1f}]"
+    in grid
+  )
+  page = report_pages.Page((report / "index.html").read_text())
   shown = [row for row in page.rows if row[:3] == ["SeqKD", "small", "10k"]]
   assert "24.0 [21.5, 26.5]" in shown[0]
 
 
 def test_the_interval_of_seeds():
-  summary = run_folders.estimate([2.0, 4.0, 9.0])
+  summary = studies.estimate([2.0, 4.0, 9.0])
   # Mean 5, sum of squares 9 + 1 + 16 = 26, variance 13.
-  half = T2 * np.sqrt(13 / 3)
+  half = sweep_folders.T2 * np.sqrt(13 / 3)
   np.testing.assert_allclose(
     (summary.mean, summary.low, summary.high),
     (5, 5 - half, 5 + half),
     rtol=1e-6,
   )
-  assert run_folders.estimate([3.0]).low is None
+  assert studies.estimate([3.0]).low is None
   with pytest.raises(ValueError, match="at least one seed"):
-    run_folders.estimate([])
+    studies.estimate([])
 
 
 def test_the_page_holds_its_pictures_and_asks_for_nothing(report, sweep):
   text = (report / "index.html").read_text()
-  page = Page(text)
+  page = report_pages.Page(text)
   assert len(page.images) == len(NAMES)
   for source in page.images:
     header, data = source.split(",", 1)
@@ -265,15 +201,14 @@ def test_a_moved_sweep_renders_the_same(sweep, report, tmp_path):
     ), name
 
 
-def test_figures_draw_the_numbers(sweep):
-  study = run_folders.read([str(sweep)])
+def test_figures_draw_the_numbers(study):
   (panel, _) = figures.heat_maps(study).figure.axes
   # λ = 1 above λ = 0; forward KL, then reverse KL; means of two seeds.
   assert panel.get_images()[0].get_array().tolist() == (
     [[22.5, 23.5], [20.5, 21.5]]
   )
   assert [t.get_text() for t in panel.texts] == [
-    f"{mean}\n± {T1 / 2:.1f}" for mean in (20.5, 21.5, 22.5, 23.5)
+    f"{mean}\n± {sweep_folders.T1 / 2:.1f}" for mean in (20.5, 21.5, 22.5, 23.5)
   ]
   panel = figures.data_efficiency(study).figure.axes[0]
   lines = {x.get_label(): x for x in panel.get_lines()}
@@ -290,9 +225,8 @@ def test_figures_draw_the_numbers(sweep):
   )
 
 
-def test_rl_table_pairs_the_seeds(sweep):
+def test_rl_table_pairs_the_seeds(study):
   """The seeds' divergences lie 1 apart, what α changes in them is exact."""
-  study = run_folders.read([str(sweep)])
   head, *rows = report_tables.rl_tradeoff(study).rows
   assert head == [
     *("method", "alpha", "seeds", "reward", "reverse KL"),
@@ -309,10 +243,7 @@ def test_rl_table_pairs_the_seeds(sweep):
   ]
 
 
-def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
-  from gkd_jax.experiments import figures_behaviour
-
-  study = run_folders.read([str(sweep)])
+def test_reward_diversity_and_position_are_means_of_what_was_logged(study):
   (panel,) = figures_behaviour.rl_tradeoff(study).figure.axes
   line = next(x for x in panel.get_lines() if x.get_label() == "rl")
   # Of the last fifth, steps 90 and 100, not of step 10; seeds differ by 1.
@@ -329,12 +260,11 @@ def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
   np.testing.assert_allclose(data.get_xydata(), [[1, 0.1], [2, 0.1]])
 
 
-def test_the_paper_s_numbers_stand_beside_ours(report, sweep):
-  page = Page((report / "index.html").read_text())
+def test_the_paper_s_numbers_stand_beside_ours(report, study):
+  page = report_pages.Page((report / "index.html").read_text())
   row = next(r for r in page.rows if r[:2] == ["on-policy KD", "26.43"])
   # Those with 10k labelled examples alone: seeds 25, 26, 27.
   assert row[2] == "26.0 [23.5, 28.5]" and row[3:] == ["27.69", "", "27.82", ""]
-  study = run_folders.read([str(sweep)])
   few, many = (
     [
       line.get_xydata().tolist()
@@ -348,12 +278,12 @@ def test_the_paper_s_numbers_stand_beside_ours(report, sweep):
 
 
 def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
-  sweep = Sweep(tmp_path, task="wmt14_en_de")
+  sweep = sweep_folders.Sweep(tmp_path, task="wmt14_en_de")
   for size in ("t5-base", "tiny"):
     for fraction, divergence in (("0.5", "JSD(0.9)"), ("1.0", "skew KL")):
       place = {"STUDENT_DATA_FRACTION": fraction, "divergence": divergence}
       score_run(sweep.add("grid", 0, size=size, **place), 20.0, 19.0)
-  picture = figures.heat_maps(run_folders.read([str(tmp_path)]))
+  picture = figures.heat_maps(studies.read([str(tmp_path)]))
   # WMT, base, λ = 0.5, JSD(0.9): 26.98 and a gain of 0.40; beam search is shown
   # beside greedy decoding alone.
   assert {
@@ -370,7 +300,7 @@ def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
 
 def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
   text = (report / "index.html").read_text()
-  page = Page(text)
+  page = report_pages.Page(text)
   place = next(i for i, r in enumerate(page.rows) if r[0] == "input")
   assert page.rows[place] == [
     *("input", "reference", "teacher", "SFT", "SeqKD", "on-policy KD")
@@ -393,7 +323,7 @@ def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
 def test_a_cell_whose_folder_was_deleted_is_left_out(sweep, tmp_path, capsys):
   moved = shutil.copytree(sweep, tmp_path / "elsewhere")
   shutil.rmtree(moved / "methods" / "SFT_small_1k_seed2")
-  study = run_folders.read([str(moved)])
+  study = studies.read([str(moved)])
   assert capsys.readouterr().out == (
     "methods/SFT_small_1k_seed2 is left out: its folder has no cell.json\n"
   )
@@ -418,7 +348,7 @@ def test_seconds_of_a_resumed_run_count_each_step_once(tmp_path):
     {"step": 20, "seconds_per_step": 3.0},  # done again after a kill
     {"step": 20, "eval/wer": 1.0},
   ]
-  write_lines(tmp_path / "metrics.jsonl", rows)
+  sweep_folders.write_lines(tmp_path / "metrics.jsonl", rows)
   with open(tmp_path / "metrics.jsonl", "a") as f:
     f.write('{"step": 3')  # killed while it wrote
   row = run_folders.read_cell(str(tmp_path))

@@ -3,17 +3,20 @@
 import json
 
 import pytest
-from test_reports import T1, Sweep, write_run
+import report_pages
+import sweep_folders
 
-from gkd_jax.experiments import figures, report_page, run_folders
-
-# ---- single runs, as the quickstart compares them ----------------------------
+from gkd_jax.experiments import figures, report_page, studies
 
 
 @pytest.fixture
 def folders(tmp_path):
-  teacher = write_run(tmp_path / "a", 28.0, 36.0, validation={"wer": 30.5})
-  student = write_run(tmp_path / "b", 60.0, 64.0, [(10, 80.0), (20, 62.0)])
+  teacher = sweep_folders.write_run(
+    tmp_path / "a", 28.0, 36.0, validation={"wer": 30.5}
+  )
+  student = sweep_folders.write_run(
+    tmp_path / "b", 60.0, 64.0, [(10, 80.0), (20, 62.0)]
+  )
   return teacher, student
 
 
@@ -47,12 +50,15 @@ def test_report_of_single_runs(folders, tmp_path, capsys):
 
 
 def test_a_name_given_twice_is_two_seeds(folders, tmp_path):
-  again = write_run(tmp_path / "c", 64.0, 66.0)
+  again = sweep_folders.write_run(tmp_path / "c", 64.0, 66.0)
   text = report_page.report(
     [f"gkd={folders[1]}", f"gkd={again}"], str(tmp_path / "out")
   )
   # 60 and 64: ± t · 2√2 / √2.
-  assert f"62.0 [{62 - 2 * T1:.1f}, {62 + 2 * T1:.1f}]" in text
+  assert (
+    f"62.0 [{62 - 2 * sweep_folders.T1:.1f}, {62 + 2 * sweep_folders.T1:.1f}]"
+    in text
+  )
 
 
 def test_learning_curves_hold_validation_errors_alone(folders):
@@ -60,7 +66,7 @@ def test_learning_curves_hold_validation_errors_alone(folders):
   items = [f"teacher={teacher}", f"gkd={student}"]
   drawn = lambda: {
     line.get_label(): line
-    for line in figures.learning_curves(run_folders.read(items))
+    for line in figures.learning_curves(studies.read(items))
     .figure.axes[0]
     .get_lines()
   }
@@ -68,7 +74,7 @@ def test_learning_curves_hold_validation_errors_alone(folders):
   assert list(lines["gkd"].get_xdata()) == [10, 20]
   assert list(lines["gkd"].get_ydata()) == [80.0, 62.0]
   assert set(lines["teacher"].get_ydata()) == {30.5}  # not 28.0, on test
-  write_run(teacher, 28.0, 36.0)
+  sweep_folders.write_run(teacher, 28.0, 36.0)
   assert list(drawn()) == ["gkd"]
 
 
@@ -77,7 +83,37 @@ def test_what_is_neither_run_nor_sweep(tmp_path):
     ValueError, match=r"final\.json, or a sweep, got .*nothing"
   ):
     report_page.report([str(tmp_path / "nothing")], str(tmp_path))
-  sweep = Sweep(tmp_path / "sweep")
+  sweep = sweep_folders.Sweep(tmp_path / "sweep")
   sweep.add("methods", 0, method="SFT")
   with pytest.raises(ValueError, match="at least one finished run"):
     report_page.report([str(sweep.folder)], str(tmp_path))
+
+
+def test_markup_in_names_inputs_and_outputs_shows_as_text(folders, tmp_path):
+  _, student = folders
+  example = {
+    "step": 20,
+    "input": "<b>in</b> & <script>alert(1)</script>",
+    "reference": "a <i>house</i>",
+    "teacher": "<img src=x>",
+    "student": 'one | two <a href="x">*out*</a>',
+  }
+  sweep_folders.write_lines(student / "examples.jsonl", [example])
+  name = "<u>my & run</u>"
+  markdown = tmp_path / "out" / "report.md"
+  report_page.report(
+    [f"{name}={student}"], str(tmp_path / "out"), str(markdown)
+  )
+  page = report_pages.Page((tmp_path / "out" / "index.html").read_text())
+  assert not page.tags & {"b", "i", "u", "script"}
+  assert all(source.startswith("data:") for source in page.images)
+  assert all(link.startswith("#") for link in page.links)
+  assert name in [row[0] for row in page.rows]
+  assert page.rows[-1] == [
+    *(example[k] for k in ("input", "reference", "teacher", "student"))
+  ]
+  rows = markdown.read_text().splitlines()
+  assert rows[rows.index("## Decoded examples") + 4] == (
+    "| &lt;b>in&lt;/b> &amp; &lt;script>alert(1)&lt;/script> | a &lt;i>house"
+    '&lt;/i> | &lt;img src=x> | one \\| two &lt;a href="x">\\*out\\*&lt;/a> |'
+  )

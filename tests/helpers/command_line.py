@@ -46,6 +46,12 @@ def gkd(*arguments, cwd=None, env=None, **macros):
   return run(command(*arguments, **macros), cwd, env)
 
 
+def here(*arguments):
+  """Runs `gkd` in this process."""
+  with flagsaver.flagsaver():
+    main._run(flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)])))
+
+
 def refused(capsys, *arguments):
   """Returns the error about a wrong setting, from `gkd` in this process.
 
