@@ -49,7 +49,7 @@ def gkd(*arguments, cwd=None, env=None, **macros):
 def here(*arguments):
   """Runs `gkd` in this process."""
   with flagsaver.flagsaver():
-    main._run(flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)])))
+    main.main(["gkd", *map(str, arguments)])
 
 
 def refused(capsys, *arguments):
