@@ -62,7 +62,10 @@ def test_without_a_terminal_a_line_every_15_seconds(tmp_path, capsys):
       log(first, trained(100, 2.0, 0.1))
     if now == 20:
       finish(first, 60.0)
+    if now == 29:
       begin(second)
+    if now == 31:
+      log(second, trained(100, 3.0, 0.1))
     if now == 40:
       finish(second, 50.0)
 
