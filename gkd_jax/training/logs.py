@@ -202,7 +202,7 @@ class TrainLog:
     The time since the last `write` is left out of the rates.
     """
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
-    if self._writes:
+    if self._tensorboard:
       self._tensorboard.text("examples", _markdown(examples), step)
       self._tensorboard.flush()
       files.append_json_lines(
@@ -226,7 +226,7 @@ class TrainLog:
     self._time = time.monotonic()
 
   def _record(self, step, scalars):
-    if not self._writes:
+    if not self._tensorboard:
       return
     # JSON has no NaN.
     finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
