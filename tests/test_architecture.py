@@ -26,7 +26,7 @@ MAY_IMPORT = {
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
-  "planning": "checkpoints data files models network optimizers partitioning"
+  "planning": "checkpoints data files losses models network optimizers partitioning"
   " train training types",
   "experiments": "files gin_utils",
   "gin_utils": "files",

@@ -13,8 +13,10 @@ with epy.lazy_api_imports(globals()):
     token_weights,
   )
   from gkd_jax.losses.fused import (
+    DEFAULT_CHUNK_SIZE,
     Int8Head,
     fused_distillation_loss,
+    num_chunks,
     quantize_head,
   )
   from gkd_jax.losses.policy_gradient import (
@@ -28,12 +30,12 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.losses.stored import (
     LEAST_LOG_PROB,
     stored_distillation_loss,
-    top_k_law,
+    top_k_log_probs,
   )
   from gkd_jax.losses.vocabulary import (
+    argmax,
     check_num_real_tokens,
     check_temperatures,
-    first_of_largest,
+    mask_vocab_padding,
     target_log_probs,
-    without_padding,
   )

@@ -259,8 +259,8 @@ class BaseTransformerModel:
 
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
-    return losses.without_padding(
-      logits, self.num_real_tokens, no_mass=-jnp.inf
+    return losses.mask_vocab_padding(
+      logits, self.num_real_tokens, fill_value=-jnp.inf
     )
 
   def _decode(self, params, batch, key, *, num_decodes, options):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gkd_jax import (
   data,
   files,
+  losses,
   models,
   optimizers,
   partitioning,
@@ -24,6 +25,7 @@ from gkd_jax import (
   training,
 )
 from gkd_jax.models import rl_gkd
+from gkd_jax.partitioning import meshes
 from gkd_jax.planning import program_files, program_report, topologies
 
 SAMPLING, TEACHER = "sampling", "teacher"
@@ -176,6 +178,7 @@ class Programs:
   ):
     self._model, self._mesh = model, mesh
     self._length = lengths["targets"]
+    self._num_microbatches = num_microbatches
     rules = partitioning.parameter_rules(shard_params_over_data)
     shapes = partitioning.input_shapes(lengths)
     state, shardings = training.abstract_state(
@@ -248,7 +251,15 @@ class Programs:
       chip,
       loop_length=self._length,
       output_tokens=self.rows * self._length,
+      max_trips={"loss": self._loss_chunks()},
     )
+
+  def _loss_chunks(self):
+    """Returns the most chunks that a device's part of the loss goes through."""
+    _, shards = meshes.rows(self._mesh.shape)
+    tokens = self.rows * self._length // (self._num_microbatches * shards)
+    size = getattr(self._model, "loss_chunk_size", None)
+    return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
     """The phase's program, and its arguments."""

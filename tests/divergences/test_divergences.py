@@ -191,7 +191,7 @@ def test_gradients_equal_finite_differences(name, order):
 
 @settings
 @hypothesis.given(logits_pairs, st.sampled_from(BETAS))
-def test_not_negative_and_zero_only_for_equal_laws(pair, beta):
+def test_not_negative_and_zero_only_for_equal_distributions(pair, beta):
   teacher, student = pair
   p, q = (np.exp(loss_batches.log_softmax64(x)) for x in pair)
   differ = np.abs(p - q).max(-1) > 1e-5
@@ -232,7 +232,7 @@ def test_identities_and_bounds(pair, beta):
   assert np.all(np.asarray(forward) <= -np.log(beta) * (1 + 1e-5))
 
 
-def test_disjoint_laws_reach_the_bounds():
+def test_disjoint_distributions_reach_the_bounds():
   teacher, student = jnp.array([[0.0, -1e9], [-1e9, 0.0]])
   for beta in BETAS:
     entropy = -beta * np.log(beta) - (1 - beta) * np.log(1 - beta)

@@ -58,6 +58,12 @@ def gkd(*arguments, cwd=None, env=None, **macros):
   )
 
 
+def here(*arguments):
+  """Runs `gkd` in this process."""
+  with flagsaver.flagsaver():
+    main._run(flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)])))
+
+
 def refused(capsys, *arguments):
   """What `gkd` says about a wrong setting, in this process: imports are slow."""
   with flagsaver.flagsaver():

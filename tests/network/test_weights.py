@@ -324,7 +324,7 @@ def test_drawn_parameters_and_axes():
   assert axes[name] == ("layers", "embed", "mlp")
   assert axes[name + "_scale"] == ("layers", "mlp")
   assert axes["token_embedder/embedding_scale"] == ("vocab",)
-  # Each column, or row of an embedding, has a 127, and the law's width.
+  # Each column, or row of an embedding, has a 127, and the initialiser's scale.
   for module, x, name, over in (
     (
       projections.Embed(40, 30, weights="int8"),
