@@ -1,8 +1,8 @@
 """Tasks whose train split is a teacher's outputs in shards (`teacher_shards`).
 
-Token ids go through as they are: the inputs tokenized as the original task
-does, the targets as the teacher wrote them, and its stored laws, if any, beside
-them. All other splits, and the metrics, are the original task's.
+Token ids are used as stored: inputs tokenized by the original task, targets as the
+teacher wrote them, with its top-k log-probs where there are any. All other splits,
+and the metrics, are the original task's.
 """
 
 import functools
