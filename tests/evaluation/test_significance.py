@@ -106,7 +106,7 @@ def test_many_pairs_are_swapped_at_random():
   assert unpaired > expected + 0.1
 
 
-def test_paired_bootstrap_of_a_mean_is_the_normal_law():
+def test_paired_bootstrap_of_a_mean_is_the_normal_distribution():
   a, b = scores(number=400)
   differences = b - a
   error = differences.std() / 20
@@ -176,9 +176,10 @@ def test_bleu_is_sacrebleus_in_value_and_in_significance():
   ("call", "message"),
   [
     (lambda f: f([]), "set the examples"),
+    (lambda f: f([1.0]), "at least 2"),
     (lambda f: f([1.0, np.nan]), "finite"),
-    (lambda f: f([1.0], level=1.0), "set level"),
-    (lambda f: f([1.0], num_resamples=0), "set num_resamples"),
+    (lambda f: f([1.0, 2.0], level=1.0), "set level"),
+    (lambda f: f([1.0, 2.0], num_resamples=0), "set num_resamples"),
   ],
 )
 def test_wrong_settings_say_what_to_change(call, message):
