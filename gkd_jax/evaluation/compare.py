@@ -5,8 +5,8 @@ and the metric is a function of their sums over examples. That is exact for
 corpus metrics such as error rates (errors and symbols) or BLEU (n-gram counts),
 which are not means over examples. A mean has a score and a 1 as statistics.
 
-Sources: percentile bootstrap (Efron 1979) and paired bootstrap (Koehn 2004);
-paired approximate randomisation (Riezler and Maxwell 2005), as in sacrebleu.
+Sources: percentile bootstrap (Efron 1979; Koehn 2004 for pairs) and paired
+approximate randomisation (Riezler and Maxwell 2005), as in sacrebleu.
 """
 
 import os
@@ -34,13 +34,13 @@ class Interval(NamedTuple):
 
 
 class PairedResult(NamedTuple):
-  """How two runs differ on the same examples.
+  """The difference between two runs on the same examples.
 
   Attributes:
     difference: metric of the second run minus that of the first.
     low: lower end of its paired bootstrap interval.
     high: upper end.
-    p_value: two-sided, of the hypothesis that the runs do not differ.
+    p_value: two-sided, for the hypothesis that the runs do not differ.
   """
 
   difference: float
@@ -68,15 +68,15 @@ def bootstrap_interval(
   Interval(value=2.0, low=2.0, high=2.0)
 
   Args:
-    scores: `[n]` one score for each example, whose mean is the metric; or
-      statistics `[n, K]`, such as errors and symbols of an error rate.
-    metric: of the sums of statistics; see `Metric`.
+    scores: scores `[n]`, whose mean is the metric; or statistics `[n, K]`, such
+      as errors and symbols of an error rate.
+    metric: function of the sums of statistics; see `Metric`.
     level: of confidence, in (0, 1).
-    num_resamples: drawn with replacement, n examples each.
+    num_resamples: resamples of n examples, drawn with replacement.
     seed: of the draws.
 
   Returns:
-    The metric of all examples, and quantiles of the resamples' metrics.
+    The metric of all examples, and the ends of its interval.
 
   Raises:
     ValueError: less than two examples, another shape, a number that is not
@@ -99,22 +99,18 @@ def paired_test(
   b: np.ndarray,
   *,
   metric: Metric = ratio,
-  method: str = "randomization",
   level: float = 0.95,
   num_resamples: int = 10_000,
   seed: int = 0,
 ) -> PairedResult:
   """Tests whether two runs differ on the same examples in the same order.
 
-  "randomization" swaps the two runs' statistics of each example with
-  probability 1/2; p is the fraction of swaps with a difference at least as large
-  as the observed one. All 2^n swaps are tried if these are at most
-  `num_resamples`; otherwise p is (c + 1) / (R + 1) for c of R random swaps.
-  "bootstrap" counts resamples whose difference is at least as far from the
-  observed one as that is from 0, p is again (c + 1) / (R + 1).
-
-  A difference equal to the observed one counts. sacrebleu does not count it, and
-  its bootstrap test is one-sided: its p is about half of this one.
+  The p-value is that of approximate randomisation: the statistics of the two
+  runs are swapped for each example with probability 1/2, and p is the fraction
+  of swaps whose difference is at least as large as the observed one. All 2^n
+  swaps are tried if these are at most `num_resamples`; otherwise p is
+  (c + 1) / (R + 1) for c of R random swaps. (sacrebleu does not count
+  differences that are equal to the observed one.)
 
   >>> paired_test(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0])).p_value
   0.25
@@ -123,7 +119,6 @@ def paired_test(
     a: `[n]` scores or `[n, K]` statistics of the first run.
     b: those of the second.
     metric: see `bootstrap_interval`.
-    method: "randomization" or "bootstrap", of the p-value.
     level: of the interval of the difference.
     num_resamples: of the interval and of the p-value.
     seed: of the draws.
@@ -132,18 +127,13 @@ def paired_test(
     The difference b - a, its paired bootstrap interval, and the p-value.
 
   Raises:
-    ValueError: as `bootstrap_interval`, or runs of different shapes.
+    ValueError: as `bootstrap_interval`, or if the shapes differ.
   """
   a, b = _statistics("a", a), _statistics("b", b)
   if a.shape != b.shape:
     raise ValueError(
       "expected two runs on the same examples, got statistics of shapes"
       f" {a.shape} and {b.shape}; set the folders of two evaluations of one split"
-    )
-  if method not in ("randomization", "bootstrap"):
-    raise ValueError(
-      "expected a method 'randomization' or 'bootstrap', got"
-      f" {method!r}; set method"
     )
   _check_settings(level, num_resamples)
   both = np.concatenate([a, b])
@@ -154,23 +144,18 @@ def paired_test(
   seen, found = _bootstrap(
     lambda rows: difference(rows, rows + len(a)), a, level, num_resamples, seed
   )
-  if method == "bootstrap":
-    distances = _size(found.bootstrap_distribution - seen)
-    count = int(np.sum(distances >= _size(seen)))
-    p_value = (count + 1) / (num_resamples + 1)
-  else:
-    p_value = scipy_stats.permutation_test(
-      (np.arange(len(a)), np.arange(len(a), 2 * len(a))),
-      lambda x, y, axis: _size(difference(x, y)),
-      permutation_type="samples",
-      vectorized=True,
-      n_resamples=num_resamples,
-      batch=_batch(both),
-      alternative="greater",
-      rng=np.random.default_rng([seed, 1]),  # not the bootstrap's numbers
-    ).pvalue
+  swapped = scipy_stats.permutation_test(
+    (np.arange(len(a)), np.arange(len(a), 2 * len(a))),
+    lambda x, y, axis: _size(difference(x, y)),
+    permutation_type="samples",
+    vectorized=True,
+    n_resamples=num_resamples,
+    batch=_batch(both),
+    alternative="greater",
+    rng=np.random.default_rng([seed, 1]),  # not the bootstrap's numbers
+  )
   low, high = found.confidence_interval
-  return PairedResult(seen, float(low), float(high), float(p_value))
+  return PairedResult(seen, float(low), float(high), float(swapped.pvalue))
 
 
 def _bootstrap(
@@ -204,7 +189,7 @@ def _bootstrap(
 
 
 def _of_rows(metric: Metric, stats: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Metric `[...]` of the examples whose numbers are `rows`, `[..., n]`."""
+  """Returns the metric `[...]` of the examples `rows`, `[..., n]`."""
   sums = stats[rows].sum(axis=-2)
   return metric(sums.reshape(-1, sums.shape[-1])).reshape(sums.shape[:-1])
 
@@ -242,7 +227,7 @@ def _check_settings(level, num_resamples):
 
 
 class Comparison(NamedTuple):
-  """One metric of two runs, A and B.
+  """A metric of two runs, A and B.
 
   Attributes:
     a: value of A with its bootstrap interval.
@@ -262,11 +247,12 @@ def read_statistics(folder: str) -> tuple[list[str], dict[str, np.ndarray]]:
     folder: EVAL_OUTPUT_DIR of an evaluation.
 
   Returns:
-    The inputs, and metric name to statistics `[n, K]` of the n examples; see
-    `example_statistics`. Of a mixture, a metric's examples are its task's.
+    The inputs, and metric name to statistics `[n, K]` of n examples; see
+    `example_statistics`. In a mixture these are the examples of the metric's
+    task.
 
   Raises:
-    ValueError: there is no `predictions.jsonl` with statistics.
+    ValueError: if there is no `predictions.jsonl` with statistics.
   """
   path = os.path.join(folder, "predictions.jsonl")
   if not files.absolute(path).exists():
@@ -291,23 +277,6 @@ def read_statistics(folder: str) -> tuple[list[str], dict[str, np.ndarray]]:
   return [row["inputs"] for row in rows], tables
 
 
-def interval(folder: str, metric: str, **options: Any) -> Interval:
-  """Returns a metric of one evaluation with its bootstrap interval.
-
-  Args:
-    folder: EVAL_OUTPUT_DIR.
-    metric: a name in its `predictions.jsonl`.
-    **options: of `bootstrap_interval`.
-
-  Raises:
-    ValueError: no such metric.
-  """
-  stats = _of_metric(read_statistics(folder)[1], metric, folder)
-  return bootstrap_interval(
-    stats, metric=example_statistics.metric_of(stats), **options
-  )
-
-
 def compare(
   folder_a: str, folder_b: str, metric: str | None = None, **options: Any
 ) -> dict[str, Comparison]:
@@ -317,14 +286,13 @@ def compare(
     folder_a: EVAL_OUTPUT_DIR of the first.
     folder_b: that of the second.
     metric: a name; None for all that both have.
-    **options: of `paired_test`; the intervals of the two values use the same
-      `level`, `num_resamples` and `seed`.
+    **options: `level`, `num_resamples` and `seed`, see `paired_test`.
 
   Returns:
     Metric name to comparison.
 
   Raises:
-    ValueError: other inputs, or no such metric.
+    ValueError: if the inputs differ, or there is no such metric.
   """
   inputs_a, tables_a = read_statistics(folder_a)
   inputs_b, tables_b = read_statistics(folder_b)
@@ -336,15 +304,14 @@ def compare(
       " EVAL_NUM_EXAMPLES alike"
     )
   names = [metric] if metric else [n for n in tables_a if n in tables_b]
-  of_interval = {k: v for k, v in options.items() if k != "method"}
   results = {}
   for name in names:
     a = _of_metric(tables_a, name, folder_a)
     b = _of_metric(tables_b, name, folder_b)
     combine = example_statistics.metric_of(a)
     results[name] = Comparison(
-      bootstrap_interval(a, metric=combine, **of_interval),
-      bootstrap_interval(b, metric=combine, **of_interval),
+      bootstrap_interval(a, metric=combine, **options),
+      bootstrap_interval(b, metric=combine, **options),
       paired_test(a, b, metric=combine, **options),
     )
   return results
@@ -354,7 +321,7 @@ def report(folders: Sequence[str]) -> str:
   """Returns what `gkd compare A B` prints.
 
   Raises:
-    ValueError: not two folders, or as `compare`.
+    ValueError: if there are not two folders, or as `compare`.
   """
   if len(folders) != 2:
     raise ValueError(
