@@ -194,7 +194,10 @@ def _name(decode_fn):
   if isinstance(decode_fn, functools.partial):
     bound = sorted(decode_fn.keywords.items())
     return f"{_name(decode_fn.func)} {bound!r}"
-  return f"{decode_fn.__module__}.{decode_fn.__qualname__}"
+  module = decode_fn.__module__
+  if module.startswith("gkd_jax."):  # the public name
+    module = ".".join(module.split(".")[:2])
+  return f"{module}.{decode_fn.__qualname__}"
 
 
 def _examples(

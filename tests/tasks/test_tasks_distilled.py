@@ -160,7 +160,7 @@ def test_the_original_trims_its_own_rows(tmp_path, registry):
 def test_unfinished_and_other_files_are_told(tmp_path, registry, monkeypatch):
   task = distilled.add_distilled_task("taught", "$SHARDS/out", "arithmetic_cot")
   monkeypatch.setenv("SHARDS", str(tmp_path))
-  with pytest.raises(ValueError, match=r"there is no .*out-manifest\.json"):
+  with pytest.raises(ValueError, match=r"without .*out-manifest\.json"):
     task.get_dataset(split="train")
   prefix = write(tmp_path / "out", [[record(0)], [record(1)]])
   assert len(rows(task.get_dataset(split="train"))) == 2
