@@ -7,7 +7,7 @@ a row (`loss_weights`); losses and scores follow from the two.
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class BaseTransformerModel:
   """
 
   teacher = None
+  needs_rewards = False
 
   def __init__(
     self,
@@ -106,35 +107,48 @@ class BaseTransformerModel:
     """See `types.TransformerModel.loss_weights`."""
     return loss_weights(batch)
 
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """The data alone: there is no teacher."""
+    return (DATA,)
+
+  def source_of_step(self, seed: int, step: int) -> str:
+    """Returns "data": SFT trains on the data at every step."""
+    del seed, step
+    return DATA
+
   def train_loss(
     self,
     params: Any,
     teacher_params: Any,
     batch: types.Batch,
-    *,
-    source: str,
-    step: jax.Array,
-    key: jax.Array,
-    row_ids: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-    """Cross-entropy on the data (SFT): (loss_sum, weight_sum, metrics).
+    inputs: types.StepInputs,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the cross-entropy on the data (SFT) and its metrics.
 
     Args:
       params: of the network.
       teacher_params: not read.
       batch: T5X's features, `[B, ...]`.
-      source: "data"; nothing else is possible without a teacher.
-      step: not read.
-      key: of this step and microbatch.
-      row_ids: not read.
+      inputs: source "data" and the key; the rest is not read.
+
+    Returns:
+      The sum in nats over tokens or sequences, and metrics as (sum, weight),
+      "loss" among them.
+
+    Raises:
+      ValueError: another source.
     """
-    del teacher_params, step, row_ids
-    if source != DATA:
-      raise ValueError(f"expected source {DATA!r} for SFT, got {source!r}")
-    dropout_key = key if self.config.dropout_rate > 0 else None
-    return self._cross_entropy(
+    del teacher_params
+    if inputs.source != DATA:
+      raise ValueError(
+        f"expected source {DATA!r} for SFT, got {inputs.source!r}"
+      )
+    dropout_key = inputs.key if self.config.dropout_rate > 0 else None
+    loss, weight, metrics = self._cross_entropy(
       params, batch, dropout_key, self.length_normalization
     )
+    return loss, metrics | {"loss": (loss, weight)}
 
   def _cross_entropy(self, params, batch, dropout_rng, normalization):
     targets = batch["decoder_target_tokens"]
@@ -263,9 +277,74 @@ class BaseTransformerModel:
       logits, self.num_real_tokens, no_mass=-jnp.inf
     )
 
-  def _decode(self, params, batch, key, *, num_decodes, options):
-    """`decoding.decode` with `decode_fn`: tokens `[B, N, T]`, scores `[B, N]`."""
+  def start_decoding(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    *,
+    num_decodes: int = 1,
+    slots: int | None = None,
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`."""
     raise NotImplementedError
+
+  def sample(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    key: jax.Array | None,
+    **options: Any,
+  ) -> decoding.SampleResult:
+    """Samples one output for each row's input, `[B, T]` tokens and log-probs.
+
+    Args:
+      params: of the network.
+      encoded: from `encode`.
+      batch: features; outputs in them are not read. T is the length of
+        `decoder_input_tokens`.
+      key: random key; may be None at temperature 0.
+      **options: of `decoding.sample`.
+    """
+    step, cache, rows = self.start_decoding(
+      params, encoded, batch, slots=options.get("slots")
+    )
+    batch_size, length = batch["decoder_input_tokens"].shape
+    return decoding.sample(
+      step,
+      cache,
+      key,
+      batch_size=batch_size,
+      max_decode_length=length,
+      eos_id=EOS_ID,
+      **rows,
+      **options,
+    )
+
+  def _decode(self, params, batch, key, *, num_decodes, options):
+    """Decodes with `decode_fn`: tokens `[B, N, T]` and scores `[B, N]`."""
+    step, cache, rows = self.start_decoding(
+      params,
+      self.encode(params, batch),
+      batch,
+      num_decodes=num_decodes,
+      slots=options.get("slots"),
+    )
+    batch_size, length = batch["decoder_input_tokens"].shape
+    axes = rows.pop("row_axes", None)
+    return decoding.decode(
+      functools.partial(self.decode_fn, **rows),
+      step,
+      cache,
+      key,
+      batch_size=batch_size,
+      num_decodes=num_decodes,
+      options=options,
+      max_decode_length=length,
+      eos_id=EOS_ID,
+      row_axes=axes,
+    )
 
   def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
     """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
@@ -319,6 +398,19 @@ def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
   """The keys of a network: that of dropout, or none."""
   return {} if key is None else {"dropout": key}
+
+
+class StepKeys(NamedTuple):
+  """The keys of one step: dropout, the student's samples, and the coins of λ."""
+
+  dropout: jax.Array
+  sample: jax.Array
+  coin: jax.Array
+
+
+def step_keys(key: jax.Array) -> StepKeys:
+  """Splits the key of a step; every model of a run splits it alike."""
+  return StepKeys(*jax.random.split(key, 3))
 
 
 def split_key(key: jax.Array | None) -> tuple:
