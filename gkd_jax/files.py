@@ -1,55 +1,175 @@
-"""Paths that a user gives, local or of a bucket.
+"""Reads and writes the files of a run, on a local disk or in a bucket.
 
-Folders that appear whole: what is written half is never met by a reader.
+Every file that is written appears whole or not at all: a reader, or a process
+that was killed, sees the old content or the new one. A local file is written
+under a temporary name and renamed. An object of a bucket (`gs://`, `s3://`)
+appears when its upload ends, so it is written under its own name at once.
 """
 
+import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from etils import epath
 
+Path = os.PathLike[str] | str
 
-def absolute(path: os.PathLike[str] | str) -> epath.Path:
-  """The absolute path, with the home folder filled in.
 
-  A URI such as `gs://bucket/folder` is absolute already; resolving would take
-  it for a local name.
+def absolute(path: Path) -> epath.Path:
+  """Returns the absolute path, with `~` expanded.
+
+  A URI such as `gs://bucket/folder` is absolute already.
+
+  Raises:
+    ValueError: if the file system of a URI is unknown.
   """
-  place = epath.Path(path)
-  if "://" in os.fspath(place):
-    return place
-  return place.expanduser().resolve()
+  try:
+    place = epath.Path(path)
+  except KeyError as error:
+    raise ValueError(
+      f"expected a local path, gs:// or s3://, got {os.fspath(path)!r}; set a"
+      " path of these"
+    ) from error
+  return place if is_remote(place) else place.expanduser().resolve()
 
 
-def write(
-  path: os.PathLike[str] | str,
-  files: Mapping[str, Callable[[epath.Path], None]],
+def is_remote(path: Path) -> bool:
+  """Returns whether a path is a URI of a bucket."""
+  return re.match(r"\w+://", os.fspath(path)) is not None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file, whole or not at all; its folders are made."""
+  place = absolute(path)
+  place.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(place):
+    place.write_bytes(content)
+    return
+  temporary = _temporary(place)
+  try:
+    temporary.write_bytes(content)
+    temporary.replace(place)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a UTF-8 text, whole or not at all."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+  """Writes a value as JSON, whole or not at all."""
+  write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+  """Writes one line of JSON for each row, whole or not at all."""
+  write_text(path, _json_lines(rows))
+
+
+def append_json_lines(path: Path, rows: Iterable[Any]) -> None:
+  """Appends one line of JSON for each row.
+
+  A last line that was cut off, as by a killed process, is dropped first.
+
+  Objects of a bucket cannot grow, so the whole object is read and written
+  again: N appends move O(N^2) bytes. That is right for a log, with a line every
+  few seconds and some megabytes in the end, and for nothing larger.
+
+  Args:
+    path: the file; it is made if it does not exist.
+    rows: values for `json.dumps`; what JSON does not know becomes its `str`.
+  """
+  place = absolute(path)
+  text = _json_lines(rows)
+  if is_remote(place):
+    old = place.read_text() if place.exists() else ""
+    write_text(place, old[: old.rfind("\n") + 1] + text)
+    return
+  place.parent.mkdir(parents=True, exist_ok=True)
+  with open(place, "a+b") as file:
+    if file.tell():
+      file.seek(-1, os.SEEK_END)
+      if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+    file.write(text.encode())
+
+
+def read_json(path: Path) -> Any:
+  """Returns the value of a JSON file, or None if there is no file."""
+  place = absolute(path)
+  return json.loads(place.read_text()) if place.exists() else None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+  """Returns the values of a file of JSON lines, [] if there is no file.
+
+  A last line that was cut off is left out.
+
+  Raises:
+    ValueError: if another line is not JSON.
+  """
+  place = absolute(path)
+  if not place.exists():
+    return []
+  rows = []
+  lines = place.read_text().split("\n")
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      if number < len(lines):
+        raise ValueError(
+          f"expected JSON in each line, got {error} in line {number} of"
+          f" {place}; remove the line"
+        ) from error
+  return rows
+
+
+def write_folder(
+  path: Path,
+  writers: Mapping[str, Callable[[epath.Path], None]],
   *,
   last: str,
 ) -> None:
-  """Writes files into the folder `path`.
+  """Writes files into a folder that readers accept only when it is complete.
 
-  A new folder appears by one rename. In a folder that exists, other files stay,
-  and the file `last`, without which no reader takes the folder, is taken away
-  before any other changes and comes back at the end: a kill in between leaves a
-  folder that is refused and not one that pairs new files with old ones.
+  Readers refuse a folder without the file `last`. A new local folder appears by
+  one rename. In a bucket, or in a folder that exists, other files stay, and
+  `last` is removed before any other file changes and written at the end: a
+  killed process leaves a folder that is refused, not one that pairs new files
+  with old ones.
 
   Args:
     path: the folder.
-    files: name to what writes the file at the path that it is given.
+    writers: name to a function that writes the file at the path it is given.
     last: one of the names.
   """
   folder = absolute(path)
+  names = sorted(writers, key=lambda name: name == last)
   folder.parent.mkdir(parents=True, exist_ok=True)
-  temporary = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
+  if is_remote(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / last).unlink(missing_ok=True)
+    for name in names:
+      writers[name](folder / name)
+    return
+  temporary = _temporary(folder)
   temporary.mkdir()
   try:
-    for name, write_file in files.items():
-      write_file(temporary / name)
+    for name in names:
+      writers[name](temporary / name)
     if folder.exists():
       (folder / last).unlink(missing_ok=True)
-      for name in sorted(files, key=lambda name: name == last):
+      for name in names:
         (temporary / name).replace(folder / name)
       temporary.rmdir()
     else:
@@ -57,3 +177,11 @@ def write(
   except BaseException:
     temporary.rmtree(missing_ok=True)
     raise
+
+
+def _temporary(place: epath.Path) -> epath.Path:
+  return place.parent / f".{place.name}.tmp-{uuid.uuid4().hex}"
+
+
+def _json_lines(rows: Iterable[Any]) -> str:
+  return "".join(json.dumps(row, default=str) + "\n" for row in rows)

@@ -10,6 +10,7 @@ from typing import Any
 from absl import logging
 
 import gin
+from gkd_jax import files
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -23,12 +24,12 @@ def shipped_gin() -> str:
 
 
 def parse(
-  files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+  gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ):
   """Parses gin files and bindings, and refuses a macro that nothing reads.
 
   Args:
-    files: gin files, looked up in the working directory, `search_paths` and
+    gin_files: files, looked up in the working directory, `search_paths` and
       the shipped folder.
     bindings: such as `BATCH_SIZE = 32`.
     search_paths: further folders.
@@ -39,13 +40,19 @@ def parse(
   gin.clear_config()
   # Gin also looks for `runs/x.gin` in a Python package `runs`, and fails where a
   # folder of that name has no __init__.py. Files are files here.
-  gin.config._FILE_READERS[:] = [(open, os.path.isfile)]
+  gin.config._FILE_READERS[:] = [
+    (
+      lambda path: files.absolute(path).open(),
+      lambda path: files.absolute(path).is_file(),
+    )
+  ]
   folders = [os.getcwd(), *search_paths, shipped_gin()]
   for folder in reversed(folders):
     gin.add_config_file_search_path(folder)
-  for name in files:
-    places = [os.path.join(folder, name) for folder in folders]
-    if not any(os.path.exists(path) for path in places):
+  gin_files = [os.path.expanduser(name) for name in gin_files]
+  found = {name: _find(name, folders) for name in gin_files}
+  for name, path in found.items():
+    if path is None:
       raise ValueError(
         f"expected a gin file, got {name!r}, which is not in"
         f" {', '.join(folders)}; set --gin_file or --gin_search_paths"
@@ -56,21 +63,26 @@ def parse(
   logging.set_verbosity(logging.FATAL)
   try:
     gin.parse_config_files_and_bindings(
-      list(files), list(bindings), skip_unknown=False, finalize_config=False
+      gin_files, list(bindings), skip_unknown=False, finalize_config=False
     )
   finally:
     logging.set_verbosity(verbosity)
   given = [b.split("=", 1)[0].strip() for b in bindings]
   shipped = os.path.realpath(shipped_gin())
-  for name in files:
-    path = next(
-      p for p in (os.path.join(f, name) for f in folders) if os.path.exists(p)
-    )
+  for path in filter(None, found.values()):
     # Shipped files of sizes define a macro for each size; a run reads a few.
     if not os.path.realpath(path).startswith(shipped + os.sep):
-      with open(path, encoding="utf-8") as text:
-        given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text.read(), re.M)
+      text = files.absolute(path).read_text()
+      given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text, re.M)
   _check_macros(given)
+
+
+def _find(name: str, folders: Sequence[str]) -> str | None:
+  """Returns the path of a gin file, or None."""
+  if files.is_remote(name):
+    return name if files.absolute(name).exists() else None
+  paths = (os.path.join(folder, name) for folder in folders)
+  return next((path for path in paths if os.path.exists(path)), None)
 
 
 def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
@@ -121,11 +133,7 @@ def save():
     return  # `train` was bound without the macro
   # `gin.REQUIRED` is no folder; `train` will say that it is missing.
   if isinstance(folder, str) and folder:
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "config.gin")
-    with open(f"{path}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:
-      f.write(gin.config_str())
-    os.replace(f.name, path)
+    files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
 
 
 def _check_macros(given):

@@ -1,7 +1,6 @@
 """Batch prediction and evaluation from a checkpoint."""
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax import checkpoints, data, evaluation, partitioning
+from gkd_jax import checkpoints, data, evaluation, files, partitioning
 from gkd_jax.evaluation import evaluate, measurements, teacher_data
 from gkd_jax.tasks import text_metrics
 
@@ -56,6 +55,7 @@ def infer(
   if shards is not None:
     _check_prefix(output_path)
     _check_temperature(temperature)
+    output_path = os.fspath(files.absolute(output_path))
     total = teacher_data.write(
       model.student,
       _load(model.student, checkpoint_path),
@@ -289,7 +289,4 @@ def _write(path: str, rows: Sequence[Mapping[str, Any]]):
   """One line of JSON for each row; complete or not there at all."""
   if jax.process_index():
     return
-  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-  with open(path + ".tmp", "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-  os.replace(path + ".tmp", path)
+  files.write_json_lines(path, rows)

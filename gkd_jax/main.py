@@ -221,7 +221,7 @@ def _numbers(flag):
 
 def _sweep():
   """Runs a grid, or prints its commands."""
-  from gkd_jax import gin_utils
+  from gkd_jax import files, gin_utils
   from gkd_jax.experiments import sweep_runner, sweeps
 
   if not FLAGS.output_dir:
@@ -239,7 +239,12 @@ def _sweep():
   else:
     definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
   cells = sweeps.cells(definition, FLAGS.gin_bindings)
-  output = os.path.abspath(os.path.expanduser(FLAGS.output_dir))
+  output = os.fspath(files.absolute(FLAGS.output_dir))
+  if files.is_remote(output):
+    raise ValueError(
+      "expected a local folder for the cells, which run on this machine under"
+      f" locks and logs, got {output}; set --output_dir"
+    )
   left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
   sweep_runner.check_cells(left, output, FLAGS.gin_search_paths)
   sweep_runner.prepare(cells, output, definition.get("report", {}))

@@ -173,7 +173,7 @@ def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
     contents["spiece.model"] = lambda file: file.write_bytes(model.read_bytes())
   if readme and not (files.absolute(path) / "README.md").exists():
     contents["README.md"] = lambda file: file.write_text(readme)
-  files.write(path, contents, last=safetensors_io.CONFIG_FILE)
+  files.write_folder(path, contents, last=safetensors_io.CONFIG_FILE)
 
 
 def _tokenizer(extra_ids: int) -> dict[str, dict]:

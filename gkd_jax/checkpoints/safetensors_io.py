@@ -62,7 +62,7 @@ def save_safetensors(
 ) -> None:
   """Writes the folder `path` with the parameters and their configuration.
 
-  See `files.write` for what a reader meets meanwhile.
+  See `files.write_folder` for what a reader meets meanwhile.
 
   Args:
     path: the folder to write.
@@ -78,7 +78,7 @@ def save_safetensors(
     for name, x in stored_arrays.flatten(params).items()
   }
   text = encode_config(config)
-  files.write(
+  files.write_folder(
     path,
     {
       WEIGHTS_FILE: lambda file: write_file(file, flat, {"format": FORMAT}),

@@ -370,7 +370,7 @@ def _draw(law, row_keys, position):
     `(tokens, log_probs)`, `[B]` int32 and `[B]` float32.
   """
   if row_keys is None:
-    tokens = losses.first_of_largest(law)
+    tokens = losses.argmax(law)
     drawn_law = jnp.take_along_axis(law, tokens[:, None], axis=-1)[:, 0]
     return tokens, drawn_law - jax.nn.logsumexp(law, axis=-1)
   position = jnp.broadcast_to(position, row_keys.shape[:1])
@@ -408,9 +408,9 @@ def _two_stage_categorical(law, keys):
   group = jnp.zeros((law.shape[0], 1), jnp.int32)
   if groups > 1:
     scores = jnp.log(mass) + noise[:, members:]
-    group = losses.first_of_largest(scores)[:, None]
+    group = losses.argmax(scores)[:, None]
   law = jnp.take_along_axis(law, group[:, None], axis=2)[:, :, 0]
-  member = losses.first_of_largest(law + noise[:, :members])[:, None]
+  member = losses.argmax(law + noise[:, :members])[:, None]
   drawn_law = jnp.take_along_axis(law, member, axis=1)[:, 0]
   log_probs = drawn_law - jnp.log(jnp.sum(mass, axis=-1))
   return (member * groups + group)[:, 0], log_probs
@@ -441,5 +441,7 @@ def sampling_log_probs(
   logits = logits.astype(jnp.float32)
   if weights is not None:
     logits = jnp.where(weights[..., None] > 0, logits, 0.0)
-  logits = losses.without_padding(logits, num_real_tokens, no_mass=-jnp.inf)
+  logits = losses.mask_vocab_padding(
+    logits, num_real_tokens, fill_value=-jnp.inf
+  )
   return jax.nn.log_softmax(sampling_logits(logits, **settings))

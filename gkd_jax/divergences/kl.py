@@ -1,11 +1,11 @@
-"""Divergences between the teacher's and the student's next-token laws.
+"""Divergences between the teacher's and the student's next-token distributions.
 
 p is the teacher and q the student, in that order in every signature. All take
 log-probs `[..., V]` in any float type and return nats per position `[...]` in
 float32. Values and gradients are finite at log-probs of -1e9 and of -inf: a
 log-prob below -1e10 counts as -1e10.
 
-All but total variation are built from one quantity, for laws a, b and a share
+All but total variation are built from one quantity, for distributions a, b and a share
 s of b in their mixture:
 
   K_s(a, b) = KL(a ‖ (1-s) a + s b) / s
@@ -197,10 +197,10 @@ def total_variation(
   Returns:
     `[...]` per position, float32.
   """
-  laws = stable.compared(
+  pair = stable.compared(
     stable.floored(teacher_log_probs), stable.floored(student_log_probs)
   )
-  return 0.5 * jnp.sum(jnp.abs(laws.gap), axis=-1)
+  return 0.5 * jnp.sum(jnp.abs(pair.gap), axis=-1)
 
 
 def skew_forward_kl(
@@ -345,8 +345,8 @@ def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
       )
   divergence = functools.partial(_REGISTRY[name], **hyper)
   # Values out of range fail here, and not in the first step.
-  law = jax.ShapeDtypeStruct((1,), jnp.float32)
-  jax.eval_shape(divergence, law, law)
+  abstract = jax.ShapeDtypeStruct((1,), jnp.float32)
+  jax.eval_shape(divergence, abstract, abstract)
   return divergence
 
 

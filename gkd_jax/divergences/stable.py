@@ -1,6 +1,6 @@
 """What the divergences sum over the vocabulary, with all of their digits.
 
-Of laws a and b, in float32 from their log-probs; see `divergences` for K_s. Every
+Of distributions a and b, in float32 from their log-probs; see `divergences` for K_s. Every
 term is at least 0 and keeps its relative precision where a and b nearly agree;
 values and gradients are finite at log-probs of -inf.
 """
@@ -56,7 +56,7 @@ def normalized_jsd(
 
 
 class Compared(NamedTuple):
-  """Two laws a and b, entry by entry, `[..., V]` float32 each.
+  """Two distributions a and b, entry by entry, `[..., V]` float32 each.
 
   Attributes:
     a: probabilities.
@@ -80,7 +80,7 @@ class Compared(NamedTuple):
 
 
 def compared(log_a: jax.Array, log_b: jax.Array) -> Compared:
-  """Compares two laws by three exponentials, which is where the time goes."""
+  """Compares two distributions by three exponentials, which is where the time goes."""
   a, b, log_ratio = jnp.exp(log_a), jnp.exp(log_b), log_b - log_a
   smaller = jnp.exp(-jnp.abs(log_ratio))
   ratio = 1 / jnp.maximum(smaller, math.exp(-_MOST))  # larger / smaller
@@ -108,12 +108,12 @@ def both_kls(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   For metrics: both from one comparison, which has no closed-form gradient.
   """
-  laws = compared(floored(log_p), floored(log_q))
-  forward = _kl_term(laws)
-  x, rest = laws.log_ratio, laws.exp_rest
+  pair = compared(floored(log_p), floored(log_q))
+  forward = _kl_term(pair)
+  x, rest = pair.log_ratio, pair.exp_rest
   # a x² (E - R) with R = `exp_rest` and E = (e^x - 1) / x = 1 + x R.
-  near_term = laws.a * x * x * (1 - (1 - x) * rest)
-  far_term = laws.b * x - laws.gap
+  near_term = pair.a * x * x * (1 - (1 - x) * rest)
+  far_term = pair.b * x - pair.gap
   reverse = jnp.where(
     jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0)
   )
@@ -126,18 +126,18 @@ def _terms(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
 
   `shares` is (s, 1-s), or None where s is 1.
   """
-  laws = compared(log_a, log_b)
+  pair = compared(log_a, log_b)
   if shares is None:
-    return _kl_term(laws)
-  log_m, _ = _log_mixture(laws, *shares)
-  return _term(laws.a, laws.gap, laws.excess, log_m, shares)
+    return _kl_term(pair)
+  log_m, _ = _log_mixture(pair, *shares)
+  return _term(pair.a, pair.gap, pair.excess, log_m, shares)
 
 
-def _kl_term(laws):
+def _kl_term(pair):
   """a log(a / b) - a + b = a (e^x - 1 - x), x = log(b / a)."""
-  x = laws.log_ratio
-  far_term = laws.gap - laws.a * x
-  near_term = laws.a * x * x * laws.exp_rest
+  x = pair.log_ratio
+  far_term = pair.gap - pair.a * x
+  near_term = pair.a * x * x * pair.exp_rest
   return jnp.where(jnp.abs(x) <= _NEAR, near_term, jnp.maximum(far_term, 0.0))
 
 
@@ -166,11 +166,11 @@ def _term(a, gap, excess, log_m, shares):
 
 def _slope(log_a: jax.Array, log_b: jax.Array, shares: Any) -> jax.Array:
   """Derivative of `_terms` with respect to log b: (b - a) s b / m."""
-  laws = compared(log_a, log_b)
+  pair = compared(log_a, log_b)
   if shares is None:
-    return laws.gap
+    return pair.gap
   s, rest = shares
-  return laws.gap * jax.nn.sigmoid(laws.log_ratio + _log(s) - _log(rest))
+  return pair.gap * jax.nn.sigmoid(pair.log_ratio + _log(s) - _log(rest))
 
 
 # The closed form keeps its digits where automatic differentiation of the
@@ -188,17 +188,17 @@ def _jsd_terms(
   log_p: jax.Array, log_q: jax.Array, beta: Any, rest: Any
 ) -> jax.Array:
   """What `normalized_jsd` sums: two `_terms` of one mixture."""
-  laws = compared(log_p, log_q)
-  of_p, of_q = _log_mixture(laws, rest, beta)
-  return _term(laws.a, laws.gap, laws.excess, of_p, (rest, beta)) + _term(
-    laws.b, -laws.gap, laws.excess_of_a, of_q, (beta, rest)
+  pair = compared(log_p, log_q)
+  of_p, of_q = _log_mixture(pair, rest, beta)
+  return _term(pair.a, pair.gap, pair.excess, of_p, (rest, beta)) + _term(
+    pair.b, -pair.gap, pair.excess_of_a, of_q, (beta, rest)
   )
 
 
 def _jsd_slope(a, gap, excess, log_m, s):
   """Derivative of `_jsd_terms` with respect to log a: a log(a / m) / s.
 
-  a is either law and s the share of the other, b, in m; b - a cancels between
+  a is either distribution and s the share of the other, b, in m; b - a cancels between
   the two terms. At s = 0 this is a - b.
   """
   v = s * excess
@@ -211,15 +211,15 @@ def _jsd_slope(a, gap, excess, log_m, s):
 
 
 def _slope_of_p(log_p, log_q, beta, rest):
-  laws = compared(log_p, log_q)
-  log_m, _ = _log_mixture(laws, rest, beta)
-  return _jsd_slope(laws.a, laws.gap, laws.excess, log_m, rest)
+  pair = compared(log_p, log_q)
+  log_m, _ = _log_mixture(pair, rest, beta)
+  return _jsd_slope(pair.a, pair.gap, pair.excess, log_m, rest)
 
 
 def _slope_of_q(log_p, log_q, beta, rest):
-  laws = compared(log_p, log_q)
-  _, log_m = _log_mixture(laws, rest, beta)
-  return _jsd_slope(laws.b, -laws.gap, laws.excess_of_a, log_m, beta)
+  pair = compared(log_p, log_q)
+  _, log_m = _log_mixture(pair, rest, beta)
+  return _jsd_slope(pair.b, -pair.gap, pair.excess_of_a, log_m, beta)
 
 
 _jsd_terms.defjvps(
@@ -251,7 +251,7 @@ def _even_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   near = (p + q) * _even_series(x, lambda n: 2 - 1 / n)
   log_m = _log_even_mixture(x)
-  # p log(m / p) + q log(m / q), of which the smaller law's has the larger log.
+  # p log(m / p) + q log(m / q), of which the smaller distribution's has the larger log.
   far = p * (log_m + jnp.maximum(x, 0.0)) + q * (log_m - jnp.minimum(x, 0.0))
   return jnp.where(jnp.abs(x) <= 1, near, jnp.maximum(-2 * far, 0.0))
 
@@ -274,7 +274,7 @@ def _even_series(x, weight):
 
 
 def _log_even_mixture(x):
-  """log(m / larger law) of the laws' mean m: log((1 + e) / 2), e = exp(-|x|).
+  """log(m / larger distribution) of the distributions' mean m: log((1 + e) / 2), e = exp(-|x|).
 
   2 artanh((e - 1) / (e + 3)), which on a CPU takes half the time of a log.
   """
@@ -311,24 +311,24 @@ def _exp_rest(x: jax.Array) -> jax.Array:
   return y
 
 
-def _log_mixture(laws: Compared, s: Any, rest: Any) -> tuple:
+def _log_mixture(pair: Compared, s: Any, rest: Any) -> tuple:
   """log(m / a) and log(m / b) of the mixture m = rest a + s b.
 
-  By way of the larger law, of which m is a part that cannot overflow.
+  By way of the larger distribution, of which m is a part that cannot overflow.
   """
-  pick = functools.partial(jnp.where, laws.log_ratio > 0)
-  part = pick(s, rest) + pick(rest, s) * laws.smaller
+  pick = functools.partial(jnp.where, pair.log_ratio > 0)
+  part = pick(s, rest) + pick(rest, s) * pair.smaller
   log_part = jnp.log(jnp.maximum(part, jnp.finfo(jnp.float32).tiny))
   if not (isinstance(s, float) and min(s, rest) >= _NO_SHARE):
-    # Without a share of the larger law, the smaller one's exp may be 0.
+    # Without a share of the larger distribution, the smaller one's exp may be 0.
     log_part = jnp.where(
       pick(s, rest) < _NO_SHARE,
-      pick(_log(rest), _log(s)) - jnp.abs(laws.log_ratio),
+      pick(_log(rest), _log(s)) - jnp.abs(pair.log_ratio),
       log_part,
     )
   return (
-    log_part + jnp.maximum(laws.log_ratio, 0.0),
-    log_part - jnp.minimum(laws.log_ratio, 0.0),
+    log_part + jnp.maximum(pair.log_ratio, 0.0),
+    log_part - jnp.minimum(pair.log_ratio, 0.0),
   )
 
 

@@ -11,13 +11,13 @@ paired approximate randomisation (Riezler and Maxwell 2005), as in sacrebleu.
 Two evaluations of one split, compared example by example.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gkd_jax import files
 from gkd_jax.tasks import example_statistics
 
 Metric = Callable[[np.ndarray], np.ndarray]
@@ -258,13 +258,12 @@ def read_statistics(folder: str) -> tuple[list[str], dict[str, np.ndarray]]:
     ValueError: there is no `predictions.jsonl` with statistics.
   """
   path = os.path.join(folder, "predictions.jsonl")
-  if not os.path.exists(path):
+  if not files.absolute(path).exists():
     raise ValueError(
       f"expected an evaluation with predictions.jsonl, got {folder!r}; set"
       " the EVAL_OUTPUT_DIR of `gkd eval`"
     )
-  with open(path, encoding="utf-8") as lines:
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+  rows: list[dict[str, Any]] = files.read_json_lines(path)
   if not rows or any("statistics" not in row for row in rows):
     raise ValueError(
       f"expected statistics of every example in {path!r}, got lines without;"

@@ -241,7 +241,7 @@ def log_law(
     `[..., V]` nats, -1e9 or below where the law has no mass.
   """
   logits = logits.astype(jnp.float32) / temperature
-  return jax.nn.log_softmax(losses.without_padding(logits, num_real_tokens))
+  return jax.nn.log_softmax(losses.mask_vocab_padding(logits, num_real_tokens))
 
 
 def acceptance_rate(

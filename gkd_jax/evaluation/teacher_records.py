@@ -189,7 +189,7 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
     else:
       result = {"score": model.score_batch(params, batch)}
     if shards.top_k:
-      ids, log_probs = losses.top_k_law(
+      ids, log_probs = losses.top_k_log_probs(
         model.logits(params, batch),
         shards.top_k,
         teacher_temperature=shards.teacher_temperature,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import figure, ticker
 
+from gkd_jax import files
 from gkd_jax.experiments import run_folders
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
@@ -163,9 +164,7 @@ def learning_curves(study: run_folders.Study) -> Picture | None:
       draw_curves(panel, lines, style, method)
     for run in runs:
       # A shipped model has no curve; its file says what a last point would be.
-      final = (
-        run_folders.read_json(os.path.join(run.folder, "final.json")) or {}
-      )
+      final = files.read_json(os.path.join(run.folder, "final.json")) or {}
       level = (final.get("validation") or {}).get(study.metric)
       if level is not None and run.folder not in curves:
         panel.axhline(

@@ -8,6 +8,7 @@ import re
 import numpy as np
 from matplotlib import ticker
 
+from gkd_jax import files
 from gkd_jax.experiments import figures, run_folders
 
 _DIVERSITY = re.compile(r"(.*/)?self_?bleu\w*", re.IGNORECASE)
@@ -119,7 +120,7 @@ def by_position(study: run_folders.Study) -> figures.Picture | None:
   tables = {}
   for run in study.runs:
     path = os.path.join(run.folder, "by_position.json")
-    table = run_folders.read_json(path)
+    table = files.read_json(path)
     if table:
       tables[run.folder] = table
   runs = [run for run in study.runs if run.folder in tables]

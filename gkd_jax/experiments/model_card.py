@@ -4,13 +4,14 @@ Everything in it is read from what the run wrote: the gin configuration that was
 in force, `metrics.jsonl`, `final.json`. What is not there is said to be so.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+
+from gkd_jax import files
 
 # Row of the table to the gin macro that it shows.
 _SETTINGS = (
@@ -46,7 +47,7 @@ def write(
     model_dir: folder of the run that trained it, or None.
     step: of the checkpoint, or None.
   """
-  folder = None if model_dir is None else epath.Path(model_dir)
+  folder = None if model_dir is None else files.absolute(model_dir)
   settings = {} if folder is None else read_settings(folder)
   rows = [
     ("Parameters", f"{num_parameters:,}"),
@@ -92,8 +93,7 @@ def read_settings(folder: epath.Path) -> dict[str, str]:
 def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
   """Title to name and score: the last evaluation up to `step`, the test."""
   found: dict[str, dict[str, Any]] = {}
-  metrics, final = folder / "metrics.jsonl", folder / "final.json"
-  rows = _rows(metrics) if metrics.exists() else []
+  rows = files.read_json_lines(folder / "metrics.jsonl")
   until = [row for row in rows if step is None or row["step"] <= step]
   scores = [
     (row["step"], evaluated) for row in until if (evaluated := _evaluated(row))
@@ -102,8 +102,8 @@ def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
     at, found_scores = scores[-1]
     found[f"Validation at step {at:,}"] = found_scores
   # Written after the last step, it says nothing of an earlier checkpoint.
-  if final.exists() and len(until) == len(rows):
-    result = json.loads(final.read_text())
+  result = files.read_json(folder / "final.json")
+  if result is not None and len(until) == len(rows):
     split = result.pop("split", "final")
     found[f"Split {split}, after the last step"] = {
       f"{how} {key}": value
@@ -112,22 +112,6 @@ def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
       for key, value in scores.items()
     }
   return found
-
-
-def _rows(metrics: epath.Path) -> list[dict[str, Any]]:
-  """The rows of `metrics.jsonl`, but for one that a kill cut off."""
-  lines = metrics.read_text().splitlines()
-  rows = []
-  for i, line in enumerate(lines):
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-      if i < len(lines) - 1:
-        raise ValueError(
-          f"expected JSON in each line, got {error} in line {i + 1} of"
-          f" {os.fspath(metrics)}; set --checkpoint_path to a copy without it"
-        ) from error
-  return rows
 
 
 def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:

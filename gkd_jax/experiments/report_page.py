@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from gkd_jax import files
 from gkd_jax.experiments import (
   figures,
   figures_behaviour,
@@ -118,10 +119,8 @@ def summary(study: run_folders.Study) -> str:
 
 def write_pictures(pictures: Sequence[figures.Picture], folder: str):
   """Writes `NAME.png` of each."""
-  os.makedirs(folder, exist_ok=True)
   for picture in pictures:
-    with open(os.path.join(folder, f"{picture.name}.png"), "wb") as f:
-      f.write(png(picture))
+    files.write_bytes(os.path.join(folder, f"{picture.name}.png"), png(picture))
 
 
 @functools.lru_cache(maxsize=32)
@@ -204,7 +203,7 @@ _ERROR_RATES = ("wer", "per")
 
 
 def report(
-  items: Sequence[str], output: str, markdown: str | None = None
+  items: Sequence[str], output: str, markdown_path: str | None = None
 ) -> str:
   """Prints and writes the comparison of runs.
 
@@ -213,7 +212,7 @@ def report(
       the table; a name given twice is another seed.
     output: folder for `index.html`, a PNG of each figure, `table.txt` and
       `results.json` (by method, means over seeds; error rates as fractions).
-    markdown: file for the same as Markdown; its pictures are written into the
+    markdown_path: file for the same as Markdown; its pictures are written into the
       folder of its name without the extension.
 
   Returns:
@@ -229,15 +228,16 @@ def report(
   )
   tables = [*results, *(table for table in more if table)]
   write_pictures(pictures, output)
-  _write(output, "index.html", page(study, pictures, tables))
-  _write(output, "results.json", json.dumps(_means(study), indent=2))
+  write = lambda name, text: files.write_text(os.path.join(output, name), text)
+  write("index.html", page(study, pictures, tables))
+  write("results.json", json.dumps(_means(study), indent=2))
   text = "\n\n".join(map(report_tables.text, results))
-  _write(output, "table.txt", text + "\n")
-  if markdown:
-    folder, _ = os.path.splitext(markdown)
+  write("table.txt", text + "\n")
+  if markdown_path:
+    folder, _ = os.path.splitext(markdown_path)
     write_pictures(pictures, folder)
     content = markdown(study, pictures, tables, os.path.basename(folder))
-    _write(os.path.dirname(markdown), os.path.basename(markdown), content)
+    files.write_text(markdown_path, content)
   print(text, flush=True)
   return text
 
@@ -256,9 +256,3 @@ def _means(study: run_folders.Study) -> dict[str, dict[str, float]]:
       key = metric if how in ("", "greedy") else f"{how}_{metric}"
       row[key] = run_folders.estimate(values).mean / scale
   return results
-
-
-def _write(folder, name, text):
-  os.makedirs(folder or ".", exist_ok=True)
-  with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-    f.write(text)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from gkd_jax import files
 from gkd_jax.experiments import figures, run_folders
 
 _EXAMPLES = 6
@@ -157,7 +158,7 @@ def examples(study: run_folders.Study) -> Table | None:
     method = run.place["method"]
     if method in found or not run.on_grid:
       continue
-    lines = run_folders.read_lines(os.path.join(run.folder, "examples.jsonl"))
+    lines = files.read_json_lines(os.path.join(run.folder, "examples.jsonl"))
     if lines:
       last = max(line["step"] for line in lines)
       found[method] = {x["input"]: x for x in lines if x["step"] == last}

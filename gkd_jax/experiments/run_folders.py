@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from gkd_jax import files
+
 # Files of an evaluation in a run's folder, and the prefix of their scores.
 _SCORE_FILES = ("metrics.json",)
 
@@ -33,21 +35,21 @@ def read_cell(folder: str) -> dict[str, Any]:
     `final.json` as `greedy/NAME` and `sampled/NAME`, of `metrics.json` as
     `eval/NAME`; as far as there is a file that says so.
   """
-  cell = read_json(os.path.join(folder, "cell.json")) or {}
+  cell = files.read_json(os.path.join(folder, "cell.json")) or {}
   row: dict[str, Any] = {}
   if cell:
     row |= {"cell": cell["name"], "stage": cell["stage"], **cell["axes"]}
     row |= {"seed": cell["seed"]}
   done = cell.get("done") or ("done.json" if cell else "final.json")
-  finished = os.path.exists(os.path.join(folder, done))
+  finished = (files.absolute(folder) / done).exists()
   row["status"] = "finished" if finished else "not finished"
-  final = read_json(os.path.join(folder, "final.json")) or {}
+  final = files.read_json(os.path.join(folder, "final.json")) or {}
   for key, value in final.items():
     if isinstance(value, Mapping):
       row |= _cell_numbers(f"{key}/", value)
     elif key in ("seconds", "params", "split"):
       row[key] = value
-  scores = read_json(os.path.join(folder, "metrics.json")) or {}
+  scores = files.read_json(os.path.join(folder, "metrics.json")) or {}
   row |= _cell_numbers("eval/", scores)
   steps = read_metrics(folder)
   if steps:
@@ -58,26 +60,10 @@ def read_cell(folder: str) -> dict[str, Any]:
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
   """Rows of `metrics.jsonl` by step; of a step done twice, the last time's."""
-  path = os.path.join(folder, "metrics.jsonl")
-  if not os.path.exists(path):
-    return []
   found: dict[int, dict[str, Any]] = {}
-  with open(path, encoding="utf-8") as lines:
-    for line in lines:
-      try:
-        row = json.loads(line)
-      except ValueError:
-        continue  # the process was killed while it wrote this line
-      found.setdefault(row["step"], {}).update(row)
+  for row in files.read_json_lines(os.path.join(folder, "metrics.jsonl")):
+    found.setdefault(row["step"], {}).update(row)
   return [found[step] for step in sorted(found)]
-
-
-def read_json(path: str) -> Any:
-  """What a JSON file holds; None where there is no file."""
-  if not os.path.exists(path):
-    return None
-  with open(path, encoding="utf-8") as f:
-    return json.load(f)
 
 
 def read_table(output: str) -> list[dict[str, Any]]:
@@ -86,7 +72,7 @@ def read_table(output: str) -> list[dict[str, Any]]:
   Raises:
     ValueError: the folder is not a sweep's.
   """
-  sweep = read_json(os.path.join(output, "sweep.json"))
+  sweep = files.read_json(os.path.join(output, "sweep.json"))
   if sweep is None:
     raise ValueError(
       f"expected the folder of a sweep, got {output!r} without sweep.json;"
@@ -105,14 +91,8 @@ def write_table(output: str):
   writer = csv.DictWriter(text, columns, lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  for name, content in (
-    ("cells.json", json.dumps(rows, indent=1)),
-    ("cells.csv", text.getvalue()),
-  ):
-    path = os.path.join(output, name)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-      f.write(content)
-    os.replace(path + ".tmp", path)
+  files.write_json(os.path.join(output, "cells.json"), rows)
+  files.write_text(os.path.join(output, "cells.csv"), text.getvalue())
 
 
 def _cell_numbers(prefix, values):
@@ -265,7 +245,7 @@ def read(items: Sequence[str]) -> Study:
     name, equals, folder = item.partition("=")
     if not equals:
       name, folder = os.path.basename(os.path.normpath(item)), item
-    sweep = read_json(os.path.join(folder, "sweep.json"))
+    sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))
       continue
@@ -325,14 +305,6 @@ def examples_count(label: str) -> float | None:
   return float(match[1].replace(",", "")) * scale
 
 
-def read_lines(path: str) -> list[dict[str, Any]]:
-  """Objects of a JSON lines file; none if it is not there."""
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as lines:
-    return [json.loads(line) for line in lines if line.strip()]
-
-
 def method_key(name: str) -> str:
   """A method's name in the form that the paper's numbers are listed under.
 
@@ -362,7 +334,7 @@ def papers_cell(study: Study, run: Run, how: str) -> float | None:
 
 
 def _single(name, folder) -> Run:
-  if not os.path.exists(os.path.join(folder, "final.json")):
+  if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"
       " set train.train.final_eval_split and train to the end"
@@ -382,7 +354,7 @@ def _of_sweep(folder, sweep):
   runs, missing = [], []
   for name in sweep["cells"]:
     path = os.path.join(folder, name)
-    cell = read_json(os.path.join(path, "cell.json"))
+    cell = files.read_json(os.path.join(path, "cell.json"))
     if cell is None:
       print(f"{name} is left out: its folder has no cell.json", flush=True)
       continue
@@ -432,11 +404,10 @@ def _metric(runs):
 
 def _gin_macros(folder) -> dict[str, str]:
   """Macros of a run's `config.gin`, as they are written there."""
-  path = os.path.join(folder, "config.gin")
-  if not os.path.exists(path):
+  path = files.absolute(folder) / "config.gin"
+  if not path.exists():
     return {}
-  with open(path, encoding="utf-8") as f:
-    return dict(re.findall(r"^([A-Z][A-Z0-9_]*) = (.*)$", f.read(), re.M))
+  return dict(re.findall(r"^([A-Z][A-Z0-9_]*) = (.*)$", path.read_text(), re.M))
 
 
 def _task(runs):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from gkd_jax import files
 from gkd_jax.experiments import run_folders, sweeps
 
 GKD = (sys.executable, "-m", "gkd_jax.main")
@@ -56,12 +57,10 @@ def prepare(
     )
   for cell in cells:
     folder = os.path.join(output, cell.name)
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "cell.json")
     new = json.loads(json.dumps(dataclasses.asdict(cell)))
-    if os.path.exists(path):
-      with open(path, encoding="utf-8") as f:
-        old = json.load(f)
+    old = files.read_json(path)
+    if old is not None:
       changed = [k for k in new if old.get(k) != new[k]]
       if changed and has_begun(cell, output):
         raise ValueError(
@@ -69,12 +68,12 @@ def prepare(
           f" {[old.get(k) for k in changed]}, got {[new[k] for k in changed]};"
           " remove that folder, or set another --output_dir"
         )
-    write_json(path, new)
+    files.write_json(path, new)
   axes: dict[str, dict[str, None]] = {}
   for cell in cells:
     for axis, label in cell.axes.items():
       axes.setdefault(axis, {})[label] = None
-  write_json(
+  files.write_json(
     os.path.join(output, "sweep.json"),
     {
       "axes": {axis: list(labels) for axis, labels in axes.items()},
@@ -214,14 +213,6 @@ def core_groups(jobs: int) -> list[list[int]]:
   return [cores[i::jobs] or [cores[i % len(cores)]] for i in range(jobs)]
 
 
-def write_json(path: str, value: Any):
-  """Writes a file that is there whole or not at all."""
-  temporary = f"{path}.{os.getpid()}.tmp"
-  with open(temporary, "w", encoding="utf-8") as f:
-    json.dump(value, f, indent=1)
-  os.replace(temporary, path)
-
-
 def _next_cell(waiting, cells, failed, output) -> sweeps.Cell | None:
   """Takes the first waiting cell that has all it needs.
 
@@ -314,7 +305,7 @@ def _outcome(item: _Running, output: str) -> str | None:
       if not _lock(lock):
         return None
   if status == 0 and cell.done is None:
-    write_json(os.path.join(folder, "done.json"), {})
+    files.write_json(os.path.join(folder, "done.json"), {})
   if is_finished(cell, output):
     return ""
   if status:

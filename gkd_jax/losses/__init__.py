@@ -28,12 +28,12 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.losses.stored import (
     LEAST_LOG_PROB,
     stored_distillation_loss,
-    top_k_law,
+    top_k_log_probs,
   )
   from gkd_jax.losses.vocabulary import (
+    argmax,
     check_num_real_tokens,
     check_temperatures,
-    first_of_largest,
+    mask_vocab_padding,
     target_log_probs,
-    without_padding,
   )

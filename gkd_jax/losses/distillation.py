@@ -104,7 +104,7 @@ def distillation_loss(
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
     num_real_tokens: R; token ids from R on are padding of the vocabulary, and
-      neither law has mass there: value, gradient and metrics are those of the
+      neither distribution has mass there: value, gradient and metrics are those of the
       first R logits. None for R = V.
 
   Returns:
@@ -176,16 +176,16 @@ def token_losses(
       1..V.
   """
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
-  p = vocabulary.without_padding(
+  p = vocabulary.mask_vocab_padding(
     teacher_logits / teacher_temperature, num_real_tokens
   )
-  q = vocabulary.without_padding(
+  q = vocabulary.mask_vocab_padding(
     student_logits / student_temperature, num_real_tokens
   )
   p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
   loss = divergence(p, q)
   p, q = jax.lax.stop_gradient((p, q))
-  agree = vocabulary.first_of_largest(p) == vocabulary.first_of_largest(q)
+  agree = vocabulary.argmax(p) == vocabulary.argmax(q)
   return loss, summed_metrics(p, q) | {AGREEMENT: agree}
 
 
@@ -224,7 +224,7 @@ def cross_entropy_loss(
   """T5X's cross-entropy with label smoothing and z-loss.
 
   With smoothing ε the target's share is 1-ε, and ε is spread evenly over the
-  other V-1 tokens. The entropy of that law is subtracted, so that the least
+  other V-1 tokens. The entropy of that distribution is subtracted, so that the least
   possible loss is 0 for every ε.
 
   >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
@@ -281,7 +281,7 @@ def cross_entropy_loss(
   per_token = {
     "cross_entropy": cross_entropy,
     "z_loss": penalty,
-    "accuracy": vocabulary.first_of_largest(logits) == targets,
+    "accuracy": vocabulary.argmax(logits) == targets,
   }
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 

@@ -334,7 +334,7 @@ def _over_chunks(
     # 0 at padding, where a NaN would get into the head's gradient as 0 · NaN.
     of_real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, places), 0)
     rows = of_real(hidden)
-    loss, metrics, laws = fused_chunks.token_losses(
+    loss, metrics, residuals = fused_chunks.token_losses(
       rules,
       tiles,
       _logits(layout, of_real(tokens.teacher_hidden), teacher_head),
@@ -346,7 +346,7 @@ def _over_chunks(
     sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     if with_gradient:
-      d_logits = fused_chunks.logits_gradient(rules, laws, shares)
+      d_logits = fused_chunks.logits_gradient(rules, residuals, shares)
       gradients = _add_gradients(
         layout, tiles, gradients, places, rows, head, d_logits
       )

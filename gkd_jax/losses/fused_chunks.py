@@ -66,8 +66,8 @@ class Tiles(NamedTuple):
     return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis=-1)
 
 
-class Laws(NamedTuple):
-  """Both models' laws for each token, and what the gradient needs besides.
+class ChunkResiduals(NamedTuple):
+  """Both models' distributions for each token, and what the gradient needs besides.
 
   Attributes:
     teacher_logits: `[N, V]`, divided by the temperature; None where the slopes
@@ -91,7 +91,7 @@ def token_losses(
   tiles: Tiles,
   teacher_logits: jax.Array,
   student_logits: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array], Laws]:
+) -> tuple[jax.Array, dict[str, jax.Array], ChunkResiduals]:
   """`distillation.token_losses`, and what its gradient is made from.
 
   Args:
@@ -101,16 +101,16 @@ def token_losses(
     student_logits: `[N, V]` float32.
 
   Returns:
-    Nats `[N]`, `distillation.TOKEN_METRICS` `[N]` each, and the laws.
+    Nats `[N]`, `distillation.TOKEN_METRICS` `[N]` each, and the residuals.
   """
   p = teacher_logits / rules.teacher_temperature
   q = student_logits / rules.student_temperature
-  p = vocabulary.without_padding(p, rules.num_real_tokens)
-  q = vocabulary.without_padding(q, rules.num_real_tokens)
+  p = vocabulary.mask_vocab_padding(p, rules.num_real_tokens)
+  q = vocabulary.mask_vocab_padding(q, rules.num_real_tokens)
   of = functools.partial(jax.nn.logsumexp, axis=-1, keepdims=True)
   largest = tuple(jnp.max(x, axis=-1, keepdims=True) for x in (p, q))
   zero = jnp.zeros(p.shape[:1], jnp.float32)
-  laws = Laws(p, q, (of(p), of(q)), None, zero[:, None])
+  residuals = ChunkResiduals(p, q, (of(p), of(q)), None, zero[:, None])
 
   def sweep(first, carry):
     # Held are slopes up to here, and the teacher's logits from here on. A tile of
@@ -118,7 +118,7 @@ def token_losses(
     # written in one turn XLA makes a copy.
     sums, firsts, held, p_tile = carry
     logits = p_tile, tiles.of(q, first)
-    log_probs = tuple(map(jnp.subtract, logits, laws.normalizers))
+    log_probs = tuple(map(jnp.subtract, logits, residuals.normalizers))
     loss, slopes = _loss_and_slopes(rules, *log_probs)
     new = (
       loss,
@@ -138,36 +138,38 @@ def token_losses(
     if name != distillation.AGREEMENT
   ]
   none = jnp.full(zero.shape, q.shape[1], jnp.int32)
-  start = zero, laws.slope_sum, dict.fromkeys(names, zero)
+  start = zero, residuals.slope_sum, dict.fromkeys(names, zero)
   (loss, slope_sum, metrics), firsts, held, _ = tiles.each(
     sweep, (start, (none, none), p, tiles.of(p, 0))
   )
   metrics[distillation.AGREEMENT] = firsts[0] == firsts[1]
-  laws = laws._replace(slope_sum=slope_sum)
+  residuals = residuals._replace(slope_sum=slope_sum)
   if tiles.number > 1:
-    laws = laws._replace(teacher_logits=None, slopes=held)
-  return loss, metrics, laws
+    residuals = residuals._replace(teacher_logits=None, slopes=held)
+  return loss, metrics, residuals
 
 
-def logits_gradient(rules: Rules, laws: Laws, shares: jax.Array) -> jax.Array:
+def logits_gradient(
+  rules: Rules, residuals: ChunkResiduals, shares: jax.Array
+) -> jax.Array:
   """Gradient of Σ share · loss with respect to the student's logits.
 
   Args:
     rules: what the loss is.
-    laws: of `token_losses`.
+    residuals: of `token_losses`.
     shares: `[N]`, of each token's loss in the sum.
 
   Returns:
     `[N, V]` float32, of the logits before temperature.
   """
-  log_q = laws.student_logits - laws.normalizers[1]
-  slopes = laws.slopes
+  log_q = residuals.student_logits - residuals.normalizers[1]
+  slopes = residuals.slopes
   if slopes is None:
-    assert laws.teacher_logits is not None  # one of the two is there
+    assert residuals.teacher_logits is not None  # one of the two is there
     # An accelerator computes them twice, to hold one array less.
-    log_p = laws.teacher_logits - laws.normalizers[0]
+    log_p = residuals.teacher_logits - residuals.normalizers[0]
     _, slopes = _loss_and_slopes(rules, log_p, log_q)
-  gradient = slopes - jnp.exp(log_q) * laws.slope_sum
+  gradient = slopes - jnp.exp(log_q) * residuals.slope_sum
   gradient *= (shares / rules.student_temperature)[:, None]
   if rules.num_real_tokens is None:
     return gradient
@@ -206,6 +208,6 @@ def _loss_and_slopes(rules, log_p, log_q):
 
 def _first_of(so_far, x, largest, first):
   """First id `[N]` of the largest, of tiles so far and of one `[N, W]` more."""
-  ids = vocabulary.first_of_largest(x, largest)
+  ids = vocabulary.argmax(x, largest)
   is_here = ids < x.shape[1]
   return jnp.where(is_here, jnp.minimum(so_far, first + ids), so_far)

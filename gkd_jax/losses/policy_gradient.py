@@ -2,7 +2,7 @@
 
 The gradient of E[r(y)] over the student's outputs y is E[A ∇ log q(y)], where
 the advantage A is the reward less a baseline that y has no part in (REINFORCE,
-Williams 1992; leave-one-out: Kool et al. 2019). Log-probs are those of the law
+Williams 1992; leave-one-out: Kool et al. 2019). Log-probs are those of the distribution
 that y was drawn from. Rewards and advantages are constants of the loss.
 
 Equation 5 of the GKD paper (arXiv 2306.13649) mixes it with the divergence:
@@ -198,7 +198,7 @@ def policy_gradient_loss(
   (9.0, 1.0)
 
   Args:
-    log_probs: `[B, T]` of the tokens, under the law that they were drawn from.
+    log_probs: `[B, T]` of the tokens, under the distribution that they were drawn from.
     advantages: `[B, T]`, no gradient flows into them.
     weights: `[B, T]`, 0 at what is no output.
     length_normalization: "sequence": the weight is the number of outputs.
@@ -328,7 +328,7 @@ def minillm_loss(
   advantages = later if importance == "exact" else shares * later
   long, number, _ = policy_gradient_loss(log_q, advantages, weights)
   single = divergences.reverse_kl(teacher_log_probs, student_log_probs)
-  # The law at a padded position may hold anything.
+  # The distribution at a padded position may hold anything.
   single = jnp.sum(shares * jnp.where(weights > 0, single, 0.0))
   aux = {
     "sequence_reverse_kl": (jnp.sum(q - p), number),

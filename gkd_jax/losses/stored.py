@@ -1,11 +1,11 @@
 """Distillation from a teacher's stored top-k log-probs, the tail kept.
 
-Of each next-token law only the k likeliest tokens are stored, and the mass of
+Of each next-token distribution only the k likeliest tokens are stored, and the mass of
 all others as one more bucket. Merging tokens into a bucket can only lower an
 f-divergence (the data-processing inequality), so the loss is between 0 and the
 exact one, grows with k, and is exact at k = V. Every divergence in
 `divergences` is an f-divergence of (p, q). Without the bucket neither holds: a
-law renormalised over its top k does not see mass that the student puts outside,
+distribution renormalised over its top k does not see mass that the student puts outside,
 and a truncated sum may be negative.
 """
 
@@ -22,23 +22,23 @@ LEAST_LOG_PROB = -3e4
 _NO_MASS = -1e9
 
 
-def top_k_law(
+def top_k_log_probs(
   teacher_logits: jax.Array,
   top_k: int,
   *,
   teacher_temperature: float | jax.Array = 1.0,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The k likeliest tokens of each law, and their log-probs and the tail's.
+  """The k likeliest tokens of each distribution, and their log-probs and the tail's.
 
-  >>> ids, log_probs = top_k_law(jnp.log(jnp.array([0.1, 0.6, 0.3])), 1)
+  >>> ids, log_probs = top_k_log_probs(jnp.log(jnp.array([0.1, 0.6, 0.3])), 1)
   >>> ids.tolist(), [round(float(x), 4) for x in jnp.exp(log_probs)]
   ([1], [0.6, 0.4])
 
   Args:
     teacher_logits: `[..., V]` in any float type.
     top_k: k, from 1 to V (to R, if there is padding).
-    teacher_temperature: divides the logits; the stored law is of this
+    teacher_temperature: divides the logits; the stored distribution is of this
       temperature, since none other can be had from a tail.
     num_real_tokens: R; ids from R on are padding of the vocabulary and have no
       mass. None for R = V.
@@ -57,7 +57,7 @@ def top_k_law(
       f"expected top_k within 1..{size}, the number of tokens, got {top_k};"
       " set TOP_K"
     )
-  logits = vocabulary.without_padding(
+  logits = vocabulary.mask_vocab_padding(
     teacher_logits.astype(jnp.float32) / teacher_temperature, num_real_tokens
   )
   _, ids = jax.lax.top_k(logits, top_k)
@@ -77,9 +77,9 @@ def stored_distillation_loss(
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """`distillation.distillation_loss` of the k + 1 buckets of `top_k_law`.
+  """`distillation.distillation_loss` of the k + 1 buckets of `top_k_log_probs`.
 
-  >>> ids, stored = top_k_law(jnp.log(jnp.array([[[0.6, 0.3, 0.1]]])), 1)
+  >>> ids, stored = top_k_log_probs(jnp.log(jnp.array([[[0.6, 0.3, 0.1]]])), 1)
   >>> student = jnp.log(jnp.array([[[0.75, 0.15, 0.1]]]))
   >>> loss, weight, _ = stored_distillation_loss(
   ...     ids, stored, student, jnp.ones((1, 1)), divergence="total_variation")
@@ -96,7 +96,7 @@ def stored_distillation_loss(
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows.
-    num_real_tokens: R of `top_k_law`.
+    num_real_tokens: R of `top_k_log_probs`.
 
   Returns:
     `loss_sum` and `weight_sum` as of `distillation.distillation_loss`. So are the
@@ -122,7 +122,7 @@ def stored_distillation_loss(
   # Replaced before the softmax: see `losses`.
   present = weights[:, :, None] > 0
   logits = jnp.where(present, student_logits.astype(jnp.float32), 0.0)
-  logits = vocabulary.without_padding(
+  logits = vocabulary.mask_vocab_padding(
     logits / student_temperature, num_real_tokens
   )
   student = _bucket_logits(logits, teacher_ids)

@@ -4,25 +4,25 @@ import jax
 import jax.numpy as jnp
 
 
-def without_padding(
+def mask_vocab_padding(
   logits: jax.Array,
   num_real_tokens: int | None,
   *,
-  no_mass: float = -1e9,
+  fill_value: float = -1e9,
 ) -> jax.Array:
   """Logits by which the padding of a vocabulary has no mass.
 
   A mask and not a slice, which would move a vocabulary that is sharded. It has
   to follow a temperature, so that none can undo it.
 
-  >>> without_padding(jnp.array([1.0, 2.0, 3.0]), 2, no_mass=-jnp.inf).tolist()
+  >>> mask_vocab_padding(jnp.array([1.0, 2.0, 3.0]), 2, fill_value=-jnp.inf).tolist()
   [1.0, 2.0, -inf]
 
   Args:
     logits: `[..., V]`.
     num_real_tokens: R; ids from R on are padding. None for R = V.
-    no_mass: the logit of padding. The divergences need a finite one; -inf where
-      the law is drawn from.
+    fill_value: the logit of padding. The divergences need a finite one; -inf where
+      tokens are drawn from the distribution.
 
   Returns:
     Logits of the same shape and type.
@@ -34,18 +34,16 @@ def without_padding(
     return logits
   check_num_real_tokens(num_real_tokens, logits.shape[-1])
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  return jnp.where(ids < num_real_tokens, logits, no_mass)
+  return jnp.where(ids < num_real_tokens, logits, fill_value)
 
 
-def first_of_largest(
-  x: jax.Array, largest: jax.Array | None = None
-) -> jax.Array:
+def argmax(x: jax.Array, largest: jax.Array | None = None) -> jax.Array:
   """`argmax` in two sweeps that a CPU vectorises; 0 where there is a NaN.
 
   `jnp.argmax` itself took ten times as long for 8 rows of 32,128. The ids are
   compared as float32, which is exact for V up to 2^24 and again faster.
 
-  >>> first_of_largest(jnp.array([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])).tolist()
+  >>> argmax(jnp.array([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])).tolist()
   [1, 0]
 
   Args:
@@ -89,15 +87,15 @@ def check_temperatures(
 
 
 def target_log_probs(
-  law: jax.Array, targets: jax.Array, weights: jax.Array
+  log_probs: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
   """Log-probs `[B, T]` of the targets; 0 where the weight is.
 
   Args:
-    law: `[B, T, V]` log-probs.
+    log_probs: `[B, T, V]` log-probs.
     targets: `[B, T]` int32.
     weights: `[B, T]`.
   """
-  picked = jnp.take_along_axis(law, targets[:, :, None], axis=-1)[:, :, 0]
+  picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
   # A PAD after the end has log-prob -inf, which times 0 were NaN.
   return jnp.where(weights > 0, picked, 0.0)

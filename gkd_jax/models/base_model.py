@@ -273,8 +273,8 @@ class BaseTransformerModel:
 
   def _of_real_tokens(self, logits):
     """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
-    return losses.without_padding(
-      logits, self.num_real_tokens, no_mass=-jnp.inf
+    return losses.mask_vocab_padding(
+      logits, self.num_real_tokens, fill_value=-jnp.inf
     )
 
   def start_decoding(

@@ -69,7 +69,7 @@ def _matrix(name, init, shape, axes, dtype):
     columns = losses.quantize_head(matrix if axis else matrix.T)
     return columns if axis else columns._replace(values=columns.values.T)
 
-  # Each with a key of its own, as Linen has it: of one law, not of one draw.
+  # Each with a key of its own, as Linen has it: of one distribution, not of one draw.
   values = param_with_axes(name, lambda key: draw(key).values, axes=axes)
   scales = param_with_axes(
     name + SCALE, lambda key: draw(key).scales, axes=(axes[axis],)

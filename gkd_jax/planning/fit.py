@@ -8,12 +8,13 @@ of these that fits is the answer.
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from gkd_jax import models, optimizers, partitioning
+from gkd_jax import files, models, optimizers, partitioning
 from gkd_jax.planning import (
   depths,
   precompile,
@@ -132,7 +133,7 @@ def fit(
     "best": best,
   }
   if output_path:
-    program_files.write_json(output_path, "fit.json", result)
+    files.write_json(os.path.join(output_path, "fit.json"), result)
   return result
 
 

@@ -6,6 +6,7 @@ allocated; neither data nor checkpoints are read.
 """
 
 import functools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import data, models, optimizers, partitioning, train, training
+from gkd_jax import (
+  data,
+  files,
+  models,
+  optimizers,
+  partitioning,
+  train,
+  training,
+)
 from gkd_jax.models import rl_gkd
 from gkd_jax.planning import program_files, program_report, topologies
 
@@ -133,7 +142,7 @@ def precompile(
     result["phases"][phase] = report
     print("\n".join(program_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
-      program_files.write_json(output_path, "precompile.json", result)
+      files.write_json(os.path.join(output_path, "precompile.json"), result)
   return result
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from gkd_jax import files
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -48,30 +50,19 @@ def versions() -> dict[str, str]:
 
 def read(folder: str, name: str, fingerprint: str) -> Program | None:
   """The program of this name and fingerprint in a folder, or None."""
-  path = os.path.join(folder, f"{name}.program.gz")
-  if not os.path.exists(path):
+  path = files.absolute(folder) / f"{name}.program.gz"
+  if not path.exists():
     return None
-  with gzip.open(path, "rt", encoding="utf-8") as file:
-    program = Program(**json.load(file))
+  program = Program(**json.loads(gzip.decompress(path.read_bytes())))
   return program if program.fingerprint == fingerprint else None
 
 
 def write(folder: str, name: str, program: Program) -> None:
   """Keeps a program in a folder."""
-  os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, f"{name}.program.gz")
-  with gzip.open(f"{path}.tmp", "wt", encoding="utf-8") as file:
-    json.dump(dataclasses.asdict(program), file)
-  os.replace(f"{path}.tmp", path)
-
-
-def write_json(folder: str, name: str, result: Any) -> None:
-  """Writes figures as `name` into a folder, whole or not at all."""
-  os.makedirs(folder, exist_ok=True)
-  path = os.path.join(folder, name)
-  with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-    json.dump(result, file, indent=2)
-  os.replace(f"{path}.tmp", path)
+  text = json.dumps(dataclasses.asdict(program))
+  files.write_bytes(
+    os.path.join(folder, f"{name}.program.gz"), gzip.compress(text.encode())
+  )
 
 
 def _version(package):

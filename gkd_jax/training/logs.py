@@ -18,7 +18,7 @@ import rich.progress
 from clu import metric_writers
 
 import gkd_jax
-from gkd_jax import types
+from gkd_jax import files, types
 
 
 def use_cache(folder: str | None = None) -> str:
@@ -37,6 +37,7 @@ def use_cache(folder: str | None = None) -> str:
   if folder is None:
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(user, "gkd_jax", f"compiled-{platform.node()}")
+  folder = folder and os.fspath(files.absolute(folder))
   jax.config.update("jax_compilation_cache_dir", folder or None)
   return folder
 
@@ -87,7 +88,8 @@ class TrainLog:
     total: int,
     console: rich.console.Console | None = None,
   ):
-    self._dir, self._total, self._last = model_dir, total, start
+    self._dir = files.absolute(model_dir)
+    self._total, self._last = total, start
     self._sums: dict[str, list] = {}
     self._on_policy = self._rows = self._tokens = 0
     self._time = self._started = time.monotonic()
@@ -96,8 +98,8 @@ class TrainLog:
     self._writer = self._bar = None
     if not self._writes:
       return
-    os.makedirs(model_dir, exist_ok=True)
-    self._writer = metric_writers.SummaryWriter(model_dir)
+    self._dir.mkdir(parents=True, exist_ok=True)
+    self._writer = metric_writers.SummaryWriter(os.fspath(self._dir))
     self._console = console or rich.console.Console()
     if self._console.is_terminal:
       self._bar = _progress_bar(self._console)
@@ -194,9 +196,10 @@ class TrainLog:
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
     if self._writer:
       self._writer.write_texts(step, {"examples": _markdown(examples)})
-      with open(os.path.join(self._dir, "examples.jsonl"), "a") as f:
-        for example in examples:
-          f.write(json.dumps({"step": step, **example}, default=str) + "\n")
+      files.append_json_lines(
+        self._dir / "examples.jsonl",
+        [{"step": step, **example} for example in examples],
+      )
     shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
     self.say(f"step {step} evaluation: {shown}")
     self.restart_clock()
@@ -205,18 +208,16 @@ class TrainLog:
     """Writes `final.json`, with the seconds since the run was started."""
     result = dict(result) | {"seconds": time.monotonic() - self._started}
     if self._writes:
-      path = os.path.join(self._dir, "final.json")
-      with open(path + ".tmp", "w") as f:
-        json.dump(result, f)
-      os.replace(path + ".tmp", path)
+      files.write_json(self._dir / "final.json", result)
     self.say(f"final: {json.dumps(result)}")
 
   def _record(self, step, scalars):
     if not self._writer:
       return
     finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
-    with open(os.path.join(self._dir, "metrics.jsonl"), "a") as f:
-      f.write(json.dumps({"step": step, **finite}) + "\n")
+    files.append_json_lines(
+      self._dir / "metrics.jsonl", [{"step": step, **finite}]
+    )
     self._writer.write_scalars(step, scalars)
 
 

@@ -7,7 +7,6 @@ as they are.
 """
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import losses, models, partitioning
+from gkd_jax import files, losses, models, partitioning
 from gkd_jax.models import rl_gkd
 
 _FILE = "running_mean.json"
@@ -141,8 +140,7 @@ class RolloutBatches:
     """Writes the position into the folder `path`."""
     self._iterator.save_state(path)
     if self._keeps_mean and jax.process_index() == 0:
-      with open(os.path.join(path, _FILE), "w") as file:
-        json.dump(self._mean._asdict(), file)
+      files.write_json(os.path.join(path, _FILE), self._mean._asdict())
 
   def restore_state(self, path: str | os.PathLike[str]) -> None:
     """Goes to the position that `save_state` wrote.
@@ -153,14 +151,13 @@ class RolloutBatches:
     self._iterator.restore_state(path)
     if not self._keeps_mean:
       return
-    try:
-      with open(os.path.join(path, _FILE)) as file:
-        self._mean = losses.RunningMean(**json.load(file))
-    except FileNotFoundError as error:
+    mean = files.read_json(os.path.join(path, _FILE))
+    if mean is None:
       raise ValueError(
         f"expected a checkpoint with the running mean of rewards, got none in"
         f" {path}; set BASELINE as the run began, or another MODEL_DIR"
-      ) from error
+      )
+    self._mean = losses.RunningMean(**mean)
 
   @property
   def _keeps_mean(self):

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import pathlib
 import shutil
 
 import golden_t5x
@@ -10,16 +9,12 @@ import jax
 import msgpack
 import numpy as np
 import pytest
-import tensorstore
+import t5x_checkpoints
 from checkpoint_states import assert_identical, message
 from flax import traverse_util
 
 from gkd_jax import checkpoints, network, partitioning
 from gkd_jax.checkpoints import export, formats, parameters, stored_arrays, t5x
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-LEGACY = GOLDEN / "t5x_legacy"
-ORBAX = GOLDEN / "t5x_orbax"
 
 
 @pytest.fixture(scope="module")
@@ -32,45 +27,17 @@ def expected():
   return golden_t5x.params(numbers), network.T5Config(**fields)
 
 
-def write_legacy(folder, params, version=3, chunks=None, driver="file"):
-  """A legacy checkpoint: every array in zarr, as T5X writes large ones."""
-  folder.mkdir(parents=True)
-  flat = traverse_util.flatten_dict(params, sep="/")
-  target = {}
-  for name, value in flat.items():
-    place = "target." + name.replace("/", ".")
-    metadata = {"shape": list(value.shape), "compressor": {"id": "gzip"}}
-    metadata["chunks"] = chunks or list(value.shape)
-    spec = {
-      "driver": "zarr",
-      "dtype": str(value.dtype),
-      "kvstore": {"driver": "file", "path": f"{folder / place}/"},
-      "metadata": metadata,
-    }
-    array = tensorstore.open(spec, create=True).result()
-    array.write(value).result()
-    spec["kvstore"] = {"driver": driver, "path": place + "/"}
-    if driver == "gcs":
-      spec["kvstore"]["bucket"] = "t5-data"
-    target[name] = spec
-  target = traverse_util.unflatten_dict(target, sep="/")
-  tree = {"target": target, "state": {"step": 1}}
-  if version:
-    tree = {"version": version, "optimizer": tree}
-  (folder / "checkpoint").write_bytes(msgpack.packb(tree))
-
-
 # ------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize(
   "path",
   [
-    LEGACY,
-    LEGACY / "checkpoint_7",
-    LEGACY / "checkpoint_7" / "checkpoint",
-    ORBAX,
-    ORBAX / "checkpoint_7",
+    t5x_checkpoints.LEGACY,
+    t5x_checkpoints.LEGACY / "checkpoint_7",
+    t5x_checkpoints.LEGACY / "checkpoint_7" / "checkpoint",
+    t5x_checkpoints.ORBAX,
+    t5x_checkpoints.ORBAX / "checkpoint_7",
   ],
   ids=["legacy run", "legacy", "legacy file", "orbax run", "orbax"],
 )
@@ -90,7 +57,7 @@ def test_legacy_checkpoints_of_other_places_and_times(tmp_path, options):
     "a": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)},
     "b": np.asarray([1.5, -2.0], "bfloat16"),
   }
-  write_legacy(tmp_path / "checkpoint_1", params, **options)
+  t5x_checkpoints.write_legacy(tmp_path / "checkpoint_1", params, **options)
   assert_identical(checkpoints.load_params(tmp_path, dtype=None), params)
 
 
@@ -106,40 +73,10 @@ def test_small_arrays_within_the_msgpack_file(tmp_path):
   assert_identical(checkpoints.load_params(tmp_path), params)
 
 
-def scan(params, config):
-  """T5X's scalable T5: layers along axis 1, heads on an axis of their own.
-
-  Its names and shapes were read off T5X's own network of that kind.
-  """
-  flat = traverse_util.flatten_dict(params, sep="/")
-  heads, size = config.num_heads, config.head_dim
-  depth = config.num_encoder_layers
-  scanned = {}
-  for name, value in flat.items():
-    side, *rest = name.split("/")
-    if rest[0] == "relpos_bias":
-      value = np.stack([value] * depth, axis=1)
-      scanned[f"{side}/{side}/relpos_bias/rel_embedding"] = value
-    elif rest[0] == "layers_0":
-      rest = "/".join(rest[1:])
-      layers = [flat[f"{side}/layers_{i}/{rest}"] for i in range(depth)]
-      if "attention/" in rest:
-        wide = (
-          (heads, size, -1)
-          if rest.endswith("out/kernel")
-          else (-1, heads, size)
-        )
-        layers = [x.reshape(wide) for x in layers]
-      scanned[f"{side}/{side}/{rest}"] = np.stack(layers, axis=1)
-    elif not rest[0].startswith("layers_"):
-      scanned[name] = value
-  return traverse_util.unflatten_dict(scanned, sep="/")
-
-
 def test_scanned_layers_are_split(tmp_path, expected):
   params, config = expected
-  scanned = scan(params, config)
-  write_legacy(tmp_path / "checkpoint_1", scanned)
+  scanned = t5x_checkpoints.scan(params, config)
+  t5x_checkpoints.write_legacy(tmp_path / "checkpoint_1", scanned)
   flat = traverse_util.flatten_dict(params, sep="/")
   read = formats.open_params(tmp_path)
   assert parameters.infer_config(read, setting="X", path="p") == config
@@ -154,9 +91,9 @@ def test_scanned_layers_are_split(tmp_path, expected):
 
 def test_biases_of_each_scanned_layer_are_no_t5_s(tmp_path, expected):
   params, config = expected
-  scanned = scan(params, config)
+  scanned = t5x_checkpoints.scan(params, config)
   scanned["encoder"]["encoder"]["relpos_bias"]["rel_embedding"][0, 1, 0] += 1
-  write_legacy(tmp_path / "checkpoint_1", scanned)
+  t5x_checkpoints.write_legacy(tmp_path / "checkpoint_1", scanned)
   with pytest.raises(ValueError) as error:
     checkpoints.load_params(tmp_path, setting="TEACHER_CHECKPOINT_PATH")
   assert "encoder/encoder/relpos_bias/rel_embedding" in message(error)
@@ -181,9 +118,16 @@ def test_each_device_reads_its_part(expected, tmp_path):
     params,
     shardings,
   )
-  export.import_checkpoint(LEGACY, tmp_path / "gkd", dtype="bfloat16")
-  export.export_checkpoint(LEGACY, tmp_path / "hf", format="hf")
-  for path in (LEGACY, ORBAX, tmp_path / "hf", tmp_path / "gkd"):
+  export.import_checkpoint(
+    t5x_checkpoints.LEGACY, tmp_path / "gkd", dtype="bfloat16"
+  )
+  export.export_checkpoint(t5x_checkpoints.LEGACY, tmp_path / "hf", format="hf")
+  for path in (
+    t5x_checkpoints.LEGACY,
+    t5x_checkpoints.ORBAX,
+    tmp_path / "hf",
+    tmp_path / "gkd",
+  ):
     placed = checkpoints.load_params(path, like=like)
     for got, want, sharding in zip(
       *map(jax.tree.leaves, (placed, params, shardings)), strict=True
@@ -195,7 +139,7 @@ def test_each_device_reads_its_part(expected, tmp_path):
 
 
 def test_a_part_is_read_without_the_rest(expected):
-  flat = formats.open_params(ORBAX)
+  flat = formats.open_params(t5x_checkpoints.ORBAX)
   asked = []
 
   def fetch(index):
@@ -219,12 +163,15 @@ def test_a_part_is_read_without_the_rest(expected):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
   folder = tmp_path_factory.mktemp("t5x") / "run"
-  export.export_checkpoint(LEGACY, folder, format="t5x")
+  export.export_checkpoint(t5x_checkpoints.LEGACY, folder, format="t5x")
   return folder
 
 
 def test_what_is_written_has_t5x_s_tree_and_metadata(written, expected):
-  ours, theirs = written / "checkpoint_7", ORBAX / "checkpoint_7"
+  ours, theirs = (
+    written / "checkpoint_7",
+    t5x_checkpoints.ORBAX / "checkpoint_7",
+  )
   assert_identical(checkpoints.load_params(written), expected[0])
 
   def read(folder, name):
@@ -302,7 +249,7 @@ def test_the_optimizer_state_is_adafactor_s_before_its_first_step(tmp_path):
 def test_a_checkpoint_of_the_step_is_not_written_over(written):
   before = sorted(p.name for p in written.iterdir())
   with pytest.raises(ValueError) as error:
-    export.export_checkpoint(LEGACY, written, format="t5x")
+    export.export_checkpoint(t5x_checkpoints.LEGACY, written, format="t5x")
   assert "checkpoint_7" in message(error) and "--output_path" in message(error)
   assert sorted(p.name for p in written.iterdir()) == before
 
@@ -410,7 +357,7 @@ def _elsewhere(folder):
 def test_a_damaged_legacy_checkpoint(tmp_path, damage, text):
   folder = tmp_path / "run"
   params = {"a": {"w": np.arange(1, 13, dtype=np.float32).reshape(4, 3)}}
-  write_legacy(folder / "checkpoint_1", params, chunks=[2, 3])
+  t5x_checkpoints.write_legacy(folder / "checkpoint_1", params, chunks=[2, 3])
   assert_identical(checkpoints.load_params(folder), params)
   damage(folder)
   with pytest.raises(ValueError) as error:
@@ -427,7 +374,7 @@ def test_other_parameters_are_listed(tmp_path, expected):
   flat["decoder/layers_0/extra/kernel"] = np.zeros((2, 2), np.float32)
   flat["encoder/encoder_norm/scale"] = np.zeros(17, np.float32)
   del flat["encoder/layers_1/mlp/wo/kernel"]
-  write_legacy(
+  t5x_checkpoints.write_legacy(
     tmp_path / "checkpoint_1", traverse_util.unflatten_dict(flat, sep="/")
   )
   with pytest.raises(ValueError) as error:

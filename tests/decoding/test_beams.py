@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import beam_models
 import beam_oracle
 import golden_t5x
 import jax
@@ -17,41 +18,6 @@ from gkd_jax.decoding import sampling
 EOS = 1
 
 # --- Models without a network, and what they should give ---------------------
-
-
-def history_model(tokens, cache):
-  """Logits that depend on all tokens so far, which only the cache remembers."""
-  weights, history, position = cache  # [rows, T, V, V], [rows, T], []
-  history = jax.lax.dynamic_update_slice_in_dim(
-    history, tokens[:, None], position, axis=1
-  )
-  picked = jnp.take_along_axis(weights, history[:, :, None, None], axis=2)
-  so_far = jnp.arange(history.shape[1]) <= position
-  logits = jnp.sum(picked[:, :, 0] * so_far[None, :, None], axis=1)
-  return logits, (weights, history, position + 1)
-
-
-def history_weights(batch_size, length, vocab, seed=0):
-  shape = (batch_size, length, vocab, vocab)
-  return np.float32(np.random.default_rng(seed).normal(size=shape))
-
-
-def search(weights, alpha, num_decodes, **settings):
-  batch_size, length = weights.shape[:2]
-  rows = jnp.repeat(weights, num_decodes, axis=0)
-  history = jnp.zeros(rows.shape[:2], jnp.int32)
-  return decoding.beam_search(
-    history_model,
-    (rows, history, jnp.int32(0)),
-    batch_size=batch_size,
-    max_decode_length=length,
-    num_decodes=num_decodes,
-    alpha=alpha,
-    **settings,
-  )
-
-
-compiled_search = jax.jit(search, static_argnames="num_decodes")
 
 
 def law(weights, prefix):
@@ -82,32 +48,6 @@ def narrow_search(weights, alpha, num_decodes):
     functools.partial(law, weights), length, alpha, num_decodes
   )
   return [(y + (0,) * (length - len(y)), score) for y, score in outputs]
-
-
-def scripted(laws, calls=None):
-  """Prompt b's logits at step t are `laws[b][t]`, whatever was said."""
-  laws = jnp.asarray(laws, jnp.float32)
-
-  def tokens_to_logits(tokens, position):
-    if calls is not None:
-      jax.debug.callback(lambda _: calls.append(None), position)
-    num_decodes = tokens.shape[0] // laws.shape[0]
-    now = jnp.take(laws, position, axis=1)
-    return jnp.repeat(now, num_decodes, axis=0), position + 1
-
-  return tokens_to_logits
-
-
-def run_scripted(laws, calls=None, **settings):
-  result = decoding.beam_search(
-    scripted(laws, calls),
-    jnp.int32(0),
-    batch_size=len(laws),
-    max_decode_length=len(laws[0]),
-    **settings,
-  )
-  jax.effects_barrier()
-  return result
 
 
 def assert_outputs(result, b, expected):
@@ -183,9 +123,11 @@ def test_scores_are_those_of_score_batch():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0, -1.0])
 def test_a_wide_beam_is_exhaustive_search(alpha):
-  weights = history_weights(2, 4, 4)
+  weights = beam_models.history_weights(2, 4, 4)
   # 1 + 3 + 9 + 27 outputs end within 4 tokens; 27 * 4 candidates are the most.
-  result = compiled_search(weights, jnp.float32(alpha), num_decodes=54)
+  result = beam_models.compiled_search(
+    weights, jnp.float32(alpha), num_decodes=54
+  )
   for b in range(2):
     expected = every_output(weights[b], alpha)
     expected = sorted(expected.items(), key=lambda x: x[1])
@@ -194,17 +136,21 @@ def test_a_wide_beam_is_exhaustive_search(alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0, -1.0])
 def test_a_narrow_beam_is_the_search_as_described(alpha):
-  weights = history_weights(8, 5, 6)
-  result = compiled_search(weights, jnp.float32(alpha), num_decodes=3)
+  weights = beam_models.history_weights(8, 5, 6)
+  result = beam_models.compiled_search(
+    weights, jnp.float32(alpha), num_decodes=3
+  )
   for b in range(8):
     assert_outputs(result, b, narrow_search(weights[b], alpha, 3))
 
 
 def test_larger_alpha_gives_longer_outputs():
-  weights = history_weights(8, 5, 6)
+  weights = beam_models.history_weights(8, 5, 6)
   lengths = [
     sampling.sequence_weights(
-      compiled_search(weights, jnp.float32(alpha), num_decodes=3).tokens[:, -1]
+      beam_models.compiled_search(
+        weights, jnp.float32(alpha), num_decodes=3
+      ).tokens[:, -1]
     ).sum()
     for alpha in (-1.0, 0.0, 2.0)
   ]
@@ -220,7 +166,7 @@ def test_outputs_end_at_eos_or_at_the_length():
     [sure(3), sure(0), sure(EOS), sure(2)],
     [sure(3), sure(2), sure(0), sure(EOS)],
   ]
-  result = run_scripted(laws, num_decodes=1)
+  result = beam_models.run_scripted(laws, num_decodes=1)
   np.testing.assert_array_equal(
     result.tokens, [[[1, 0, 0, 0]], [[3, 0, 1, 0]], [[3, 2, 0, 1]]]
   )
@@ -233,7 +179,9 @@ def test_live_outputs_and_plain_log_probs_where_none_has_ended():
   first = [-np.inf, -np.inf, np.log(0.7), np.log(0.3)]
   open_ended = [first, [-np.inf, -np.inf, np.log(0.6), np.log(0.4)]]
   ended = [first, np.log([1e-30, 0.5, 0.4, 0.1])]
-  result = run_scripted([open_ended, ended], num_decodes=2, alpha=1.0)
+  result = beam_models.run_scripted(
+    [open_ended, ended], num_decodes=2, alpha=1.0
+  )
   np.testing.assert_array_equal(
     result.tokens, [[[2, 3], [2, 2]], [[3, 1], [2, 1]]]
   )
@@ -243,7 +191,7 @@ def test_live_outputs_and_plain_log_probs_where_none_has_ended():
 
 
 def test_no_eos_where_its_id_is_negative():
-  result = run_scripted(
+  result = beam_models.run_scripted(
     [[sure(1), sure(1)]], num_decodes=1, eos_id=-1, alpha=1.0
   )
   np.testing.assert_array_equal(result.tokens, [[[1, 1]]])
@@ -252,7 +200,9 @@ def test_no_eos_where_its_id_is_negative():
 def test_ties_go_to_the_worse_ranked_prefix_then_to_the_lower_id():
   # All equal: 0 and 2 stay live, 0 ranked above 2; then the four candidates of
   # 2 fill the 2N places, and (2, EOS) ends rather than (0, EOS).
-  result = run_scripted(np.zeros((1, 2, 4)), num_decodes=2, alpha=0.0)
+  result = beam_models.run_scripted(
+    np.zeros((1, 2, 4)), num_decodes=2, alpha=0.0
+  )
   np.testing.assert_array_equal(result.tokens, [[[2, 1], [1, 0]]])
   np.testing.assert_allclose(result.scores[0], -np.log([16, 4]), rtol=1e-6)
 
@@ -260,22 +210,22 @@ def test_ties_go_to_the_worse_ranked_prefix_then_to_the_lower_id():
 def test_equal_finished_outputs_keep_the_one_that_ended_first():
   half = [-np.inf, 0.0, 0.0, -np.inf]
   then = [-np.inf, 0.0, -np.inf, -np.inf]
-  result = run_scripted([[half, then]], num_decodes=2, alpha=0.0)
+  result = beam_models.run_scripted([[half, then]], num_decodes=2, alpha=0.0)
   np.testing.assert_array_equal(result.tokens, [[[2, 1], [1, 0]]])
   np.testing.assert_array_equal(result.scores[0], np.float32(np.log([0.5] * 2)))
-  result = run_scripted([[half, then]], num_decodes=1, alpha=0.0)
+  result = beam_models.run_scripted([[half, then]], num_decodes=1, alpha=0.0)
   np.testing.assert_array_equal(result.tokens, [[[1, 0]]])
 
 
 def test_slots_without_an_output_are_zero():
   only_eos = [-np.inf, 0.0, -np.inf, -np.inf]
-  result = run_scripted([[only_eos] * 3], num_decodes=3)
+  result = beam_models.run_scripted([[only_eos] * 3], num_decodes=3)
   np.testing.assert_array_equal(result.tokens[0, :2], 0)
   np.testing.assert_array_equal(result.tokens[0, 2], [1, 0, 0])
   np.testing.assert_array_equal(result.scores[0], [-1e7, -1e7, 0.0])
   # Fewer live outputs than slots, and none of them ended.
   only_two = [-np.inf, -np.inf, 0.0, -np.inf]
-  result = run_scripted([[only_two] * 2], num_decodes=2)
+  result = beam_models.run_scripted([[only_two] * 2], num_decodes=2)
   np.testing.assert_array_equal(result.tokens, [[[0, 0], [2, 2]]])
   np.testing.assert_array_equal(result.scores, [[-1e7, 0.0]])
 
@@ -315,7 +265,7 @@ TWO_ENDS = [[-60.0, 0.0, 0.0, -60.0], sure(EOS), *[sure(2)] * 4]
 )
 def test_loop_stops_when_no_live_output_can_win(laws, settings, steps, best):
   calls = []
-  result = run_scripted(laws, calls, **settings)
+  result = beam_models.run_scripted(laws, calls, **settings)
   assert len(calls) == steps
   padded = best + [0] * (6 - len(best))
   np.testing.assert_array_equal(result.tokens[-1, -1], padded)
@@ -323,13 +273,13 @@ def test_loop_stops_when_no_live_output_can_win(laws, settings, steps, best):
 
 def test_a_beam_of_one_is_greedy_where_eos_is_first_or_nowhere():
   # Where EOS comes second, a beam of one may still end there and win.
-  weights = 3 * history_weights(8, 6, 5)
+  weights = 3 * beam_models.history_weights(8, 6, 5)
   weights[..., EOS] = -9.0
   for b in range(7):
     weights[b, b % 6, :, EOS] += 99.0
   cache = (jnp.asarray(weights), jnp.zeros((8, 6), jnp.int32), jnp.int32(0))
   greedy = decoding.sample(
-    history_model,
+    beam_models.history_model,
     cache,
     None,
     batch_size=8,
@@ -338,7 +288,7 @@ def test_a_beam_of_one_is_greedy_where_eos_is_first_or_nowhere():
   )
   lengths = sampling.sequence_weights(greedy.tokens).sum(axis=1)
   assert set(np.asarray(lengths)) == {1, 2, 3, 4, 5, 6}
-  result = compiled_search(weights, jnp.float32(0.0), num_decodes=1)
+  result = beam_models.compiled_search(weights, jnp.float32(0.0), num_decodes=1)
   np.testing.assert_array_equal(result.tokens[:, 0], greedy.tokens)
   np.testing.assert_allclose(
     result.scores[:, 0], greedy.log_probs.sum(axis=1), rtol=1e-5, atol=1e-5
@@ -365,11 +315,11 @@ def test_start_tokens_are_fed_first():
 
 def test_each_prompt_is_searched_to_its_own_length():
   """As alone with that length, EOS rare enough for prompts that none ends in."""
-  weights = history_weights(4, 5, 8, seed=4)
+  weights = beam_models.history_weights(4, 5, 8, seed=4)
   weights[:2, :, :, EOS] -= 9.0
   weights[0, 1:, :, EOS] += 30.0  # what comes after its length must not count
   room, num_decodes = (1, 3, 2, 5), 3
-  result = search(
+  result = beam_models.search(
     weights, 0.6, num_decodes, row_lengths=jnp.repeat(jnp.array(room), 3)
   )
   for b, length in enumerate(room):

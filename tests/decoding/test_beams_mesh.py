@@ -3,18 +3,12 @@
 import functools
 import re
 
+import beam_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_beams import (
-  compiled_search,
-  history_model,
-  history_weights,
-  run_scripted,
-  search,
-)
 
 from gkd_jax import decoding
 
@@ -23,15 +17,15 @@ from gkd_jax import decoding
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
 def test_sharded_batch_gives_the_same_outputs_without_moving_the_cache(shape):
-  weights = history_weights(8, 5, 6)
+  weights = beam_models.history_weights(8, 5, 6)
   alpha = jnp.float32(0.6)
-  alone = compiled_search(weights, alpha, num_decodes=3)
+  alone = beam_models.compiled_search(weights, alpha, num_decodes=3)
   mesh = jax.sharding.Mesh(
     np.array(jax.devices()).reshape(shape), ("data", "model")
   )
   rows = NamedSharding(mesh, PartitionSpec("data"))
   sharded = jax.jit(
-    functools.partial(search, num_decodes=3),
+    functools.partial(beam_models.search, num_decodes=3),
     in_shardings=(rows, None),
     out_shardings=rows,
   )
@@ -56,12 +50,12 @@ def test_sharded_batch_gives_the_same_outputs_without_moving_the_cache(shape):
 
 
 def test_no_gradient_flows_through_the_search():
-  weights = jnp.asarray(history_weights(1, 3, 4))
+  weights = jnp.asarray(beam_models.history_weights(1, 3, 4))
 
   def total(weights, alpha):
     # The weights come in both ways, in the cache and closed over.
     def model(tokens, cache):
-      logits, changed = history_model(tokens, cache[0])
+      logits, changed = beam_models.history_model(tokens, cache[0])
       return logits + weights.sum(), (changed, cache[1] + weights.sum())
 
     cache = weights, jnp.zeros((1, 3), jnp.int32), jnp.int32(0)
@@ -79,12 +73,14 @@ def test_no_gradient_flows_through_the_search():
 
 
 def test_rows_are_reordered_on_the_axis_that_is_given():
-  weights = jnp.asarray(history_weights(2, 4, 4))
-  expected = compiled_search(weights, jnp.float32(0.6), num_decodes=3)
+  weights = jnp.asarray(beam_models.history_weights(2, 4, 4))
+  expected = beam_models.compiled_search(
+    weights, jnp.float32(0.6), num_decodes=3
+  )
 
   def rows_last(tokens, cache):
     weights, history, position, table = cache
-    logits, (weights, history, position) = history_model(
+    logits, (weights, history, position) = beam_models.history_model(
       tokens, (weights, history.T, position)
     )
     # A leaf without rows that changes, and is as long as there are rows.
@@ -110,7 +106,7 @@ def test_rows_are_reordered_on_the_axis_that_is_given():
 def test_nan_logits_show_in_the_scores():
   laws = np.zeros((2, 2, 4))
   laws[0, 1] = np.nan
-  result = run_scripted(laws, num_decodes=2)
+  result = beam_models.run_scripted(laws, num_decodes=2)
   assert np.isnan(result.scores[0]).any()
   assert np.isfinite(result.scores[1]).all()
 

@@ -2,12 +2,12 @@
 
 import functools
 
+import divergence_oracle
 import jax
 import jax.numpy as jnp
 import loss_batches
 import numpy as np
 import pytest
-import test_divergences
 import toy_models
 
 from gkd_jax import decoding, divergences, losses
@@ -178,7 +178,7 @@ def test_divergence_is_that_of_the_real_tokens(beyond):
     }
 
   for name, ((total, aux), gradient) in every_loss(student).items():
-    expected = test_divergences.oracle(name, log_p, log_q) * weights
+    expected = divergence_oracle.divergence(name, log_p, log_q) * weights
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5, err_msg=name)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[:, :, REAL:], 0.0)
@@ -221,7 +221,7 @@ def test_models_leave_padding_out_of_gkd_and_not_of_cross_entropy():
   logits = [
     plain.logits(p, batch)[:, :, :REAL] for p in (teacher_params, params)
   ]
-  kl = test_divergences.oracle("forward_kl", *logits)
+  kl = divergence_oracle.divergence("forward_kl", *logits)
   weights = batch["decoder_loss_weights"]
   expected = ((kl * weights).sum(1) / weights.sum(1)).mean()
   np.testing.assert_allclose(loss / weight, expected, rtol=1e-5)

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import divergences
 from gkd_jax.divergences import stable
 
 # Largest |log(q / p)|, on both sides of where a series gives way to a logarithm.
 GAPS = (1e-5, 1e-3, 0.1, 0.49, 0.51, 0.99, 1.01, 4.0, 30.0)
 
 
-def laws(gap):
+def distributions(gap):
   """log p and log q of 4000 entries, `[4000, 1]`: no sum hides an entry."""
   rng = np.random.default_rng(0)
   log_p = -rng.uniform(0.1, 12, (4000, 1))
@@ -37,7 +36,7 @@ def assert_digits(got, expected, rtol):
 
 @pytest.mark.parametrize("gap", GAPS)
 def test_kls_of_entries_keep_their_digits(gap):
-  pair = laws(gap)
+  pair = distributions(gap)
   p, q, x, *_ = extended(*pair)
   forward, reverse = p * (np.expm1(x) - x), q * (np.expm1(-x) + x)
   got = jax.jit(stable.both_kls)(*pair)
@@ -52,11 +51,11 @@ def test_kls_of_entries_keep_their_digits(gap):
 @pytest.mark.parametrize("gap", GAPS)
 def test_jsd_of_entries_keeps_its_digits(gap, beta):
   """At a β of 1/2 that is known, and at one that is traced."""
-  pair = laws(gap)
+  pair = distributions(gap)
   p, q, _, of_p, of_q = extended(*pair)
 
   def loss(log_p, log_q, beta):
-    return divergences.normalized_jsd(log_p, log_q, beta, 1 - beta)
+    return stable.normalized_jsd(log_p, log_q, beta, 1 - beta)
 
   def total(log_p, log_q, beta):
     return jnp.sum(loss(log_p, log_q, beta))

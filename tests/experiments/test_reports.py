@@ -9,60 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
+import sweep_folders
 from PIL import Image
 
 from gkd_jax.experiments import figures, report_page, report_tables, run_folders
-
-# Student's t, 97.5 %, of 2 and of 1 degrees of freedom, from a printed table.
-T2, T1 = 4.302653, 12.706205
-
-
-def write_lines(path, rows):
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_run(folder, greedy, sampled, curve=(), **more):
-  folder.mkdir(parents=True, exist_ok=True)
-  rates = lambda wer: {"wer": wer, "per": wer / 4}
-  final = {"greedy": rates(greedy), "sampled": rates(sampled), "params": 1234}
-  (folder / "final.json").write_text(
-    json.dumps(final | {"split": "test", "seconds": 56.7} | more)
-  )
-  if curve:
-    lines = [{"step": 1, "loss": 2.0}]
-    lines += [{"step": s, "eval/wer": w} for s, w in curve]
-    write_lines(folder / "metrics.jsonl", lines)
-  return folder
-
-
-class Sweep:
-  """Writes the folder that a sweep leaves."""
-
-  def __init__(self, folder, **settings):
-    self.folder, self.cells, self.axes = folder, [], {}
-    self.settings = settings
-
-  def add(self, stage, seed, **axes):
-    name = f"{stage}/{'_'.join([*axes.values(), f'seed{seed}'])}"
-    self.cells.append(name)
-    for axis, label in axes.items():
-      self.axes.setdefault(axis, {})[label] = None
-    path = self.folder / name
-    path.mkdir(parents=True)
-    command = "eval" if stage == "eval" else "train"
-    done = "metrics.json" if command == "eval" else "final.json"
-    cell = {"name": name, "stage": stage, "axes": axes, "seed": seed}
-    (path / "cell.json").write_text(
-      json.dumps(cell | {"command": command, "done": done})
-    )
-    self.write()
-    return path
-
-  def write(self):
-    axes = {axis: list(labels) for axis, labels in self.axes.items()}
-    (self.folder / "sweep.json").write_text(
-      json.dumps({"axes": axes, "cells": self.cells, "report": self.settings})
-    )
 
 
 def score_run(path, greedy, sampled, steps=(), examples=()):
@@ -70,15 +20,17 @@ def score_run(path, greedy, sampled, steps=(), examples=()):
   (path / "final.json").write_text(
     json.dumps(final | {"seconds": 10.0, "params": 1000, "split": "test"})
   )
-  write_lines(path / "metrics.jsonl", steps)
-  write_lines(path / "examples.jsonl", examples)
+  sweep_folders.write_lines(path / "metrics.jsonl", steps)
+  sweep_folders.write_lines(path / "examples.jsonl", examples)
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
   """Every figure's data: three seeds, two sizes of data, and a cell that failed."""
   folder = tmp_path_factory.mktemp("sweep")
-  sweep = Sweep(folder, title="A <small> sweep", task="wmt14_en_de")
+  sweep = sweep_folders.Sweep(
+    folder, title="A <small> sweep", task="wmt14_en_de"
+  )
   methods = {"SFT": 20.0, "SeqKD": 21.0, "on-policy KD": 23.0}
   for method, base in methods.items():
     for labelled, more in (("1k", 0.0), ("10k", 2.0)):
@@ -187,7 +139,7 @@ def test_means_and_intervals_are_those_worked_out_by_hand(report):
   table = (report / "table.txt").read_text().splitlines()
   line = next(x for x in table if x.startswith("SeqKD") and " 10k " in x)
   # Seeds 23, 24, 25: mean 24, deviation 1, interval ± t / √3 = 2.4841.
-  half = T2 / np.sqrt(3)
+  half = sweep_folders.T2 / np.sqrt(3)
   assert re.split(r"\s{2,}", line)[:6] == [
     "SeqKD",
     "small",
@@ -200,7 +152,10 @@ def test_means_and_intervals_are_those_worked_out_by_hand(report):
     x for x in table if x.startswith("grid") and re.search(r"1 +reverse KL", x)
   )
   # Seeds 23 and 24: deviation 1/√2, interval ± t / 2.
-  assert f"23.5 [{23.5 - T1 / 2:.1f}, {23.5 + T1 / 2:.1f}]" in grid
+  assert (
+    f"23.5 [{23.5 - sweep_folders.T1 / 2:.1f}, {23.5 + sweep_folders.T1 / 2:.1f}]"
+    in grid
+  )
   page = Page((report / "index.html").read_text())
   shown = [row for row in page.rows if row[:3] == ["SeqKD", "small", "10k"]]
   assert "24.0 [21.5, 26.5]" in shown[0]
@@ -209,7 +164,7 @@ def test_means_and_intervals_are_those_worked_out_by_hand(report):
 def test_the_interval_of_seeds():
   summary = run_folders.estimate([2.0, 4.0, 9.0])
   # Mean 5, sum of squares 9 + 1 + 16 = 26, variance 13.
-  half = T2 * np.sqrt(13 / 3)
+  half = sweep_folders.T2 * np.sqrt(13 / 3)
   np.testing.assert_allclose(
     (summary.mean, summary.low, summary.high),
     (5, 5 - half, 5 + half),
@@ -273,7 +228,7 @@ def test_figures_draw_the_numbers(sweep):
     [[22.5, 23.5], [20.5, 21.5]]
   )
   assert [t.get_text() for t in panel.texts] == [
-    f"{mean}\n± {T1 / 2:.1f}" for mean in (20.5, 21.5, 22.5, 23.5)
+    f"{mean}\n± {sweep_folders.T1 / 2:.1f}" for mean in (20.5, 21.5, 22.5, 23.5)
   ]
   panel = figures.data_efficiency(study).figure.axes[0]
   lines = {x.get_label(): x for x in panel.get_lines()}
@@ -348,7 +303,7 @@ def test_the_paper_s_numbers_stand_beside_ours(report, sweep):
 
 
 def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
-  sweep = Sweep(tmp_path, task="wmt14_en_de")
+  sweep = sweep_folders.Sweep(tmp_path, task="wmt14_en_de")
   for size in ("t5-base", "tiny"):
     for fraction, divergence in (("0.5", "JSD(0.9)"), ("1.0", "skew KL")):
       place = {"STUDENT_DATA_FRACTION": fraction, "divergence": divergence}
@@ -418,7 +373,7 @@ def test_seconds_of_a_resumed_run_count_each_step_once(tmp_path):
     {"step": 20, "seconds_per_step": 3.0},  # done again after a kill
     {"step": 20, "eval/wer": 1.0},
   ]
-  write_lines(tmp_path / "metrics.jsonl", rows)
+  sweep_folders.write_lines(tmp_path / "metrics.jsonl", rows)
   with open(tmp_path / "metrics.jsonl", "a") as f:
     f.write('{"step": 3')  # killed while it wrote
   row = run_folders.read_cell(str(tmp_path))

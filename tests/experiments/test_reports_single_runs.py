@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_reports import T1, Sweep, write_run
+import sweep_folders
 
 from gkd_jax.experiments import figures, report_page, run_folders
 
@@ -12,8 +12,12 @@ from gkd_jax.experiments import figures, report_page, run_folders
 
 @pytest.fixture
 def folders(tmp_path):
-  teacher = write_run(tmp_path / "a", 28.0, 36.0, validation={"wer": 30.5})
-  student = write_run(tmp_path / "b", 60.0, 64.0, [(10, 80.0), (20, 62.0)])
+  teacher = sweep_folders.write_run(
+    tmp_path / "a", 28.0, 36.0, validation={"wer": 30.5}
+  )
+  student = sweep_folders.write_run(
+    tmp_path / "b", 60.0, 64.0, [(10, 80.0), (20, 62.0)]
+  )
   return teacher, student
 
 
@@ -47,12 +51,15 @@ def test_report_of_single_runs(folders, tmp_path, capsys):
 
 
 def test_a_name_given_twice_is_two_seeds(folders, tmp_path):
-  again = write_run(tmp_path / "c", 64.0, 66.0)
+  again = sweep_folders.write_run(tmp_path / "c", 64.0, 66.0)
   text = report_page.report(
     [f"gkd={folders[1]}", f"gkd={again}"], str(tmp_path / "out")
   )
   # 60 and 64: ± t · 2√2 / √2.
-  assert f"62.0 [{62 - 2 * T1:.1f}, {62 + 2 * T1:.1f}]" in text
+  assert (
+    f"62.0 [{62 - 2 * sweep_folders.T1:.1f}, {62 + 2 * sweep_folders.T1:.1f}]"
+    in text
+  )
 
 
 def test_learning_curves_hold_validation_errors_alone(folders):
@@ -68,7 +75,7 @@ def test_learning_curves_hold_validation_errors_alone(folders):
   assert list(lines["gkd"].get_xdata()) == [10, 20]
   assert list(lines["gkd"].get_ydata()) == [80.0, 62.0]
   assert set(lines["teacher"].get_ydata()) == {30.5}  # not 28.0, on test
-  write_run(teacher, 28.0, 36.0)
+  sweep_folders.write_run(teacher, 28.0, 36.0)
   assert list(drawn()) == ["gkd"]
 
 
@@ -77,7 +84,7 @@ def test_what_is_neither_run_nor_sweep(tmp_path):
     ValueError, match=r"final\.json, or a sweep, got .*nothing"
   ):
     report_page.report([str(tmp_path / "nothing")], str(tmp_path))
-  sweep = Sweep(tmp_path / "sweep")
+  sweep = sweep_folders.Sweep(tmp_path / "sweep")
   sweep.add("methods", 0, method="SFT")
   with pytest.raises(ValueError, match="at least one finished run"):
     report_page.report([str(sweep.folder)], str(tmp_path))

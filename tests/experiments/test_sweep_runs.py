@@ -12,9 +12,11 @@ import sys
 import time
 
 import pytest
-from test_sweeps import ROOT, read
+import sweep_folders
 
 from gkd_jax.experiments import sweep_runner, sweeps
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # ---- running: a stand-in for `gkd` that does what a cell of a grid does ------
 
@@ -75,7 +77,7 @@ def test_a_failed_cell_is_told_of_and_stops_only_what_needs_it(
   tmp_path, stand_in, capsys
 ):
   text = GRID.replace("SLOW = 60", "SILENT = 1")
-  cells = sweeps.cells(read(tmp_path, text))
+  cells = sweeps.cells(sweep_folders.read(tmp_path, text))
   output = tmp_path / "out"
   assert not run(cells, output, stand_in)
   begun = {
@@ -148,7 +150,7 @@ def test_a_killed_sweep_goes_on_and_redoes_nothing(
   text = text.replace("bad = {FAIL = 1}", "bad = {BAD = 1}").replace(
     "= 2", "= 1", 1
   )
-  cells = sweeps.cells(read(tmp_path, text))
+  cells = sweeps.cells(sweep_folders.read(tmp_path, text))
   output = tmp_path / "out"
   slow = output / "first" / "slow_seed0"
   process = sweep_process(tmp_path, stand_in)
@@ -173,7 +175,7 @@ def test_a_killed_sweep_goes_on_and_redoes_nothing(
 
 def test_sigterm_reaches_the_cells_and_no_other_is_begun(tmp_path, stand_in):
   text = GRID.replace("good = {GOOD = 1}", "good = {GOOD = 1, SLOW = 60}")
-  sweeps.cells(read(tmp_path, text))
+  sweeps.cells(sweep_folders.read(tmp_path, text))
   process = sweep_process(tmp_path, stand_in)
   output = tmp_path / "out"
   wait_for((output / "first" / "good_seed0" / "begun").exists)
@@ -195,7 +197,9 @@ def test_each_of_the_cells_starts_under_cores_of_its_own(tmp_path, stand_in):
   assert sweep_runner.core_groups(1) == [mine]
   grid = "[axes]\nX = [1, 2, 3]\n[stages.only]\nmacros = {SLOW = 0.3}"
   output = tmp_path / "out"
-  assert run(sweeps.cells(read(tmp_path, grid)), output, stand_in, jobs=2)
+  assert run(
+    sweeps.cells(sweep_folders.read(tmp_path, grid)), output, stand_in, jobs=2
+  )
   used = [
     json.loads((output / f"only/X-{i}_seed0/starts").read_text())
     for i in (1, 2, 3)
@@ -206,7 +210,7 @@ def test_each_of_the_cells_starts_under_cores_of_its_own(tmp_path, stand_in):
 
 def test_the_printed_commands_do_what_the_sweep_does(tmp_path, stand_in):
   text = GRID.replace("{FAIL = 1}", '{env = {X = "a b"}}').replace("60", "0")
-  cells = sweeps.cells(read(tmp_path, text))
+  cells = sweeps.cells(sweep_folders.read(tmp_path, text))
   output = tmp_path / "out"
   sweep_runner.prepare(cells, str(output), {})
   lines = sweep_runner.commands(cells, str(output)).splitlines()
@@ -230,13 +234,15 @@ def test_other_settings_for_a_cell_that_was_begun_are_refused(
 ):
   output = tmp_path / "out"
   grid = '[axes]\nX = [1, 2]\n[stages.only]\nmacros = {Y = "a"}'
-  assert run(sweeps.cells(read(tmp_path, grid)), output, stand_in)
+  assert run(sweeps.cells(sweep_folders.read(tmp_path, grid)), output, stand_in)
   # Further points are welcome, and the folder may have moved.
   output = pathlib.Path(shutil.move(output, tmp_path / "moved"))
   more = grid.replace("[1, 2]", "[1, 2, 3]")
-  assert run(sweeps.cells(read(tmp_path, more)), output, stand_in)
+  assert run(sweeps.cells(sweep_folders.read(tmp_path, more)), output, stand_in)
   assert set(starts(output).values()) == {1}
-  changed = sweeps.cells(read(tmp_path, grid.replace('"a"', '"b"')))
+  changed = sweeps.cells(
+    sweep_folders.read(tmp_path, grid.replace('"a"', '"b"'))
+  )
   with pytest.raises(ValueError, match=r"settings that .*X-1_seed0 was begun"):
     run(changed, output, stand_in)
   with pytest.raises(ValueError, match="without quotes"):

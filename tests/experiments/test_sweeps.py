@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import sweep_folders
 
 import gin
 from gkd_jax import gin_utils, main, train
@@ -46,15 +47,11 @@ macros = {INITIAL_CHECKPOINT_PATH = "{sft}", TRAIN_STEPS = 9}
 """
 
 
-def read(tmp_path, text):
-  path = tmp_path / "sweep.toml"
-  path.write_text(text)
-  return sweeps.read(str(path))
-
-
 @pytest.fixture
 def methods(tmp_path):
-  found = sweeps.cells(read(tmp_path, METHODS), ["BATCH_SIZE = 4"])
+  found = sweeps.cells(
+    sweep_folders.read(tmp_path, METHODS), ["BATCH_SIZE = 4"]
+  )
   return {cell.name: cell for cell in found}
 
 
@@ -129,7 +126,10 @@ def test_flags_give_the_same_cells_as_a_file(tmp_path):
   assert cells[1].settings["DIVERGENCE"] == "'forward_kl'"
   assert cells[1].gin_files == ("methods/sft.gin", "exp.gin")
   assert [c.arguments("/o") for c in cells] == (
-    [c.arguments("/o") for c in sweeps.cells(read(tmp_path, text))]
+    [
+      c.arguments("/o")
+      for c in sweeps.cells(sweep_folders.read(tmp_path, text))
+    ]
   )
 
 
@@ -157,7 +157,7 @@ def test_flags_give_the_same_cells_as_a_file(tmp_path):
 def test_errors_of_a_file_name_the_setting(tmp_path, old, new, message):
   assert old in METHODS
   with pytest.raises(ValueError, match=message):
-    sweeps.cells(read(tmp_path, METHODS.replace(old, new, 1)))
+    sweeps.cells(sweep_folders.read(tmp_path, METHODS.replace(old, new, 1)))
 
 
 def test_errors_of_flags():
@@ -188,7 +188,7 @@ gin_file = "experiments/smoke_teacher.gin"
   ],
 )
 def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
-  cells = sweeps.cells(read(tmp_path, SMOKE.replace(old, new)))
+  cells = sweeps.cells(sweep_folders.read(tmp_path, SMOKE.replace(old, new)))
   if message is None:
     sweep_runner.check_here(cells, "/o", [])
   else:

@@ -40,3 +40,20 @@ def model(name, **kwargs):
     params(numbers),
     part(numbers, "batch"),
   )
+
+
+def decoder_only(prefix_lm):
+  """Model, parameters, batch and numbers of T5X's decoder-only example."""
+  numbers, info = load("decoder_only_tiny")
+  config = network.TransformerConfig(**info["config"])
+  model = models.DecoderOnlyModel(
+    network.DecoderWrapper(config),
+    inputs_bidirectional_attention=prefix_lm,
+    z_loss=1e-4,
+  )
+  start = "bidirectional_" if prefix_lm else "causal_"
+  expected = {
+    k.removeprefix(start): v for k, v in numbers.items() if k.startswith(start)
+  }
+  batch = part(numbers, "batch")
+  return model, params(numbers), batch, expected

@@ -1,5 +1,6 @@
 """Tiny decoder-only models, a batch of prompts, and the network in numpy."""
 
+import jax
 import numpy as np
 import toy_models
 from flax import traverse_util
@@ -164,3 +165,8 @@ def _bucket(distance):
   if distance < 16:
     return max(distance, 0)
   return min(16 + int(16 * np.log(distance / 16) / np.log(128 / 16)), 31)
+
+
+def sampler(model):
+  """The compiled sampler of a model, without PAD as on-policy training has it."""
+  return jax.jit(lambda *args: model.sample(*args, suppress_ids=(0,)))

@@ -1,5 +1,7 @@
 """A tiny student and teacher, and a batch of very different lengths."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,34 @@ def sgd_step(a_model, source, **kwargs):
 def state(student_params, optimizer):
   """The state before the first step."""
   return training.create(student_params, optimizer.transform)
+
+
+def stack_layers(params):
+  """An unrolled network's parameters with each side's layers stacked, by hand."""
+  result = {}
+  for side, tree in params.items():
+    layers = sorted(k for k in tree if k.startswith("layers_"))
+    result[side] = {k: v for k, v in tree.items() if k not in layers}
+    if layers:
+      result[side]["layers"] = jax.tree.map(
+        lambda *x: np.stack(x), *(tree[k] for k in layers)
+      )
+  return result
+
+
+def deep(width, depth=2):
+  """A toy T5 1.1 of several layers."""
+  config = dataclasses.replace(
+    model(width).config, num_encoder_layers=depth, num_decoder_layers=depth
+  )
+  return models.EncoderDecoderModel(network.Transformer(config))
+
+
+def normal_params(model, seed):
+  """Random parameters of a toy, without compiling their distributions."""
+  shapes = jax.eval_shape(
+    lambda: model.get_initial_variables(jax.random.key(0), SHAPES)
+  )["params"]
+  rng = np.random.default_rng(seed)
+  normal = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)
+  return jax.tree.map(normal, shapes)

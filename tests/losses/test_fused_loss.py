@@ -139,9 +139,11 @@ def test_memory_is_that_of_a_chunks_logits_and_the_gradients():
 
 @pytest.mark.parametrize("tiles", [(1, 4), (2, 2), (4, 1)])
 def test_agreement_is_of_the_first_of_equal_ones(tiles):
-  # All pairs of laws of four logits that are 0 or 1.
-  laws = np.array(list(itertools.product([0.0, 1.0], repeat=4)), np.float32)
-  p, q = np.repeat(laws, 16, axis=0), np.tile(laws, (16, 1))
+  # All pairs of distributions of four logits that are 0 or 1.
+  distributions = np.array(
+    list(itertools.product([0.0, 1.0], repeat=4)), np.float32
+  )
+  p, q = np.repeat(distributions, 16, axis=0), np.tile(distributions, (16, 1))
   rules = fused_chunks.Rules(divergences.get("forward_kl"), 3.0, 0.7, None)
   of = functools.partial(losses.token_losses, rules, fused_chunks.Tiles(*tiles))
   _, metrics, _ = jax.jit(of)(p, q)

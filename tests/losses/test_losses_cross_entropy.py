@@ -10,10 +10,10 @@ from gkd_jax import losses
 
 
 def smoothed(targets, size, smoothing):
-  """The law `[B, T, V]` that label smoothing trains towards."""
-  law = np.full((*targets.shape, size), smoothing / (size - 1))
-  np.put_along_axis(law, targets[:, :, None], 1 - smoothing, axis=-1)
-  return law
+  """The distribution `[B, T, V]` that label smoothing trains towards."""
+  distribution = np.full((*targets.shape, size), smoothing / (size - 1))
+  np.put_along_axis(distribution, targets[:, :, None], 1 - smoothing, axis=-1)
+  return distribution
 
 
 @pytest.mark.parametrize("name", golden_t5x.NAMES)
@@ -46,9 +46,11 @@ def test_equals_float64(smoothing, normalization):
     length_normalization=normalization,
   )
   log_q = loss_batches.log_softmax64(logits)
-  law = smoothed(targets, logits.shape[-1], smoothing)
-  # The KL from the smoothed law: its entropy is subtracted.
-  kl = (law * (np.log(np.maximum(law, 1e-300)) - log_q)).sum(-1)
+  distribution = smoothed(targets, logits.shape[-1], smoothing)
+  # The KL from the smoothed distribution: its entropy is subtracted.
+  kl = (distribution * (np.log(np.maximum(distribution, 1e-300)) - log_q)).sum(
+    -1
+  )
   z_loss = 0.01 * np.log(np.exp(np.float64(logits)).sum(-1)) ** 2
   lengths = weights.sum(1)
   shares, number = weights, lengths.sum()
@@ -76,8 +78,8 @@ def test_gradient_by_its_closed_form():
   _, _, gradient = loss_batches.value_and_grad(loss, logits)
   q = np.exp(loss_batches.log_softmax64(logits))
   log_z = np.log(np.exp(np.float64(logits)).sum(-1, keepdims=True))
-  law = smoothed(targets, logits.shape[-1], 0.1)
-  expected = (q - law + 0.02 * log_z * q) * weights[:, :, None]
+  distribution = smoothed(targets, logits.shape[-1], 0.1)
+  expected = (q - distribution + 0.02 * log_z * q) * weights[:, :, None]
   np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ import toy_models
 from gkd_jax import losses, models
 
 
-def law(logits):
+def distribution(logits):
   """Softmax in float64."""
   logits = np.asarray(logits, np.float64)
   e = np.exp(logits - logits.max(-1, keepdims=True))
@@ -25,7 +25,7 @@ def by_hand(p, q, y, lengths, mix, *, normalize):
   """Slope of the summed loss in the student's logits, token by token.
 
   Args:
-    p: teacher's laws, float64 `[B, T, V]`.
+    p: teacher's distributions, float64 `[B, T, V]`.
     q: the student's.
     y: tokens `[B, T]`.
     lengths: of the outputs.
@@ -70,28 +70,35 @@ def test_gradient_on_a_fixed_batch_is_the_papers(mix, normalize):
 
   got, number = jax.jit(jax.grad(loss, has_aux=True))(jnp.asarray(student))
   expected = by_hand(
-    law(teacher), law(student), y, lengths, mix, normalize=normalize
+    distribution(teacher),
+    distribution(student),
+    y,
+    lengths,
+    mix,
+    normalize=normalize,
   )
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
   assert number == 4
 
 
-# ---- all outputs of a tiny law: two tokens of three, 0 ends an output ---------
+# ---- all outputs of a tiny model: two tokens of three, 0 ends an output -------
 OUTPUTS = [(0,), *itertools.product((1, 2), (0, 1, 2))]
 STUDENT = np.array([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6], [-0.3, 0.2, 0.7]])
 TEACHER = np.array([[-1.0, 0.6, 0.1], [0.9, -0.8, 0.2], [0.5, 0.5, -1.2]])
 
 
-def probability(laws, y):
-  return laws[0, y[0]] * (laws[y[0], y[1]] if len(y) > 1 else 1.0)
+def probability(distributions, y):
+  return distributions[0, y[0]] * (
+    distributions[y[0], y[1]] if len(y) > 1 else 1.0
+  )
 
 
 def exact_gradient():
   """Of Σ_y q(y) log q(y)/p(y) in the student's logits, by differences."""
-  p = law(TEACHER)
+  p = distribution(TEACHER)
 
   def kl(theta):
-    q = law(theta)
+    q = distribution(theta)
     return sum(
       probability(q, y) * np.log(probability(q, y) / probability(p, y))
       for y in OUTPUTS
@@ -121,7 +128,7 @@ def expected_estimate(mix, **settings):
   gradients = jax.jit(jax.jacobian(losses_of_outputs))(
     jnp.asarray(STUDENT, jnp.float32)
   )
-  m = mix * law(TEACHER) + (1 - mix) * law(STUDENT)
+  m = mix * distribution(TEACHER) + (1 - mix) * distribution(STUDENT)
   shares = np.array([probability(m, y) for y in OUTPUTS])
   np.testing.assert_allclose(shares.sum(), 1)
   return np.tensordot(shares, np.asarray(gradients, np.float64), 1)
@@ -181,22 +188,22 @@ def test_outputs_follow_the_mixture_token_by_token():
   common = int(np.argmax(np.where(np.arange(16) == 1, 0, first)))
 
   def mixed(position, previous):
-    """The mixture's law after `previous`, both networks run without a cache."""
+    """The mixture after `previous`, both networks run without a cache."""
     inputs = np.array([[0, *previous]], np.int32)
     batch = features(1, inputs.shape[1]) | {
       "decoder_input_tokens": inputs,
       "decoder_target_tokens": np.ones_like(inputs),
     }
-    laws = []
+    distributions = []
     for m, p, temperature in (
       (model.teacher, teacher, 0.5),
       (model.student, student, 1.0),
     ):
       logits = np.array(m.logits(p, batch)[0, position], np.float64)
       logits[0] = -np.inf
-      laws.append(law(logits / temperature))
-    assert np.abs(laws[0] - laws[1]).sum() > 0.3
-    return mix * laws[0] + (1 - mix) * laws[1]
+      distributions.append(distribution(logits / temperature))
+    assert np.abs(distributions[0] - distributions[1]).sum() > 0.3
+    return mix * distributions[0] + (1 - mix) * distributions[1]
 
   second = np.bincount(tokens[tokens[:, 0] == common, 1], minlength=16)
   for counts, expected in (
@@ -251,16 +258,19 @@ def test_the_steps_gradient_is_the_papers():
   assert lengths.min() < 4 < lengths.max()
   logits = jax.jit(model.student.logits)
   z, pull = jax.vjp(lambda p: logits(p, batch), student)
-  laws = []
+  distributions = []
   for x in (jax.jit(model.teacher.logits)(teacher, batch), z):
     x = np.array(x, np.float64)
     x[..., 0] = -np.inf
-    laws.append(law(x))
-  slope = by_hand(*laws, np.asarray(tokens), lengths, 0.2, normalize=True) / 8
+    distributions.append(distribution(x))
+  slope = (
+    by_hand(*distributions, np.asarray(tokens), lengths, 0.2, normalize=True)
+    / 8
+  )
   assert_same(got, pull(jnp.asarray(slope, jnp.float32))[0])
   y = np.asarray(tokens)
   gap = sum(
-    np.log(laws[1][b, t, y[b, t]] / laws[0][b, t, y[b, t]])
+    np.log(distributions[1][b, t, y[b, t]] / distributions[0][b, t, y[b, t]])
     for b in range(8)
     for t in range(lengths[b])
   )

@@ -1,5 +1,6 @@
-"""Losses from stored top-k laws: a lower bound that becomes exact."""
+"""Losses from stored top-k log-probs: a lower bound that becomes exact."""
 
+import divergence_oracle
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import loss_batches
 import numpy as np
 import pytest
-import test_divergences
 from jax import test_util
 
 from gkd_jax import divergences, losses
@@ -35,7 +35,7 @@ def stored_loss(
 ):
   options = {"divergence": "forward_kl"} | options
   real = options.get("num_real_tokens")
-  ids, log_probs = losses.top_k_law(teacher, top_k, num_real_tokens=real)
+  ids, log_probs = losses.top_k_log_probs(teacher, top_k, num_real_tokens=real)
   return losses.stored_distillation_loss(
     ids, log_probs.astype(dtype), student, weights, **options
   )
@@ -59,7 +59,7 @@ def every_value(teacher, student):
 
 
 def bucket_logs(teacher, student, top_k):
-  """Both laws over k + 1 buckets, log-probs in float64."""
+  """Both distributions over k + 1 buckets, log-probs in float64."""
   p, q = map(loss_batches.log_softmax64, (teacher, student))
   order = np.argsort(-p, axis=-1, kind="stable")
   p, q = (np.take_along_axis(x, order, axis=-1) for x in (p, q))
@@ -79,7 +79,7 @@ def test_a_lower_bound_that_grows_with_k_and_is_exact_at_the_end(pair):
   teacher, student = pair
   values = every_value(teacher, student)
   for name in divergences.names():
-    exact = test_divergences.oracle(name, teacher, student, **HYPER)
+    exact = divergence_oracle.divergence(name, teacher, student, **HYPER)
     close = 1e-4 * exact + 1e-5
     before = np.zeros_like(exact)
     for k in SIZES:
@@ -89,7 +89,7 @@ def test_a_lower_bound_that_grows_with_k_and_is_exact_at_the_end(pair):
       assert np.all(got <= exact + close), (name, k)
       # The bound itself, and not only that it is one.
       buckets = bucket_logs(teacher, student, k)
-      expected = test_divergences.oracle(name, *buckets, **HYPER)
+      expected = divergence_oracle.divergence(name, *buckets, **HYPER)
       np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
       before = got
     assert np.all(np.abs(before - exact) <= close), name
@@ -124,7 +124,7 @@ def test_value_and_gradient_at_full_size_are_the_dense_loss(normalization):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_of_a_coarse_law():
+def test_gradient_of_a_coarse_distribution():
   teacher, student, weights, _ = loss_batches.random_batch(shape=(2, 3, 7))
   test_util.check_grads(
     lambda x: stored_loss(teacher, x, weights, 2, student_temperature=1.5)[0],
@@ -143,7 +143,7 @@ def test_padding_adds_neither_value_nor_gradient():
   padding = weights == 0
   assert padding.any()
   student[padding] = np.nan
-  ids, log_probs = map(np.array, losses.top_k_law(teacher, 3))
+  ids, log_probs = map(np.array, losses.top_k_log_probs(teacher, 3))
   ids[padding], log_probs[padding] = 0, np.nan
   got = loss_batches.value_and_grad(
     lambda x: losses.stored_distillation_loss(
@@ -165,7 +165,7 @@ def test_padding_of_the_vocabulary_has_no_mass():
 
 def test_temperatures():
   teacher, student, weights, _ = loss_batches.random_batch()
-  ids, log_probs = losses.top_k_law(teacher, 7, teacher_temperature=2.0)
+  ids, log_probs = losses.top_k_log_probs(teacher, 7, teacher_temperature=2.0)
   got = losses.stored_distillation_loss(
     ids,
     log_probs,
@@ -193,15 +193,15 @@ def test_float16_storage():
     narrow = stored_loss(teacher, student, weights, k, dtype="float16")[0]
     assert narrow != exact
     np.testing.assert_allclose(narrow, exact, rtol=2e-3)
-  stored = losses.top_k_law(teacher, 7)[1].astype("float16")
+  stored = losses.top_k_log_probs(teacher, 7)[1].astype("float16")
   assert np.isfinite(stored).all() and np.all(np.exp(stored[..., -1]) == 0)
 
 
 def test_what_does_not_fit_is_told():
   teacher, student, weights, _ = loss_batches.random_batch()
   with pytest.raises(ValueError, match=r"within 1\.\.7.*got 8; set TOP_K"):
-    losses.top_k_law(teacher, 8)
-  ids, log_probs = losses.top_k_law(teacher, 2)
+    losses.top_k_log_probs(teacher, 8)
+  ids, log_probs = losses.top_k_log_probs(teacher, 2)
   loss = lambda *args: losses.stored_distillation_loss(
     *args, weights, divergence="forward_kl"
   )[0]

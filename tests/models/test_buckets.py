@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import optax
 import pytest
 import toy_decoder_only
 import toy_models
-from jax.extend import core
 
 from gkd_jax import models, partitioning, training
 from gkd_jax.models import length_buckets
@@ -254,15 +254,6 @@ def test_a_mesh_changes_nothing():
   assert_close((gradient, metrics), expected, 1e-5)
 
 
-def equations(jaxpr, name):
-  """Equations of a primitive, those inside of others included."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == name:
-      yield equation
-    for inner in core.jaxprs_in_params(equation.params):
-      yield from equations(inner, name)
-
-
 @pytest.mark.parametrize(("dropout_rate", "encodings"), [(0.0, 1), (0.1, 2)])
 def test_branches_hold_no_encoder(dropout_rate, encodings):
   model, student, teacher = toy_models.gkd(
@@ -277,7 +268,9 @@ def test_branches_hold_no_encoder(dropout_rate, encodings):
   products = str(closed).count("f32[8,2,6,6] = dot_general")
   assert products == encodings + 1 + 1
   (switch,) = (
-    e for e in equations(closed.jaxpr, "cond") if len(e.params["branches"]) == 3
+    e
+    for e in jaxprs.equations(closed.jaxpr, "cond")
+    if len(e.params["branches"]) == 3
   )
   # Loss and weight, five metrics with weights, and gradients of what a decoder
   # reads, the encoded inputs among it.

@@ -12,7 +12,7 @@ import scipy.stats
 import toy_decoder_only as toy
 from flax import traverse_util
 
-from gkd_jax import decoding, models, network
+from gkd_jax import decoding
 
 both_ways = pytest.mark.parametrize("prefix_lm", [False, True])
 
@@ -20,26 +20,9 @@ both_ways = pytest.mark.parametrize("prefix_lm", [False, True])
 # --- Against T5X ----------------------------------------------------------------
 
 
-def golden(prefix_lm):
-  """Model, parameters, batch and numbers of T5X's decoder-only example."""
-  numbers, info = golden_t5x.load("decoder_only_tiny")
-  config = network.TransformerConfig(**info["config"])
-  model = models.DecoderOnlyModel(
-    network.DecoderWrapper(config),
-    inputs_bidirectional_attention=prefix_lm,
-    z_loss=1e-4,
-  )
-  start = "bidirectional_" if prefix_lm else "causal_"
-  expected = {
-    k.removeprefix(start): v for k, v in numbers.items() if k.startswith(start)
-  }
-  batch = golden_t5x.part(numbers, "batch")
-  return model, golden_t5x.params(numbers), batch, expected
-
-
 def test_names_shapes_and_axes_are_t5x():
   _, info = golden_t5x.load("decoder_only_tiny")
-  model, _, batch, _ = golden(False)
+  model, _, batch, _ = golden_t5x.decoder_only(False)
   shapes = {k: v.shape for k, v in batch.items()}
   variables = jax.eval_shape(
     lambda: model.get_initial_variables(jax.random.key(0), shapes)
@@ -63,7 +46,7 @@ def test_untied_head_is_named_as_t5x_names_it():
 
 @both_ways
 def test_logits_loss_and_scores_equal_t5x(prefix_lm):
-  model, params, batch, expected = golden(prefix_lm)
+  model, params, batch, expected = golden_t5x.decoder_only(prefix_lm)
   logits = model.logits(params, batch)
   np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
   loss, _ = model.loss_fn(params, batch, None)
@@ -74,7 +57,7 @@ def test_logits_loss_and_scores_equal_t5x(prefix_lm):
 
 @both_ways
 def test_greedy_continuations_equal_t5x(prefix_lm):
-  model, params, batch, expected = golden(prefix_lm)
+  model, params, batch, expected = golden_t5x.decoder_only(prefix_lm)
   tokens = jax.jit(model.predict_batch)(params, batch)
   np.testing.assert_array_equal(tokens, expected["greedy"])
 
@@ -123,7 +106,7 @@ def test_prefilled_decoding_equals_the_full_forward_pass(prefix_lm):
   params, pairs = toy.params(model, 3), toy.pairs(8)
   # Outputs of the batch are not read: these are taken out.
   batch = toy.rows([(prompt, []) for prompt, _ in pairs])
-  result = draw(model)(params, batch, jax.random.key(4))
+  result = toy.sampler(model)(params, batch, jax.random.key(4))
   tokens, log_probs = map(np.asarray, result)
   outputs = [row[: np.count_nonzero(row)].tolist() for row in tokens]
   prompts = [prompt for prompt, _ in pairs]
@@ -183,11 +166,6 @@ def test_remat_changes_nothing(policy):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def draw(model):
-  """The compiled sampler of a model, without PAD as on-policy training has it."""
-  return jax.jit(lambda *args: model.sample(*args, suppress_ids=(0,)))
-
-
 # --- Samples ------------------------------------------------------------------------
 
 
@@ -198,7 +176,9 @@ def test_sampled_frequencies_follow_the_softmax(prefix_lm):
   draws = 4000
   prompts = [[1], [3, 2]]
   batch = toy.rows([(p, []) for p in prompts for _ in range(draws)], width=4)
-  tokens = np.asarray(draw(model)(params, batch, jax.random.key(8)).tokens)
+  tokens = np.asarray(
+    toy.sampler(model)(params, batch, jax.random.key(8)).tokens
+  )
   for i, prompt in enumerate(prompts):
     outputs = _possible_outputs(4 - len(prompt))
     rows = toy.rows([(prompt, o) for o in outputs], width=4)
@@ -267,7 +247,7 @@ def test_a_longest_output_cuts_and_changes_nothing_before():
   model, short = toy.model(), toy.model(max_output_length=2)
   params, batch = toy.params(model, 3), toy.batch()
   whole, cut = (
-    np.asarray(draw(m)(params, batch, jax.random.key(4)).tokens)
+    np.asarray(toy.sampler(m)(params, batch, jax.random.key(4)).tokens)
     for m in (model, short)
   )
   np.testing.assert_array_equal(cut[:, :2], whole[:, :2])

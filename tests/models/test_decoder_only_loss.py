@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import toy_decoder_only as toy
 import toy_models
-from test_decoder_only import draw
 
 from gkd_jax import models
 from gkd_jax.decoding import sampling
@@ -86,7 +85,7 @@ def test_sampled_outputs_stand_after_their_prompts_and_end_the_weights():
   batch = {k: jnp.asarray(v) for k, v in batch.items()}
   args = student, (), batch, None, jax.random.key(2), jnp.arange(9)
   new, metrics = jax.jit(model._with_samples)(*args)
-  result = draw(model.student)(student, batch, jax.random.key(2))
+  result = toy.sampler(model.student)(student, batch, jax.random.key(2))
   tokens = np.asarray(result.tokens)
   outputs = [row[row > 0].tolist() for row in tokens[:8]] + [[]]
   assert len({len(o) for o in outputs}) > 3

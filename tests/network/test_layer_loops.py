@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_decoder_only
-import test_import_t5x
+import t5x_checkpoints
 import toy_models
 from flax import linen as nn
 from flax import traverse_util
@@ -39,47 +38,15 @@ def scanned(model, **fields):
   return new
 
 
-def stack(params):
-  """An unrolled network's parameters with each side's layers stacked, by hand."""
-  result = {}
-  for side, tree in params.items():
-    layers = sorted(k for k in tree if k.startswith("layers_"))
-    result[side] = {k: v for k, v in tree.items() if k not in layers}
-    if layers:
-      result[side]["layers"] = jax.tree.map(
-        lambda *x: np.stack(x), *(tree[k] for k in layers)
-      )
-  return result
-
-
 def distance(got, expected):
   """Norm of the difference of whole trees, over that of the second."""
   difference = jax.tree.map(lambda a, b: np.asarray(a) - b, got, expected)
   return optax.tree.norm(difference) / optax.tree.norm(expected)
 
 
-def deep(width, depth=2):
-  """A toy T5 1.1 of several layers."""
-  model = toy_models.model(width)
-  config = dataclasses.replace(
-    model.config, num_encoder_layers=depth, num_decoder_layers=depth
-  )
-  return models.EncoderDecoderModel(network.Transformer(config))
-
-
-def draw(model, seed):
-  """Random parameters of a toy, without compiling their distributions."""
-  shapes = jax.eval_shape(
-    lambda: model.get_initial_variables(jax.random.key(0), toy_models.SHAPES)
-  )["params"]
-  rng = np.random.default_rng(seed)
-  normal = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)
-  return jax.tree.map(normal, shapes)
-
-
 def gkd(scan, depth=2, **settings):
   """`GKDModel`, both networks scanned or not."""
-  parts = deep(8, depth), deep(12, depth)
+  parts = toy_models.deep(8, depth), toy_models.deep(12, depth)
   if scan:
     parts = map(scanned, parts)
   return models.GKDModel(*parts, **settings)
@@ -87,8 +54,11 @@ def gkd(scan, depth=2, **settings):
 
 def gkd_params(scan):
   """The student's and the teacher's."""
-  params = draw(deep(8), 1), draw(deep(12), 2)
-  return tuple(map(stack, params)) if scan else params
+  params = (
+    toy_models.normal_params(toy_models.deep(8), 1),
+    toy_models.normal_params(toy_models.deep(12), 2),
+  )
+  return tuple(map(toy_models.stack_layers, params)) if scan else params
 
 
 # --- Values ---------------------------------------------------------------------
@@ -102,7 +72,7 @@ def compiled(model, method, *arguments):
 def test_logits_hidden_states_and_tokens_equal_t5x(name):
   numbers, _ = golden_t5x.load(name)
   plain, params, batch = golden_t5x.model(name)
-  model, stacks = scanned(plain), stack(params)
+  model, stacks = scanned(plain), toy_models.stack_layers(params)
   encoded = compiled(plain, "encode", params, batch)
   hidden, expected = (
     compiled(a_model, "decoder_hidden", of, encoded, batch)
@@ -121,15 +91,15 @@ def test_gradients_of_recomputed_layers_equal_t5x(policy):
   plain, params, batch = golden_t5x.model("t5_1_1_tiny", z_loss=1e-4)
   model = scanned(plain, remat_policy=policy)
   loss = lambda p: model.loss_fn(p, batch, None)[0]
-  grads = jax.jit(jax.grad(loss))(stack(params))
-  expected = stack(golden_t5x.params(numbers, "grads"))
+  grads = jax.jit(jax.grad(loss))(toy_models.stack_layers(params))
+  expected = toy_models.stack_layers(golden_t5x.params(numbers, "grads"))
   assert distance(grads, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_decoder_only_equals_t5x(prefix_lm):
-  plain, params, batch, expected = test_decoder_only.golden(prefix_lm)
-  model, stacks = scanned(plain), stack(params)
+  plain, params, batch, expected = golden_t5x.decoder_only(prefix_lm)
+  model, stacks = scanned(plain), toy_models.stack_layers(params)
   logits = compiled(model, "logits", stacks, batch)
   assert distance(logits, expected["logits"]) <= 1e-6
   tokens = compiled(model, "predict_batch", stacks, batch)
@@ -144,7 +114,7 @@ def test_names_and_axes_are_one_layer_s_behind_the_layers():
   )
   got, expected = of(scanned(plain)), of(plain)
   assert jax.tree.map(jnp.shape, got["params"]) == jax.tree.map(
-    jnp.shape, stack(params)
+    jnp.shape, toy_models.stack_layers(params)
   )
   axes = partitioning.logical_axes(got["params_axes"])
   for path, names in partitioning.logical_axes(expected["params_axes"]).items():
@@ -188,7 +158,7 @@ def test_decoding_with_a_scanned_network_itself_is_a_sentence():
   plain, params, batch = golden_t5x.model("t5_1_1_tiny")
   with pytest.raises(ValueError, match="or set scan_layers = False"):
     scanned(plain).module.apply(
-      {"params": stack(params)},
+      {"params": toy_models.stack_layers(params)},
       *(batch[f"{k}_tokens"] for k in ("encoder_input", "decoder_input")),
       batch["decoder_target_tokens"],
       decode=True,
@@ -242,7 +212,9 @@ def train(scan, split):
     new, metrics = jax.jit(run)(state, teacher, toy_models.batch())
   change = lambda a, b: np.asarray(a) - np.asarray(b)
   gradient = jax.tree.map(change, dict(student), new.params)
-  return metrics["loss"], gradient if scan else stack(gradient)
+  return metrics["loss"], gradient if scan else toy_models.stack_layers(
+    gradient
+  )
 
 
 def test_an_on_policy_step_split_over_devices_is_the_unrolled_one():
@@ -266,7 +238,7 @@ def test_weights_are_gathered_layer_by_layer_and_counted():
     compiled = program.lower(placed(model, mesh, True), batch).compile()
     return costs.count(compiled.as_text(), loop_length=1000)
 
-  plain = deep(12)
+  plain = toy_models.deep(12)
   unrolled, found = segments(plain), segments(scanned(plain))
   total = lambda segments: costs.total(segments, lambda s: s.flops)
   assert total(found) == total(unrolled) > 0
@@ -302,18 +274,18 @@ def assert_equal(got, expected):
 @pytest.mark.parametrize("place", ["legacy", "orbax", "scanned t5x", "export"])
 def test_any_checkpoint_loads_into_a_scanned_network(place, tmp_path):
   plain, params, _ = golden_t5x.model("t5_1_1_tiny")
-  path = {"legacy": test_import_t5x.LEGACY, "orbax": test_import_t5x.ORBAX}.get(
+  path = {"legacy": t5x_checkpoints.LEGACY, "orbax": t5x_checkpoints.ORBAX}.get(
     place, tmp_path / "checkpoint_1"
   )
   if place == "scanned t5x":
-    test_import_t5x.write_legacy(
-      path, test_import_t5x.scan(params, plain.config)
+    t5x_checkpoints.write_legacy(
+      path, t5x_checkpoints.scan(params, plain.config)
     )
   if place == "export":
     config = dataclasses.asdict(plain.config)
     checkpoints.save_safetensors(path, params, config)
   loaded = load(scanned(plain), path)
-  assert_equal(loaded, stack(params))
+  assert_equal(loaded, toy_models.stack_layers(params))
   kernel = loaded["encoder"]["layers"]["mlp"]["wo"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (2, 16, 4)
 
@@ -355,8 +327,8 @@ def test_a_scanned_student_s_checkpoint_has_the_names_of_an_unrolled_one(
   ],
 )
 def test_layers_that_make_no_stack_are_named(change, said, tmp_path):
-  plain = deep(12)
-  flat = traverse_util.flatten_dict(draw(plain, 2), sep="/")
+  plain = toy_models.deep(12)
+  flat = traverse_util.flatten_dict(toy_models.normal_params(plain, 2), sep="/")
   change(flat)
   params = traverse_util.unflatten_dict(flat, sep="/")
   checkpoints.save_safetensors(tmp_path, params, {"vocab_size": 16})
@@ -366,13 +338,13 @@ def test_layers_that_make_no_stack_are_named(change, said, tmp_path):
 
 
 def test_a_network_of_another_depth_is_refused(tmp_path):
-  plain = deep(12, 2)
-  params = draw(plain, 2)
+  plain = toy_models.deep(12, 2)
+  params = toy_models.normal_params(plain, 2)
   checkpoints.save_safetensors(tmp_path, params, {"vocab_size": 16})
   with pytest.raises(
     ValueError, match=r"expected \(3, 8, 12\), got \(2, 8, 12"
   ):
-    load(scanned(deep(12, 3)), tmp_path)
+    load(scanned(toy_models.deep(12, 3)), tmp_path)
 
 
 # --- Gin ------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import dataclasses
 import golden_t5x
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
-import test_buckets
 from flax import traverse_util
 
 from gkd_jax import models, network
@@ -134,7 +134,7 @@ def test_no_position_sees_a_later_one():
 
 def weight_products(jaxpr):
   """Number of products with weights, which have no batch dimension."""
-  products = test_buckets.equations(jaxpr, "dot_general")
+  products = jaxprs.equations(jaxpr, "dot_general")
   return sum(not x.params["dimension_numbers"][1][0] for x in products)
 
 

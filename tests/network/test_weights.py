@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_layer_loops
 import toy_decoder_only
 import toy_models
 from flax import traverse_util
@@ -41,11 +40,11 @@ def kept(model, weights, scan=False, **fields):
 def teacher(kind="t5", tied=False, depth=1):
   """A model of float32 weights, and random parameters on the host."""
   if kind == "t5":
-    plain = test_layer_loops.deep(12, depth)
+    plain = toy_models.deep(12, depth)
   else:
     plain = toy_decoder_only.model(12, config={"num_layers": depth})
   plain = kept(plain, "float32", logits_via_embedding=tied)
-  params = test_layer_loops.draw(plain, 3)
+  params = toy_models.normal_params(plain, 3)
   layer = params["decoder"]["layers_0"]["mlp"]["wi_0"]["kernel"]
   layer[:, 3] = 0.0  # its scale is 0
   return plain, params
@@ -216,7 +215,7 @@ def test_any_checkpoint_is_rounded_as_it_is_read(format_, scan, tmp_path):
     )
   model = kept(plain, "int8", scan)
   _, placed = place(model, tmp_path)
-  got, expected = placed, test_layer_loops.stack(params) if scan else params
+  got, expected = placed, toy_models.stack_layers(params) if scan else params
   if not scan:
     on_host = checkpoints.load_params(
       tmp_path, like=partitioning.host_params(model)
@@ -325,7 +324,7 @@ def test_drawn_parameters_and_axes():
   assert axes[name] == ("layers", "embed", "mlp")
   assert axes[name + "_scale"] == ("layers", "mlp")
   assert axes["token_embedder/embedding_scale"] == ("vocab",)
-  # Each column, or row of an embedding, has a 127, and the law's width.
+  # Each column, or row of an embedding, has a 127, and the initialiser's scale.
   for module, x, name, over in (
     (
       projections.Embed(40, 30, weights="int8"),
@@ -383,7 +382,7 @@ def test_wrong_settings(tmp_path):
   save(params, tmp_path)
   with pytest.raises(ValueError, match=r"finite numbers.*layers_0/mlp/wo/ker"):
     place(kept(plain, "int8"), tmp_path)
-  other = test_layer_loops.deep(12, 2)
+  other = toy_models.deep(12, 2)
   with pytest.raises(ValueError, match="missing: decoder/layers_1"):
     place(kept(other, "int8"), tmp_path)
 

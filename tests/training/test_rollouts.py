@@ -11,67 +11,18 @@ import numpy as np
 import pytest
 import toy_decoder_only
 import toy_models
+import toy_rollouts
 
-from gkd_jax import data, models, partitioning, training
 from gkd_jax.training import rollouts
 
 ROOT = pathlib.Path(__file__).parents[2]
-SYMBOLS = "0123456789+-=;#"  # of arithmetic_cot, from id 3 on
-
-
-class Lists:
-  """A saveable iterator over batches that are there already."""
-
-  def __init__(self, batches):
-    self.batches, self.position = batches, 0
-
-  def __next__(self):
-    self.position += 1
-    return self.batches[(self.position - 1) % len(self.batches)]
-
-  def save_state(self, path):
-    pathlib.Path(path, "position").write_text(str(self.position))
-
-  def restore_state(self, path):
-    self.position = int(pathlib.Path(path, "position").read_text())
 
 
 def text_of(tokens):
   """Decoded by hand: the symbols up to EOS; ids without one are left out."""
   tokens = [int(t) for t in tokens]
   tokens = tokens[: tokens.index(1)] if 1 in tokens else tokens
-  return "".join(SYMBOLS[t - 3] for t in tokens if 3 <= t < 18)
-
-
-def symbols(text):
-  return "".join(c for c in text if c in SYMBOLS)
-
-
-def score(inputs, outputs, examples):
-  """Depends on all three, and differs between samples of a prompt."""
-  return [
-    len(symbols(b)) + 0.1 * len(symbols(a)) + 0.01 * len(symbols(e["targets"]))
-    for a, b, e in zip(inputs, outputs, examples, strict=True)
-  ]
-
-
-def rl(reward=score, toys=toy_models, **settings):
-  plain, student, teacher = toys.gkd()
-  settings = {"alpha": 0.3, "samples_per_prompt": 2} | settings
-  model = models.RLGKDModel(
-    plain.student, plain.teacher, reward=reward, **settings
-  )
-  return model, student, teacher
-
-
-def make(model, batches, mesh=None):
-  return training.RolloutBatches(
-    Lists(batches),
-    model,
-    data.load_task("arithmetic_cot"),
-    seed=7,
-    mesh=mesh or partitioning.make_mesh(),
-  )
+  return "".join(toy_rollouts.SYMBOLS[t - 3] for t in tokens if 3 <= t < 18)
 
 
 def test_a_reward_reads_the_texts_of_prompts_outputs_and_examples():
@@ -79,19 +30,19 @@ def test_a_reward_reads_the_texts_of_prompts_outputs_and_examples():
 
   def reward(*texts):
     seen.append(texts)
-    return score(*texts)
+    return toy_rollouts.score(*texts)
 
   batch = toy_models.batch()
-  model, params, _ = rl(reward)
-  got = make(model, [batch]).next(5, params)
+  model, params, _ = toy_rollouts.rl(reward)
+  got = toy_rollouts.make(model, [batch]).next(5, params)
   ((inputs, outputs, examples),) = seen
-  assert [symbols(x) for x in inputs] == [
+  assert [toy_rollouts.symbols(x) for x in inputs] == [
     text_of(row) for row in batch["encoder_input_tokens"] for _ in range(2)
   ]
-  assert [symbols(x) for x in outputs] == [
+  assert [toy_rollouts.symbols(x) for x in outputs] == [
     text_of(row) for row in got["decoder_target_tokens"]
   ]
-  assert [symbols(x["targets"]) for x in examples] == [
+  assert [toy_rollouts.symbols(x["targets"]) for x in examples] == [
     text_of(row) for row in batch["decoder_target_tokens"] for _ in range(2)
   ]
   assert [x["inputs"] for x in examples] == inputs
@@ -100,7 +51,7 @@ def test_a_reward_reads_the_texts_of_prompts_outputs_and_examples():
   expected = jax.jit(model.roll_out)(params, batch, key)
   for name, value in expected.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
-  r = np.array(score(inputs, outputs, examples)).reshape(8, 2)
+  r = np.array(toy_rollouts.score(inputs, outputs, examples)).reshape(8, 2)
   np.testing.assert_allclose(got["rewards"], r.reshape(-1), rtol=1e-6)
   a = r - r[:, ::-1]  # of two samples, the other one is the baseline
   np.testing.assert_allclose(
@@ -116,23 +67,25 @@ def test_rows_of_a_decoder_only_model():
 
   def reward(*texts):
     seen.append(texts)
-    return score(*texts)
+    return toy_rollouts.score(*texts)
 
   batch = toy_decoder_only.batch()
-  model, params, _ = rl(reward, toys=toy_decoder_only)
-  got = make(model, [batch]).next(0, params)
+  model, params, _ = toy_rollouts.rl(reward, toys=toy_decoder_only)
+  got = toy_rollouts.make(model, [batch]).next(0, params)
   ((inputs, outputs, examples),) = seen
   pairs = toy_decoder_only.pairs()
   several = lambda rows: [text_of(row) for row in rows for _ in range(2)]
-  assert [symbols(x) for x in inputs] == several(a for a, _ in pairs)
-  assert [symbols(x["targets"]) for x in examples] == several(
+  assert [toy_rollouts.symbols(x) for x in inputs] == several(
+    a for a, _ in pairs
+  )
+  assert [toy_rollouts.symbols(x["targets"]) for x in examples] == several(
     b for _, b in pairs
   )
   for i, output in enumerate(outputs):
     start = len(pairs[i // 2][0])
     row = got["decoder_target_tokens"][i]
     assert row[:start].tolist() == pairs[i // 2][0]
-    assert symbols(output) == text_of(row[start:])
+    assert toy_rollouts.symbols(output) == text_of(row[start:])
     assert not got["advantages"][i, :start].any()
 
 
@@ -147,10 +100,10 @@ def test_prompts_need_no_eos():
 
 def test_whitened_rewards_and_a_running_mean():
   batch = toy_models.batch()
-  model, params, _ = rl(
+  model, params, _ = toy_rollouts.rl(
     baseline="running_mean", baseline_decay=0.5, samples_per_prompt=1
   )
-  batches = make(model, [batch])
+  batches = toy_rollouts.make(model, [batch])
   means, values = [], 0.0
   for step in range(3):
     got = batches.next(step, params)
@@ -160,10 +113,10 @@ def test_whitened_rewards_and_a_running_mean():
     means.append(got["rewards"].astype(np.float64).mean())
     values = np.average(means, weights=0.5 ** np.arange(step + 1)[::-1])
   assert np.ptp(means) > 0.05
-  model, params, _ = rl(
+  model, params, _ = toy_rollouts.rl(
     whiten_rewards=True, baseline="none", samples_per_prompt=1
   )
-  got = make(model, [batch]).next(0, params)
+  got = toy_rollouts.make(model, [batch]).next(0, params)
   r = got["rewards"].astype(np.float64)
   np.testing.assert_allclose(
     got["advantages"][:, 0], (r - r.mean()) / r.std(), atol=1e-5
@@ -178,17 +131,19 @@ def train(model, batches, state, teacher, steps, run):
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
-  model, params, teacher = rl(baseline="running_mean", samples_per_prompt=1)
+  model, params, teacher = toy_rollouts.rl(
+    baseline="running_mean", samples_per_prompt=1
+  )
   data_batches = [toy_models.batch(seed=seed) for seed in range(3)]
   step, optimizer = toy_models.sgd_step(model, "student")
   run = jax.jit(step)
-  batches = make(model, data_batches)
+  batches = toy_rollouts.make(model, data_batches)
   first = train(
     model, batches, toy_models.state(params, optimizer), teacher, range(2), run
   )
   batches.save_state(tmp_path)
   expected = train(model, batches, first, teacher, range(2, 4), run)
-  resumed = make(model, data_batches)
+  resumed = toy_rollouts.make(model, data_batches)
   resumed.restore_state(tmp_path)
   got = train(model, resumed, first, teacher, range(2, 4), run)
   for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
@@ -200,8 +155,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
 
 def test_other_models_get_the_batches_of_the_data(tmp_path):
   batch = toy_models.batch()
-  for model in (toy_models.gkd()[0], rl(alpha=1.0, samples_per_prompt=1)[0]):
-    batches = make(model, [batch])
+  for model in (
+    toy_models.gkd()[0],
+    toy_rollouts.rl(alpha=1.0, samples_per_prompt=1)[0],
+  ):
+    batches = toy_rollouts.make(model, [batch])
     assert batches.next(0, None) is batch
     batches.save_state(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["position"]
@@ -209,22 +167,22 @@ def test_other_models_get_the_batches_of_the_data(tmp_path):
 
 @pytest.mark.parametrize("bad", [[1.0], 2.0, [[1.0] * 16]])
 def test_a_reward_of_another_shape(bad):
-  model, params, _ = rl(lambda *_: bad)
+  model, params, _ = toy_rollouts.rl(lambda *_: bad)
   with pytest.raises(ValueError, match=r"each of 16 outputs.*set REWARD"):
-    make(model, [toy_models.batch()]).next(0, params)
+    toy_rollouts.make(model, [toy_models.batch()]).next(0, params)
 
 
 WORKER = """
 import sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import test_rollouts, toy_models
-model, params, _ = test_rollouts.rl(
+import toy_models, toy_rollouts
+model, params, _ = toy_rollouts.rl(
   whiten_rewards=True, baseline="running_mean", baseline_decay=0.5)
 rows = slice(4 * int(sys.argv[2]), 4 * int(sys.argv[2]) + 4)
 batch = {k: v[rows] for k, v in toy_models.batch().items()}
 params = jax.tree.map(np.asarray, params)
-batches = test_rollouts.make(model, [batch])
+batches = toy_rollouts.make(model, [batch])
 batches.next(0, params)
 batches._mean = batches._mean.updated(3.0, 0.5)
 got = batches.next(1, params)
@@ -238,7 +196,7 @@ def test_two_processes_judge_their_own_rows(tmp_path):
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   tests = ROOT / "tests"
-  env = os.environ | {"PYTHONPATH": f"{ROOT}:{tests}/helpers:{tests}/training"}
+  env = os.environ | {"PYTHONPATH": f"{ROOT}:{tests}/helpers"}
   files = [tmp_path / f"{i}.npz" for i in range(2)]
   processes = [
     subprocess.Popen(
@@ -252,10 +210,10 @@ def test_two_processes_judge_their_own_rows(tmp_path):
   for process in processes:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
-  model, params, _ = rl(
+  model, params, _ = toy_rollouts.rl(
     whiten_rewards=True, baseline="running_mean", baseline_decay=0.5
   )
-  batches = make(model, [toy_models.batch()])
+  batches = toy_rollouts.make(model, [toy_models.batch()])
   batches.next(0, params)
   batches._mean = batches._mean.updated(3.0, 0.5)
   expected = batches.next(1, params)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-import test_trainer
 import toy_models
+import toy_steps
 from jax.sharding import Mesh
 
 from gkd_jax import optimizers, partitioning, schedules, training
@@ -68,7 +68,7 @@ def slices(number=2, partitions=2):
   ],
 )
 def test_a_step_of_slices_is_the_step(options):
-  expected, of_one = test_trainer.reference("student", "sequence")
+  expected, of_one = toy_steps.reference("student", "sequence")
   got, metrics = gradient(slices(), "student", **options)
   difference = optax.tree.norm(jax.tree.map(np.subtract, got, expected))
   assert difference <= 1e-5 * optax.tree.norm(expected)

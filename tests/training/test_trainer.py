@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import toy_models
+import toy_steps
 
 from gkd_jax import (
   models,
@@ -22,40 +23,15 @@ from gkd_jax.decoding import sampling
 SOURCES = ("data", "student", "mixed")
 
 
-def gradient(source, *, microbatches=1, run=jax.jit, **kwargs):
-  """Gradient (the parameters' change under SGD), metrics."""
-  model, student, teacher = toy_models.gkd(
-    student_data_fraction=0.5, divergence="jsd", beta=0.5, **kwargs
-  )
-  step, optimizer = toy_models.sgd_step(
-    model, source, num_microbatches=microbatches
-  )
-  state = toy_models.state(student, optimizer)
-  new, metrics = run(step)(state, teacher, toy_models.batch())
-  return jax.tree.map(jnp.subtract, state.params, new.params), metrics
-
-
-def assert_same(a, b, tolerance=1e-5):
-  difference = optax.tree.norm(
-    jax.tree.map(lambda x, y: np.asarray(x) - y, a, b)
-  )
-  assert difference <= tolerance * optax.tree.norm(b)
-
-
-@functools.cache
-def reference(source, normalization):
-  return gradient(source, length_normalization=normalization)
-
-
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("microbatches", [2, 4])
 @pytest.mark.parametrize("source", SOURCES)
 def test_microbatches_change_nothing(source, microbatches, normalization):
-  expected, metrics = reference(source, normalization)
-  got, got_metrics = gradient(
+  expected, metrics = toy_steps.reference(source, normalization)
+  got, got_metrics = toy_steps.gradient(
     source, microbatches=microbatches, length_normalization=normalization
   )
-  assert_same(got, expected)
+  toy_steps.assert_same(got, expected)
   for name, pair in metrics.items():
     np.testing.assert_allclose(
       got_metrics[name], pair, rtol=1e-4, atol=1e-6, err_msg=name
@@ -100,7 +76,7 @@ def test_meshes_change_nothing(source, partitions, over_data):
     kernel = new.params["decoder"]["logits_dense"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == 16 // partitions
   got = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.params)
-  assert_same(got, reference(source, "sequence")[0])
+  toy_steps.assert_same(got, toy_steps.reference(source, "sequence")[0])
 
 
 @pytest.mark.parametrize("source", ["data", "student"])
@@ -116,8 +92,8 @@ def test_pmap_changes_nothing(source, microbatches):
   )
   new, metrics = run(state, teacher, run.put(toy_models.batch()), source)
   got = jax.tree.map(jnp.subtract, state.params, new.params)
-  expected, expected_metrics = reference(source, "sequence")
-  assert_same(got, expected)
+  expected, expected_metrics = toy_steps.reference(source, "sequence")
+  toy_steps.assert_same(got, expected)
   np.testing.assert_allclose(
     metrics["loss"], expected_metrics["loss"], rtol=1e-5
   )
@@ -155,7 +131,7 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
   supervised = jax.jit(jax.grad(loss), static_argnums=2)(
     student, as_data, "data"
   )
-  assert_same(on_policy, supervised)
+  toy_steps.assert_same(on_policy, supervised)
 
 
 def test_eos_is_trained_on_and_nothing_after_it():
