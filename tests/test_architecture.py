@@ -27,7 +27,7 @@ MAY_IMPORT = {
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
   "planning": "checkpoints data files models network optimizers partitioning"
-  " train training types",
+  " training types",
   "experiments": "files gin_utils",
   "gin_utils": "files",
   "train": "checkpoints data evaluation files models optimizers partitioning"

@@ -49,6 +49,7 @@ class BaseTransformerModel:
 
   teacher = None
   needs_rewards = False
+  features_have_known_shapes = True
 
   def __init__(
     self,

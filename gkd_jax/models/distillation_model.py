@@ -35,6 +35,9 @@ class DistillationModel:
   needs_rewards = False
   """Whether `roll_out` samples the outputs and a reward judges them before a step."""
 
+  features_have_known_shapes = True
+  """Whether TASK_FEATURE_LENGTHS says the shapes of all features of a batch."""
+
   def __init__(
     self,
     student: types.TransformerModel,

@@ -7,12 +7,12 @@ Compilation time grows with the number of lengths; memory is that of the longest
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import types
+
 
 def check(buckets: Sequence[int], setting: str) -> None:
   """Raises a ValueError unless the lengths are at least 1 and ascend."""
@@ -58,9 +58,7 @@ def cut(batch: types.Batch, length: int) -> dict[str, jax.Array]:
     length: number of positions that are kept.
   """
   return {
-    name: x
-    if name.startswith("encoder_") or x.ndim == 1
-    else x[:, :length]
+    name: x if name.startswith("encoder_") or x.ndim == 1 else x[:, :length]
     for name, x in batch.items()
   }
 

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gkd_jax import decoding, losses, types
 from gkd_jax.losses import policy_gradient

@@ -20,6 +20,8 @@ class StoredTeacherModel(distillation_model.DistillationModel):
   Arguments are those of `DistillationModel`.
   """
 
+  features_have_known_shapes = False  # k is the data's
+
   @property
   def FEATURE_CONVERTER_CLS(self) -> str:
     """The converter in `data.feature_converters` that keeps the log-probs."""

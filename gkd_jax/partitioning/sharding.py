@@ -3,6 +3,7 @@
 Shapes and places of all that a run keeps on its devices; nothing is allocated.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,13 @@ ACTIVATION_RULES = {
 }
 
 
+def on_mesh(mesh: Mesh | None) -> Any:
+  """Returns a context manager in which `constrain` knows the mesh, if any."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
   """`jax.jit` of a function in which `constrain` knows the mesh.
 
@@ -71,13 +79,13 @@ def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
   """
 
   @functools.wraps(function)
-  def on_mesh(*args, **kwargs):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  def wrapped(*args, **kwargs):
+    with on_mesh(mesh):
       return function(*args, **kwargs)
 
   if mesh.devices.flat[0].platform == "cpu" and _knows_least_memory():
     options["compiler_options"] = _LEAST_MEMORY
-  return jax.jit(on_mesh, **options)
+  return jax.jit(wrapped, **options)
 
 
 @functools.cache

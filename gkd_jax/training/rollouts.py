@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import files, losses, models, partitioning
+from gkd_jax import files, losses, partitioning
 from gkd_jax.models import rl_gkd
 
 _FILE = "running_mean.json"
@@ -45,7 +45,7 @@ class RolloutBatches:
       for name in ("inputs", "targets")
       if name in task.output_features
     }
-    self.judged = isinstance(model, models.RLGKDModel) and model.needs_rewards
+    self.judged = model.needs_rewards
     if self.judged:
       self._roll_out = partitioning.jit(
         model.roll_out,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import models, network, optimizers, training
+from gkd_jax import models, network, optimizers, training, types
 
 VOCAB = 16
 SHAPES = {"encoder_input_tokens": (1, 6), "decoder_input_tokens": (1, 7)}
@@ -129,3 +129,9 @@ def normal_params(model, seed):
   rng = np.random.default_rng(seed)
   normal = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)
   return jax.tree.map(normal, shapes)
+
+
+def inputs(source, rows=8, key=None):
+  """`types.StepInputs` of step 0 for the first rows of a batch."""
+  key = jax.random.key(0) if key is None else key
+  return types.StepInputs(source, jnp.int32(0), key, jnp.arange(rows))
