@@ -49,7 +49,7 @@ setuptools.setup(
   ],
   package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
   package_data={
-    "gkd_jax.experiments": ["paper_results.json"],
+    "gkd_jax.experiments": ["paper_results.json", "templates/*"],
     "gkd_jax.gin": _gin_files(),
     "gkd_jax.tasks": ["arithmetic_teacher/*", "g2p_teacher/*"],
   },
@@ -59,6 +59,7 @@ setuptools.setup(
     "flax>=0.10",
     "gin-config>=0.5",
     "jax>=0.5",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "optax>=0.2.6",

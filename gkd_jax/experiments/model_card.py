@@ -1,17 +1,15 @@
-"""The card of an exported student: what it was distilled from, how, how well.
+"""The card of an exported student: its teacher, its training and its scores.
 
-Everything in it is read from what the run wrote: the gin configuration that was
-in force, `metrics.jsonl`, `final.json`. What is not there is said to be so.
+All of it comes from what the run wrote: `config.gin`, `metrics.jsonl`,
+`final.json`. A missing setting is "not recorded".
 """
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from gkd_jax import files
+from gkd_jax.experiments import rendering, run_folders
 
 # Row of the table to the gin macro that it shows.
 _SETTINGS = (
@@ -28,7 +26,6 @@ _SETTINGS = (
   ("Learning rate", "LEARNING_RATE"),
   ("Seed", "SEED"),
 )
-_MACRO = re.compile(r"^(?:\w+/)*([A-Z][A-Z0-9_]*)(?:/macro\.value)? = (.+)$")
 _NOT_RECORDED = "not recorded"
 
 
@@ -47,71 +44,42 @@ def write(
     model_dir: folder of the run that trained it, or None.
     step: of the checkpoint, or None.
   """
-  folder = None if model_dir is None else files.absolute(model_dir)
-  settings = {} if folder is None else read_settings(folder)
-  rows = [
-    ("Parameters", f"{num_parameters:,}"),
-    ("Steps", _NOT_RECORDED if step is None else f"{step:,}"),
-    *((row, settings.get(macro, _NOT_RECORDED)) for row, macro in _SETTINGS),
-  ]
-  lines = [
-    "---",
-    "library_name: transformers",
-    "pipeline_tag: text2text-generation",
-    "tags:",
-    "- t5",
-    "- knowledge-distillation",
-    "---",
-    "",
-    f"# {name}",
-    "",
-    "A T5 student trained with `gkd_jax`, Generalized Knowledge Distillation"
-    " (arXiv 2306.13649).",
-    "",
-    *_table(("Training", ""), rows),
-  ]
-  for title, scores in (
-    {} if folder is None else _scores(folder, step)
-  ).items():
-    if scores:
-      lines += ["", *_table((title, "Score"), scores.items())]
-  return "\n".join(lines) + "\n"
+  macros, scores = {}, {}
+  if model_dir is not None:
+    macros = run_folders.read_macros(model_dir)
+    scores = _scores(os.fspath(model_dir), step)
+  training = {
+    "Parameters": f"{num_parameters:,}",
+    "Steps": _NOT_RECORDED if step is None else f"{step:,}",
+    **{row: macros.get(macro, _NOT_RECORDED) for row, macro in _SETTINGS},
+  }
+  tables = [("Training", "", training)]
+  tables += [(title, "Score", rows) for title, rows in scores.items()]
+  return rendering.markdown("model_card.md", name=name, tables=tables)
 
 
-def read_settings(folder: epath.Path) -> dict[str, str]:
-  """Gin macros of the configuration files in a run's folder, as text."""
-  settings = {}
-  for file in sorted(folder.glob("*.gin")):
-    # Gin breaks a long value after a backslash.
-    text = re.sub(r"\\\n\s*", "", file.read_text())
-    for line in text.splitlines():
-      if match := _MACRO.match(line):
-        settings[match[1]] = match[2].strip("'\"")
-  return settings
-
-
-def _scores(folder: epath.Path, step: int | None) -> dict[str, dict[str, Any]]:
-  """Title to name and score: the last evaluation up to `step`, the test."""
+def _scores(folder: str, step: int | None) -> dict[str, dict[str, Any]]:
+  """Returns the last evaluation up to `step`, and the final one, by title."""
   found: dict[str, dict[str, Any]] = {}
-  rows = files.read_json_lines(folder / "metrics.jsonl")
+  rows = run_folders.read_metrics(folder)
   until = [row for row in rows if step is None or row["step"] <= step]
-  scores = [
-    (row["step"], evaluated) for row in until if (evaluated := _evaluated(row))
-  ]
+  scores = {
+    row["step"]: evaluated for row in until if (evaluated := _evaluated(row))
+  }
   if scores:
-    at, found_scores = scores[-1]
-    found[f"Validation at step {at:,}"] = found_scores
-  # Written after the last step, it says nothing of an earlier checkpoint.
-  result = files.read_json(folder / "final.json")
-  if result is not None and len(until) == len(rows):
-    split = result.pop("split", "final")
+    last = max(scores)
+    found[f"Validation at step {last:,}"] = scores[last]
+  # Written after the last step, it does not describe an earlier checkpoint.
+  final = files.read_json(os.path.join(folder, "final.json"))
+  if final and len(until) == len(rows):
+    split = final.pop("split", "final")
     found[f"Split {split}, after the last step"] = {
       f"{how} {key}": value
-      for how, scores in result.items()
-      if isinstance(scores, Mapping)
-      for key, value in scores.items()
+      for how, values in final.items()
+      if isinstance(values, Mapping)
+      for key, value in values.items()
     }
-  return found
+  return {title: rows for title, rows in found.items() if rows}
 
 
 def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,10 +88,3 @@ def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in row.items()
     if key.startswith("eval/")
   }
-
-
-def _table(head, rows) -> list[str]:
-  shown = [
-    f"| {a} | {f'{b:.4g}' if isinstance(b, float) else b} |" for a, b in rows
-  ]
-  return [f"| {head[0]} | {head[1]} |", "|---|---|", *shown]

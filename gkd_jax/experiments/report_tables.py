@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from gkd_jax import files
-from gkd_jax.experiments import figures, run_folders
+from gkd_jax.experiments import metrics, studies
 
 _EXAMPLES = 6
 _SCORES = 3  # that a table shows of each way of decoding
@@ -18,20 +18,33 @@ _RESULTS_CAPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of texts under a heading; the first row names the columns."""
+  """Rows of texts under a heading.
+
+  Attributes:
+    title: the heading.
+    caption: below the rows.
+    rows: the first one names the columns.
+    is_examples: whether the columns are input, reference, teacher and students.
+  """
 
   title: str
   caption: str
   rows: Sequence[Sequence[str]]
+  is_examples: bool = False
+
+  @property
+  def name(self) -> str:
+    """The title as an anchor."""
+    return "".join(c if c.isalnum() else "-" for c in self.title.lower())
 
 
-def results(study: run_folders.Study) -> list[Table]:
-  """Scores of every place of the grid, means over seeds, and intervals.
+def results(study: studies.Study) -> list[Table]:
+  """Returns the scores of each place of the grid: means over seeds, intervals.
 
-  The methods are one table; points of further axes are one for each.
+  The first table compares the methods; each other one has points of further axes.
   """
-  runs = [run for run in study.runs if figures.has_score(study, run)]
-  kinds = run_folders.groups(
+  runs = [run for run in study.runs if study.has_score(run)]
+  kinds = studies.groups(
     runs, lambda run: () if run.on_grid else tuple(run.place)
   )
   tables = []
@@ -43,9 +56,8 @@ def results(study: run_folders.Study) -> list[Table]:
 
 
 def _result_rows(study, runs):
-  axes = [a for a in study.axes if any(a in run.place for run in runs)]
-  axes.sort(key=lambda axis: axis != "method")
-  names = score_names(study, runs)
+  axes = _axes(study, runs)
+  names = _score_names(study, runs)
   seconds = any("seconds" in run.scores for run in runs)
   heads = [*axes, "seeds", *(n.replace("/", " ") for n in names), "parameters"]
   rows = [[*heads, *(["seconds"] if seconds else [])]]
@@ -53,32 +65,32 @@ def _result_rows(study, runs):
     row = [members[0].place.get(axis, "") for axis in axes]
     row.append(str(len(members)))
     for name in names:
-      values = run_folders.scores(members, name)
-      row.append(show(run_folders.estimate(values)) if values else "")
+      values = studies.scores(members, name)
+      row.append(_show(studies.estimate(values)) if values else "")
     for name in ("params", "seconds"):
-      values = run_folders.scores(members, name)
+      values = studies.scores(members, name)
       if name == "params" or seconds:
         row.append(f"{sum(values) / len(values):,.0f}" if values else "")
     rows.append(row)
   return rows
 
 
-def rl_tradeoff(study: run_folders.Study) -> Table | None:
-  """Reward and divergence of RL + GKD, and what α changes in them.
+def rl_tradeoff(study: studies.Study) -> Table | None:
+  """Returns reward and divergence of RL + GKD by α, and differences between α.
 
-  The differences are of runs with the same seed: they share the start, the
-  prompts and, until they part, the samples.
+  The differences are between runs of the same seed: they have the same first
+  parameters and prompts and, as long as they agree, the same samples.
   """
   runs = [run for run in study.runs if "alpha" in run.place]
-  late = {run.folder: run_folders.late_means(run.folder) for run in runs}
+  late = {run.folder: studies.late_means(run.folder) for run in runs}
   runs = [run for run in runs if "reward" in late[run.folder]]
-  runs = [run for run in runs if run_folders.divergence_of(late[run.folder])]
+  runs = [run for run in runs if studies.divergence_of(late[run.folder])]
   if not runs:
     return None
-  name = run_folders.divergence_of(late[runs[0].folder]) or ""
-  words = name.replace("_", " ").replace("kl", "KL")
-  axes = [a for a in study.axes if any(a in run.place for run in runs)]
-  axes.sort(key=lambda axis: axis != "method")
+  name = studies.divergence_of(late[runs[0].folder]) or ""
+  divergence = metrics.of(name)
+  words = divergence.label
+  axes = _axes(study, runs)
   heads = ["seeds", "reward", words, "reward - at α = 1", f"{words} - at α = 0"]
   rows = [[*axes, *heads]]
   for members in _places(study, runs, axes):
@@ -86,25 +98,23 @@ def rl_tradeoff(study: run_folders.Study) -> Table | None:
     row.append(str(len(members)))
     for key in ("reward", name):
       values = [late[run.folder][key] for run in members]
-      row.append(show(run_folders.estimate(values), 4))
+      row.append(_show(studies.estimate(values), 4))
     for key, alpha in (("reward", 1), (name, 0)):
       pairs = _paired(runs, members, alpha)
       gaps = [late[a.folder][key] - late[b.folder][key] for a, b in pairs]
       same = float(members[0].place["alpha"]) == alpha
-      row.append(
-        "" if same or not gaps else show(run_folders.estimate(gaps), 4)
-      )
+      row.append("" if same or not gaps else _show(studies.estimate(gaps), 4))
     rows.append(row)
   caption = (
-    f"Means over the last fifth of training; {words} to the teacher in nats a"
-    " token of own samples. Differences are between runs of the same seed. In"
+    f"Means over the last fifth of training; {words} to the teacher in"
+    f" {divergence.unit} of own samples. Differences are between runs of the same seed. In"
     " brackets 95 % t-intervals over seeds."
   )
   return Table("Reward and divergence by α", caption, rows)
 
 
 def _paired(runs, members, alpha):
-  """Each run with the one at this α that has its seed and place."""
+  """Pairs each run with the one at this α that has its seed and place."""
   place = {**members[0].place, "alpha": ""}
   others = {
     run.seed: run
@@ -115,32 +125,32 @@ def _paired(runs, members, alpha):
   return [(run, others[run.seed]) for run in members if run.seed in others]
 
 
-def paper(study: run_folders.Study) -> Table | None:
-  """The paper's numbers beside ours, where the task is the paper's."""
+def paper(study: studies.Study) -> Table | None:
+  """Returns the paper's numbers beside ours, if the task is one of the paper's."""
   if not study.paper:
     return None
   methods = study.paper["methods"]
   sizes = ("small", "base", "large")
   rows = [["method", *(f"{s}, {w}" for s in sizes for w in ("paper", "ours"))]]
   for method in study.axes["method"]:
-    theirs = methods.get(run_folders.method_key(method))
+    theirs = methods.get(studies.method_key(method))
     if theirs is None:
       continue
     row = [method]
     for size in sizes:
-      values = run_folders.scores(
+      values = studies.scores(
         (
           run
           for run in study.runs
           if run.on_grid
           and run.place["method"] == method
           and run.place.get("size", "").removeprefix("t5-") == size
-          and figures.most_labelled(study, run.place)
+          and study.has_most_labelled(run.place)
         ),
         f"greedy/{study.metric}",
       )
       row.append(f"{theirs[size]:.2f}" if size in theirs else "")
-      row.append(show(run_folders.estimate(values)) if values else "")
+      row.append(_show(studies.estimate(values)) if values else "")
     rows.append(row)
   rows.append(["teacher", f"{study.paper['teacher']:.2f}", *[""] * 5])
   caption = (
@@ -150,8 +160,8 @@ def paper(study: run_folders.Study) -> Table | None:
   return Table("The paper's numbers", caption, rows)
 
 
-def examples(study: run_folders.Study) -> Table | None:
-  """Outputs of each method for the same inputs, side by side."""
+def examples(study: studies.Study) -> Table | None:
+  """Returns the outputs of each method for the same inputs, side by side."""
   found: dict[str, dict[str, dict]] = {}
   taken = []
   for run in study.runs:
@@ -186,11 +196,12 @@ def examples(study: run_folders.Study) -> Table | None:
     "Greedy outputs for validation examples at the last step, of the first"
     f" seed{note}.",
     rows,
+    is_examples=True,
   )
 
 
 def text(table: Table) -> str:
-  """A table in columns of spaces."""
+  """Returns a table as text, its columns aligned by spaces."""
   widths = [max(map(len, column)) for column in zip(*table.rows, strict=True)]
   lines = []
   for row in table.rows:
@@ -202,29 +213,35 @@ def text(table: Table) -> str:
   return "\n".join(lines)
 
 
-def show(summary: run_folders.Estimate, digits: int = 1) -> str:
-  """Mean, and the interval in brackets if there is one."""
+def _show(summary: studies.Estimate, digits: int = 1) -> str:
+  """Returns the mean, with the interval in brackets if there is one."""
   if summary.low is None:
     return f"{summary.mean:.{digits}f}"
   low, high = f"{summary.low:.{digits}f}", f"{summary.high:.{digits}f}"
   return f"{summary.mean:.{digits}f} [{low}, {high}]"
 
 
-def score_names(study, runs) -> list[str]:
-  """The scores that a table shows: the study's metric and a few more."""
+def _axes(study, runs) -> list[str]:
+  """Returns the axes on which the runs have a point, the method first."""
+  axes = [a for a in study.axes if any(a in run.place for run in runs)]
+  return sorted(axes, key=lambda axis: axis != "method")
+
+
+def _score_names(study, runs) -> list[str]:
+  """Returns the scores to show: the study's metric and a few more."""
   found = {}
   for run in runs:
     for name in run.scores:
       how, slash, metric = name.partition("/")
       if slash and how in ("greedy", "sampled"):
         found.setdefault(metric, None)
-  metrics = sorted(found, key=lambda metric: metric != study.metric)[:_SCORES]
-  return [f"{how}/{m}" for how in ("greedy", "sampled") for m in metrics]
+  shown = sorted(found, key=lambda metric: metric != study.metric)[:_SCORES]
+  return [f"{how}/{m}" for how in ("greedy", "sampled") for m in shown]
 
 
 def _places(study, runs, axes):
-  """Runs that differ by the seed alone, in the order of the axes' points."""
-  found = run_folders.groups(runs, lambda run: tuple(run.place.items()))
+  """Groups runs that differ by the seed alone, in the order of the points."""
+  found = studies.groups(runs, lambda run: tuple(run.place.items()))
 
   def order(members):
     place = members[0].place
@@ -237,7 +254,7 @@ def _places(study, runs, axes):
 
 
 def _text(value) -> str:
-  """An output or references, one text of several."""
+  """Returns an output, or several references in one text."""
   if isinstance(value, list | tuple):
     return " | ".join(map(str, value))
   return str(value)

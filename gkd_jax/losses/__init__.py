@@ -13,8 +13,10 @@ with epy.lazy_api_imports(globals()):
     token_weights,
   )
   from gkd_jax.losses.fused import (
+    DEFAULT_CHUNK_SIZE,
     Int8Head,
     fused_distillation_loss,
+    num_chunks,
     quantize_head,
   )
   from gkd_jax.losses.policy_gradient import (

@@ -67,6 +67,7 @@ def token_weights(
   return shares, number.astype(jnp.float32)
 
 
+@jax.named_scope("loss")
 def distillation_loss(
   teacher_logits: jax.Array,
   student_logits: jax.Array,
@@ -211,6 +212,7 @@ def summed_metrics(p: jax.Array, q: jax.Array) -> dict[str, jax.Array]:
   }
 
 
+@jax.named_scope("loss")
 def cross_entropy_loss(
   logits: jax.Array,
   targets: jax.Array,

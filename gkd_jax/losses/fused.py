@@ -57,6 +57,15 @@ def quantize_head(head: jax.Array) -> Int8Head:
   return Int8Head(jnp.round(steps).astype(jnp.int8), scales)
 
 
+DEFAULT_CHUNK_SIZE = 256
+
+
+def num_chunks(num_tokens: int, chunk_size: int) -> int:
+  """Returns the number of chunks of a shard's tokens, padding included."""
+  return -(-num_tokens // chunk_size)
+
+
+@jax.named_scope("loss")
 def fused_distillation_loss(
   student_hidden: jax.Array,
   student_head: jax.Array,
@@ -70,7 +79,7 @@ def fused_distillation_loss(
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
-  chunk_size: int = 256,
+  chunk_size: int = DEFAULT_CHUNK_SIZE,
   data_axis: str = "data",
   model_axis: str = "model",
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
@@ -218,7 +227,7 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
   shards = 1 if shape[0] % shards else shards
   of_shard = shape[0] * shape[1] // shards
   # As few chunks as there can be, all of one size.
-  chunk = -(-of_shard // -(-of_shard // chunk_size))
+  chunk = -(-of_shard // num_chunks(of_shard, chunk_size))
   return _Layout(
     chunk,
     shards,
@@ -356,9 +365,7 @@ def _over_chunks(
   start = ({name: jnp.zeros((), jnp.float32) for name in names},)
   if with_gradient:
     start += _no_gradients(layout, hidden, head)
-  # Named for `hlo_costs`: the loop itself knows no bound.
-  with jax.named_scope(f"at_most_{tokens.weights.shape[1] // layout.chunk}"):
-    done = jax.lax.fori_loop(0, chunks, step, start)
+  done = jax.lax.fori_loop(0, chunks, step, start)
   if not with_gradient:
     return done[0]
   sums, d_hidden, d_head = done

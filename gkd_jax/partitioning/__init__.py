@@ -29,7 +29,6 @@ with epy.lazy_api_imports(globals()):
     input_shapes,
     jit,
     logical_axes,
-    on_mesh,
     param_shardings,
     parameter_rules,
     state_shardings,

@@ -4,7 +4,6 @@ Shapes and places of all that a run keeps on its devices; nothing is allocated.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,10 +17,6 @@ from jax.sharding import PartitionSpec as P
 from gkd_jax import types
 from gkd_jax.partitioning import meshes
 
-# How XLA's CPU backend is to order a program's operations.
-_LEAST_MEMORY = {
-  "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-}
 # T5X's standard rules for parameters: logical axis -> mesh axis.
 STANDARD_RULES = (
   ("vocab", meshes.MODEL_AXIS),
@@ -59,44 +54,22 @@ ACTIVATION_RULES = {
 }
 
 
-def on_mesh(mesh: Mesh | None) -> Any:
-  """Returns a context manager in which `constrain` knows the mesh, if any."""
-  if mesh is None:
-    return contextlib.nullcontext()
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
 def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
-  """`jax.jit` of a function in which `constrain` knows the mesh.
-
-  For a CPU the order of operations is the one that needs the least memory: by
-  default gradients are begun before the forward pass, as zeros.
+  """Returns `jax.jit` of a function in which `constrain` knows the mesh.
 
   Args:
-    function: to be compiled; its arguments lie on the mesh.
-    mesh: see `make_mesh`.
+    function: to be compiled.
+    mesh: the mesh that its arguments are placed on, see `make_mesh`.
     **options: see `jax.jit`.
   """
-
-  @functools.wraps(function)
-  def wrapped(*args, **kwargs):
-    with on_mesh(mesh):
-      return function(*args, **kwargs)
-
-  if mesh.devices.flat[0].platform == "cpu" and _knows_least_memory():
-    options["compiler_options"] = _LEAST_MEMORY
-  return jax.jit(wrapped, **options)
+  return jax.jit(_traced_on(mesh)(function), **options)
 
 
-@functools.cache
-def _knows_least_memory() -> bool:
-  """Whether this version of XLA has the option; the smallest program tells."""
-  try:
-    with jax.default_device(jax.devices("cpu")[0]):
-      jax.jit(lambda: 0).lower().compile(_LEAST_MEMORY)
-  except jax.errors.JaxRuntimeError:
-    return False
-  return True
+@contextlib.contextmanager
+def _traced_on(mesh):
+  """Makes `mesh` the one that code is traced on; also a decorator."""
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

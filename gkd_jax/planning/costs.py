@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gkd_jax.planning import hlo
 
@@ -56,7 +56,12 @@ class Segment:
     return hlo.sent_bytes(self.collectives, True)
 
 
-def count(text: str, *, loop_length: int) -> list[Segment]:
+def count(
+  text: str,
+  *,
+  loop_length: int,
+  max_trips: Mapping[str, int] | None = None,
+) -> list[Segment]:
   """Counts a compiled program.
 
   Elementwise work is left out of `flops`, as in model-FLOPs utilisation. Bytes
@@ -65,9 +70,10 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
 
   Args:
     text: `jax.stages.Compiled.as_text()`.
-    loop_length: how often a loop runs that does not say so, which may end early:
-      the sampler's, with the longest output. A loop in a `jax.named_scope` of
-      `at_most_N` runs N times.
+    loop_length: trip count of a loop that may end early: the sampler's, for
+      the longest output.
+    max_trips: trip counts that take the place of `loop_length`, by the
+      `jax.named_scope` that the loop is in.
 
   Returns:
     First what runs once, then each loop and each condition's branch.
@@ -77,7 +83,8 @@ def count(text: str, *, loop_length: int) -> list[Segment]:
   """
   module = hlo.parse(text)
   segments = [Segment("once")]
-  _walk(module, module.entry, segments[0], segments, loop_length, set())
+  bounds = {None: loop_length, **(max_trips or {})}
+  _walk(module, module.entry, segments[0], segments, bounds, set())
   return segments
 
 
@@ -98,12 +105,11 @@ def collectives(segments: list[Segment]) -> dict[str, Collective]:
   return result
 
 
-def _walk(
-  module, name, segment, segments, loop_length, channels, *, fused=False
-):
+def _walk(module, name, segment, segments, bounds, channels, *, fused=False):
   """Adds a computation's work to `segment`; loops get segments of their own.
 
-  `channels` are those of the collectives in fusions so far.
+  `bounds` are the trip counts of loops that may end early, by scope; `channels`
+  are those of the collectives in fusions so far.
   """
   computation = module.computations[name]
   for instruction in computation.values():
@@ -114,36 +120,34 @@ def _walk(
       segment.hbm_bytes += _hbm_bytes(instruction, computation, module)
     if instruction.opcode == "while":
       trips = _trip_count(instruction, computation, module)
-      most = loop_length if instruction.most is None else instruction.most
+      scope = next((s for s in instruction.scopes if s in bounds), None)
       loop = Segment(
         instruction.name,
-        segment.runs * (most if trips is None else trips),
+        segment.runs * (bounds[scope] if trips is None else trips),
         trips is not None,
       )
       segments.append(loop)
       for part in instruction.called("condition", "body"):
-        _walk(module, part, loop, segments, loop_length, channels, fused=fused)
+        _walk(module, part, loop, segments, bounds, channels, fused=fused)
       continue
     if instruction.opcode == "conditional":
       names = instruction.called(*_BRANCHES)
-      segments += _branch(module, names, segment, loop_length, channels)
+      segments += _branch(module, names, segment, bounds, channels)
       continue
     inside = fused or instruction.opcode == "fusion"
     for part in instruction.called(*_callees(instruction.opcode)):
-      _walk(
-        module, part, segment, segments, loop_length, channels, fused=inside
-      )
+      _walk(module, part, segment, segments, bounds, channels, fused=inside)
 
 
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
-def _branch(module, names, segment, loop_length, channels):
+def _branch(module, names, segment, bounds, channels):
   """Segments of the branch with the most FLOPs, at equal ones with the most bytes."""
   walked = []
   for name in names:
     segments = [Segment(name, segment.runs, segment.trip_count_known)]
-    _walk(module, name, segments[0], segments, loop_length, set(channels))
+    _walk(module, name, segments[0], segments, bounds, set(channels))
     of = lambda field, s=segments: total(s, operator.attrgetter(field))
     walked.append((of("flops"), of("hbm_bytes"), len(walked), segments))
   return max(walked)[-1]

@@ -90,10 +90,13 @@ class Instruction:
     return int(match[1]) if match else None
 
   @property
-  def most(self) -> int | None:
-    """Of a loop in a scope `at_most_N`: N; None of any other."""
-    match = re.search(r'\bat_most_(\d+)\)*/while"', self.attributes)
-    return int(match[1]) if match else None
+  def scopes(self) -> tuple[str, ...]:
+    """Returns the `jax.named_scope`s around a loop, up to the next loop."""
+    match = re.search(r'op_name="([^"]*)/while"', self.attributes)
+    inner = match[1].split("/while/")[-1] if match else ""
+    # Differentiated, a scope s reads jvp(s) or transpose(jvp(s)).
+    names = [part for part in inner.split("/") if not part.startswith("jit(")]
+    return tuple(part.split("(")[-1].rstrip(")") for part in names)
 
 
 @dataclasses.dataclass(frozen=True)

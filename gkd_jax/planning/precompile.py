@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from gkd_jax import (
   data,
   files,
+  losses,
   models,
   optimizers,
   partitioning,
   training,
 )
 from gkd_jax.models import rl_gkd
+from gkd_jax.partitioning import meshes
 from gkd_jax.planning import program_files, program_report, topologies
 
 SAMPLING, TEACHER = "sampling", "teacher"
@@ -137,6 +139,7 @@ class Programs:
       model, optimizer, dataset, partitioner, seed=seed, devices=devices
     )
     self.mesh = self._run.mesh
+    self._num_microbatches = partitioner.num_microbatches
     self._length = dataset.task_feature_lengths["targets"]
     features = data.feature_lengths(
       model.FEATURE_CONVERTER_CLS, dataset.task_feature_lengths, dataset.pack
@@ -192,7 +195,15 @@ class Programs:
       chip,
       loop_length=self._length,
       output_tokens=self.rows * self._length,
+      max_trips={"loss": self._loss_chunks()},
     )
+
+  def _loss_chunks(self):
+    """Returns the most chunks that a device's part of the loss goes through."""
+    _, shards = meshes.rows(self.mesh.shape)
+    tokens = self.rows * self._length // (self._num_microbatches * shards)
+    size = getattr(self._model, "loss_chunk_size", None)
+    return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
     """The phase's program, and its arguments."""

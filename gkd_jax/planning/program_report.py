@@ -71,6 +71,7 @@ def report(
   *,
   loop_length: int,
   output_tokens: int,
+  max_trips: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
   """Figures of one program on one device.
 
@@ -80,6 +81,7 @@ def report(
     chip: what it was compiled for; None: neither `fits` nor a roofline.
     loop_length: see `costs.count`.
     output_tokens: of all devices in one run, at full length.
+    max_trips: see `costs.count`.
 
   Returns:
     A dictionary that JSON can hold. `flops`, `hbm_bytes`, `collectives` (count,
@@ -87,7 +89,7 @@ def report(
     `roofline`: seconds; `tokens_per_second`: output tokens of all devices;
     `mfu`: `flops` over what the matrix units could do in that time.
   """
-  segments = costs.count(text, loop_length=loop_length)
+  segments = costs.count(text, loop_length=loop_length, max_trips=max_trips)
   flops = costs.total(segments, lambda s: s.flops)
   result = {
     "fits": None,

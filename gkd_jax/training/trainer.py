@@ -27,7 +27,6 @@ def train_step(
   source: str,
   num_microbatches: int = 1,
   axis_name: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[train_state.TrainState, types.Metrics]:
   """Updates the student once.
 
@@ -45,8 +44,6 @@ def train_step(
     source: whose outputs, see `models.GKDModel.source_of_step`.
     num_microbatches: number of parts that the batch is split into.
     axis_name: of `pmap`, or None.
-    mesh: that activations are sharded over, see `partitioning.constrain`; None
-      for one device or `pmap`.
 
   Returns:
     The new state, and metrics as (sum, weight).
@@ -60,16 +57,15 @@ def train_step(
   # Sums over the batch: the loss, its gradient, its metrics.
   inputs = types.StepInputs(source, state.step, key, row_ids)
   gradient = jax.grad(model.train_loss, has_aux=True)
-  with partitioning.on_mesh(mesh):
-    if num_microbatches == 1:
-      grads, metrics = gradient(state.params, teacher_params, batch, inputs)
-    else:
-      grads, metrics = _accumulate(
-        functools.partial(gradient, state.params, teacher_params),
-        batch,
-        inputs,
-        num_microbatches,
-      )
+  if num_microbatches == 1:
+    grads, metrics = gradient(state.params, teacher_params, batch, inputs)
+  else:
+    grads, metrics = _accumulate(
+      functools.partial(gradient, state.params, teacher_params),
+      batch,
+      inputs,
+      num_microbatches,
+    )
   if axis_name is not None:
     grads, metrics = jax.lax.psum((grads, metrics), axis_name)
 
@@ -148,8 +144,9 @@ def jit_step(
     `(state, teacher_params, batch, source=...) -> (state, metrics)` under
     `jax.jit`; the state is donated. The batch is `partitioning.put_batch`'s.
   """
-  return jax.jit(
-    functools.partial(step, mesh=mesh),
+  return partitioning.jit(
+    step,
+    mesh,
     static_argnames=("source",),
     # Teacher (argument 1) and batch are read again: only the state is donated.
     donate_argnums=(0,),

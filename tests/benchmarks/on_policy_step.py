@@ -43,9 +43,10 @@ def ours(case: str, options) -> dict:
   import numpy as np
 
   from gkd_jax import models, optimizers, partitioning, training
-  from gkd_jax.training import logs
 
   if case == "ours_from_cache":
+    from gkd_jax.training import logs  # imports TensorFlow, some 500 MiB
+
     logs.use_cache(options.cache)
   source = "data" if case == "data" else "student"
   student = t5_shapes.ours(

@@ -1,7 +1,6 @@
 """The report, from hand-written cells with numbers known beforehand."""
 
 import base64
-import html.parser
 import io
 import json
 import re
@@ -9,10 +8,18 @@ import shutil
 
 import numpy as np
 import pytest
+import report_pages
 import sweep_folders
 from PIL import Image
 
-from gkd_jax.experiments import figures, report_page, report_tables, run_folders
+from gkd_jax.experiments import (
+  figures,
+  figures_behaviour,
+  report_page,
+  report_tables,
+  run_folders,
+  studies,
+)
 
 
 def score_run(path, greedy, sampled, steps=(), examples=()):
@@ -95,37 +102,6 @@ NAMES = {
 }
 
 
-class Page(html.parser.HTMLParser):
-  """Collects a page's images, cells, and whatever points somewhere."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.images, self.links, self.tags, self.rows = [], [], set(), []
-    self._open = False
-    self.feed(text)
-
-  def handle_starttag(self, tag, attrs):
-    attributes = dict(attrs)
-    self.tags.add(tag)
-    if tag == "img":
-      self.images.append(attributes["src"])
-    for name in ("href", "src", "srcset", "data", "action", "poster"):
-      if name in attributes and tag != "img":
-        self.links.append(attributes[name])
-    if tag == "tr":
-      self.rows.append([])
-    self._open = tag in ("td", "th")
-    if self._open:
-      self.rows[-1].append("")
-
-  def handle_endtag(self, tag):
-    self._open = self._open and tag not in ("td", "th")
-
-  def handle_data(self, data):
-    if self._open:
-      self.rows[-1][-1] += data
-
-
 @pytest.fixture(scope="module")
 def report(sweep, tmp_path_factory):
   folder = tmp_path_factory.mktemp("report")
@@ -133,6 +109,11 @@ def report(sweep, tmp_path_factory):
     [str(sweep)], str(folder), str(folder / "docs" / "results.md")
   )
   return folder
+
+
+@pytest.fixture(scope="module")
+def study(sweep):
+  return studies.read([str(sweep)])
 
 
 def test_means_and_intervals_are_those_worked_out_by_hand(report):
@@ -156,13 +137,13 @@ def test_means_and_intervals_are_those_worked_out_by_hand(report):
     f"23.5 [{23.5 - sweep_folders.T1 / 2:.1f}, {23.5 + sweep_folders.T1 / 2:.1f}]"
     in grid
   )
-  page = Page((report / "index.html").read_text())
+  page = report_pages.Page((report / "index.html").read_text())
   shown = [row for row in page.rows if row[:3] == ["SeqKD", "small", "10k"]]
   assert "24.0 [21.5, 26.5]" in shown[0]
 
 
 def test_the_interval_of_seeds():
-  summary = run_folders.estimate([2.0, 4.0, 9.0])
+  summary = studies.estimate([2.0, 4.0, 9.0])
   # Mean 5, sum of squares 9 + 1 + 16 = 26, variance 13.
   half = sweep_folders.T2 * np.sqrt(13 / 3)
   np.testing.assert_allclose(
@@ -170,14 +151,14 @@ def test_the_interval_of_seeds():
     (5, 5 - half, 5 + half),
     rtol=1e-6,
   )
-  assert run_folders.estimate([3.0]).low is None
+  assert studies.estimate([3.0]).low is None
   with pytest.raises(ValueError, match="at least one seed"):
-    run_folders.estimate([])
+    studies.estimate([])
 
 
 def test_the_page_holds_its_pictures_and_asks_for_nothing(report, sweep):
   text = (report / "index.html").read_text()
-  page = Page(text)
+  page = report_pages.Page(text)
   assert len(page.images) == len(NAMES)
   for source in page.images:
     header, data = source.split(",", 1)
@@ -220,8 +201,7 @@ def test_a_moved_sweep_renders_the_same(sweep, report, tmp_path):
     ), name
 
 
-def test_figures_draw_the_numbers(sweep):
-  study = run_folders.read([str(sweep)])
+def test_figures_draw_the_numbers(study):
   (panel, _) = figures.heat_maps(study).figure.axes
   # λ = 1 above λ = 0; forward KL, then reverse KL; means of two seeds.
   assert panel.get_images()[0].get_array().tolist() == (
@@ -245,9 +225,8 @@ def test_figures_draw_the_numbers(sweep):
   )
 
 
-def test_rl_table_pairs_the_seeds(sweep):
+def test_rl_table_pairs_the_seeds(study):
   """The seeds' divergences lie 1 apart, what α changes in them is exact."""
-  study = run_folders.read([str(sweep)])
   head, *rows = report_tables.rl_tradeoff(study).rows
   assert head == [
     *("method", "alpha", "seeds", "reward", "reverse KL"),
@@ -264,10 +243,7 @@ def test_rl_table_pairs_the_seeds(sweep):
   ]
 
 
-def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
-  from gkd_jax.experiments import figures_behaviour
-
-  study = run_folders.read([str(sweep)])
+def test_reward_diversity_and_position_are_means_of_what_was_logged(study):
   (panel,) = figures_behaviour.rl_tradeoff(study).figure.axes
   line = next(x for x in panel.get_lines() if x.get_label() == "rl")
   # Of the last fifth, steps 90 and 100, not of step 10; seeds differ by 1.
@@ -284,12 +260,11 @@ def test_reward_diversity_and_position_are_means_of_what_was_logged(sweep):
   np.testing.assert_allclose(data.get_xydata(), [[1, 0.1], [2, 0.1]])
 
 
-def test_the_paper_s_numbers_stand_beside_ours(report, sweep):
-  page = Page((report / "index.html").read_text())
+def test_the_paper_s_numbers_stand_beside_ours(report, study):
+  page = report_pages.Page((report / "index.html").read_text())
   row = next(r for r in page.rows if r[:2] == ["on-policy KD", "26.43"])
   # Those with 10k labelled examples alone: seeds 25, 26, 27.
   assert row[2] == "26.0 [23.5, 28.5]" and row[3:] == ["27.69", "", "27.82", ""]
-  study = run_folders.read([str(sweep)])
   few, many = (
     [
       line.get_xydata().tolist()
@@ -308,7 +283,7 @@ def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
     for fraction, divergence in (("0.5", "JSD(0.9)"), ("1.0", "skew KL")):
       place = {"STUDENT_DATA_FRACTION": fraction, "divergence": divergence}
       score_run(sweep.add("grid", 0, size=size, **place), 20.0, 19.0)
-  picture = figures.heat_maps(run_folders.read([str(tmp_path)]))
+  picture = figures.heat_maps(studies.read([str(tmp_path)]))
   # WMT, base, λ = 0.5, JSD(0.9): 26.98 and a gain of 0.40; beam search is shown
   # beside greedy decoding alone.
   assert {
@@ -325,7 +300,7 @@ def test_the_paper_s_grid_stands_in_the_cells_of_its_sizes(tmp_path):
 
 def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
   text = (report / "index.html").read_text()
-  page = Page(text)
+  page = report_pages.Page(text)
   place = next(i for i, r in enumerate(page.rows) if r[0] == "input")
   assert page.rows[place] == [
     *("input", "reference", "teacher", "SFT", "SeqKD", "on-policy KD")
@@ -348,7 +323,7 @@ def test_examples_are_side_by_side_and_unfinished_cells_are_named(report):
 def test_a_cell_whose_folder_was_deleted_is_left_out(sweep, tmp_path, capsys):
   moved = shutil.copytree(sweep, tmp_path / "elsewhere")
   shutil.rmtree(moved / "methods" / "SFT_small_1k_seed2")
-  study = run_folders.read([str(moved)])
+  study = studies.read([str(moved)])
   assert capsys.readouterr().out == (
     "methods/SFT_small_1k_seed2 is left out: its folder has no cell.json\n"
   )

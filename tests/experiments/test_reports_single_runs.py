@@ -3,11 +3,10 @@
 import json
 
 import pytest
+import report_pages
 import sweep_folders
 
-from gkd_jax.experiments import figures, report_page, run_folders
-
-# ---- single runs, as the quickstart compares them ----------------------------
+from gkd_jax.experiments import figures, report_page, studies
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_learning_curves_hold_validation_errors_alone(folders):
   items = [f"teacher={teacher}", f"gkd={student}"]
   drawn = lambda: {
     line.get_label(): line
-    for line in figures.learning_curves(run_folders.read(items))
+    for line in figures.learning_curves(studies.read(items))
     .figure.axes[0]
     .get_lines()
   }
@@ -88,3 +87,33 @@ def test_what_is_neither_run_nor_sweep(tmp_path):
   sweep.add("methods", 0, method="SFT")
   with pytest.raises(ValueError, match="at least one finished run"):
     report_page.report([str(sweep.folder)], str(tmp_path))
+
+
+def test_markup_in_names_inputs_and_outputs_shows_as_text(folders, tmp_path):
+  _, student = folders
+  example = {
+    "step": 20,
+    "input": "<b>in</b> & <script>alert(1)</script>",
+    "reference": "a <i>house</i>",
+    "teacher": "<img src=x>",
+    "student": 'one | two <a href="x">*out*</a>',
+  }
+  sweep_folders.write_lines(student / "examples.jsonl", [example])
+  name = "<u>my & run</u>"
+  markdown = tmp_path / "out" / "report.md"
+  report_page.report(
+    [f"{name}={student}"], str(tmp_path / "out"), str(markdown)
+  )
+  page = report_pages.Page((tmp_path / "out" / "index.html").read_text())
+  assert not page.tags & {"b", "i", "u", "script"}
+  assert all(source.startswith("data:") for source in page.images)
+  assert all(link.startswith("#") for link in page.links)
+  assert name in [row[0] for row in page.rows]
+  assert page.rows[-1] == [
+    *(example[k] for k in ("input", "reference", "teacher", "student"))
+  ]
+  rows = markdown.read_text().splitlines()
+  assert rows[rows.index("## Decoded examples") + 4] == (
+    "| &lt;b>in&lt;/b> &amp; &lt;script>alert(1)&lt;/script> | a &lt;i>house"
+    '&lt;/i> | &lt;img src=x> | one \\| two &lt;a href="x">\\*out\\*&lt;/a> |'
+  )
