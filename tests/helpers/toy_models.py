@@ -1,6 +1,7 @@
 """A tiny student and teacher, and a batch of very different lengths."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +81,14 @@ def sgd_step(a_model, source, **kwargs):
 
   optimizer = optimizers.Optimizer(schedules.constant(1.0), optax.sgd(1.0))
 
-  def step(state, teacher_params, features):
-    return training.train_step(
-      state,
-      teacher_params,
-      features,
-      model=a_model,
-      optimizer=optimizer,
-      seed=0,
-      source=source,
-      **kwargs,
-    )
-
+  step = functools.partial(
+    training.train_step,
+    model=a_model,
+    optimizer=optimizer,
+    seed=0,
+    source=source,
+    **kwargs,
+  )
   return step, optimizer
 
 
