@@ -21,7 +21,7 @@ def _read(path: str, modified_ns: int, size: int) -> sources.Columns:
   # The last two arguments make a file that was written anew be read anew.
   del modified_ns, size
   inputs, targets = [], []
-  with open(path, encoding="utf-8") as lines:
+  with tf.io.gfile.GFile(path) as lines:
     for number, line in enumerate(lines, start=1):
       try:
         row = json.loads(line)
@@ -47,13 +47,13 @@ def _read(path: str, modified_ns: int, size: int) -> sources.Columns:
 def _load_columns(split: str, *, path: str) -> sources.Columns:
   del split  # The source has a train split only.
   found = os.path.expandvars(os.path.expanduser(path))
-  if not os.path.isfile(found):
+  if not tf.io.gfile.exists(found) or tf.io.gfile.isdir(found):
     raise ValueError(
       f"expected a JSONL file of a teacher's outputs, got {path!r} that names "
       f"{found!r}, which is no file; set path (or the variable in it)"
     )
-  status = os.stat(found)
-  return _read(found, status.st_mtime_ns, status.st_size)
+  status = tf.io.gfile.stat(found)
+  return _read(found, status.mtime_nsec, status.length)
 
 
 class TeacherOutputsSource(seqio.DataSource):
