@@ -87,7 +87,7 @@ def bucketed(
       teacher_side, batch, *rest = fixed
       return outputs_loss(trained, teacher_side, cut(batch, length), *rest)
 
-    return _loss(
+    return shortest_loss(
       at_length,
       lengths(buckets, weights.shape[1]),
       used_length(weights),
@@ -99,7 +99,26 @@ def bucketed(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(loss_of, lengths, used, trained, fixed):
+def shortest_loss(
+  loss_of: Callable[[int, Any, Any], tuple[jax.Array, Any]],
+  lengths: tuple[int, ...],
+  used: jax.Array,
+  trained: types.PyTree,
+  fixed: types.PyTree,
+) -> tuple[jax.Array, Any]:
+  """Computes a loss at the first length that is at least `used`.
+
+  Args:
+    loss_of: `(length, trained, fixed) -> (loss, aux)`, of the same shapes at every
+      length; `aux` gets no gradient.
+    lengths: ascending; the last one serves all that is longer.
+    used: `[]` int32, see `used_length`; on a mesh the same on all devices.
+    trained: what the gradient is of.
+    fixed: what else the loss reads.
+
+  Returns:
+    The loss `[]` and `aux`.
+  """
   branches = [functools.partial(loss_of, length) for length in lengths]
   return jax.lax.switch(_bucket(lengths, used), branches, trained, fixed)
 
@@ -121,7 +140,7 @@ def _loss_backward(loss_of, lengths, gradient, d_results):
   return None, scaled, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+shortest_loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _bucket(lengths, used):

@@ -94,7 +94,9 @@ def test_the_shortest_length_that_suffices_is_computed(used):
     return length * jnp.sum((trained * fixed)[:length] ** 2), length * fixed[0]
 
   def loss(trained, used):
-    value, aux = length_buckets.loss(of_length, (2, 3, 5), used, trained, 2 * x)
+    value, aux = length_buckets.shortest_loss(
+      of_length, (2, 3, 5), used, trained, 2 * x
+    )
     return 10 * value, aux
 
   found = {0: 2, 1: 2, 2: 2, 3: 3, 4: 5, 5: 5}[used]
