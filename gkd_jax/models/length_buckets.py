@@ -7,6 +7,7 @@ Compilation time grows with the number of lengths; memory is that of the longest
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
