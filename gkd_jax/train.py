@@ -258,7 +258,7 @@ def _first_params(model, path, run, seed):
 
 
 def _evaluate(evaluator, model, params, teacher_params, log, step):
-  """Scores the student greedily, and shows five of its outputs."""
+  """Scores the student's greedy outputs and logs five of them."""
   results = evaluator.predict(model.student, params)
   scores = evaluator.score(results)
   teacher = {}
@@ -280,7 +280,7 @@ def _evaluate(evaluator, model, params, teacher_params, log, step):
 
 
 def _final_scores(evaluator, model, params, seed, split):
-  """Scores of a whole split, greedy and sampled at temperature 1."""
+  """Returns scores of a whole split, greedy and sampled at temperature 1."""
   result: dict[str, Any] = {
     "params": parameters.count_array_elements(params),
     "split": split,

@@ -1,8 +1,8 @@
 """T5X's decoder-only model protocol on our network.
 
-A row is seqio's (`PrefixLMFeatureConverter`): the prompt, the output right after
-it, then padding, in S + T positions for lengths {'inputs': S, 'targets': T}. With
-prompt 9 4 1 and output 3 1 in a row of 7:
+A row is seqio's (`PrefixLMFeatureConverter`): prompt, output, padding, in S + T
+positions for lengths {'inputs': S, 'targets': T}. For prompt 9 4 1 and output 3 1
+in a row of 7:
 
   decoder_target_tokens     9 4 1 3 1 0 0
   decoder_input_tokens      0 9 4 1 3 1 0
@@ -10,8 +10,8 @@ prompt 9 4 1 and output 3 1 in a row of 7:
   decoder_loss_weights      0 0 0 1 1 0 0
 
 The output's first token is predicted at position n, where the prompt's last token
-is read; n = 3 is the prompt's length. A sampled output of a row takes the place of
-the one that it holds, from its own n on, and may fill the row.
+is the input; n = 3 is the prompt's length. A sampled output replaces the row's own
+from position n on and may fill the row.
 """
 
 import functools
@@ -31,7 +31,7 @@ from gkd_jax.network import projections
 class DecoderOnlyModel(base_model.BaseTransformerModel):
   """A decoder-only transformer with T5X's model protocol.
 
-  The loss is on outputs alone: a prompt's tokens have no weight, whatever
+  The loss counts outputs only: a prompt's tokens have weight 0, whatever
   `decoder_loss_weights` says.
 
   Args:
@@ -96,7 +96,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   def encode(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> tuple:
-    """Nothing: prompt and output are one row, and go through it together."""
+    """Returns an empty tuple: prompt and output are one decoder row."""
     del params, batch, dropout_rng
     return ()
 
@@ -107,7 +107,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` of whole rows."""
+    """Returns teacher-forced logits `[B, T, V]` of whole rows."""
     del encoded
     return self._decoder(params, batch, dropout_rng)
 
@@ -145,7 +145,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` of whole rows."""
+    """Returns teacher-forced logits `[B, T, V]` of whole rows."""
     return self.decoder_logits(params, (), batch, dropout_rng)
 
   def _causal_attention(self, batch):
@@ -154,7 +154,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     return _prompt_mask(batch)
 
   def loss_weights(self, batch: types.Batch) -> jax.Array:
-    """Weights of the loss `[B, T]`, float32, 0 on prompts and padding."""
+    """Returns loss weights `[B, T]`, float32, 0 on prompts and padding."""
     weights = base_model.loss_weights(batch)
     if "decoder_causal_attention" not in batch:
       return weights
@@ -215,7 +215,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     return self._of_real_tokens(logits[:, 0]), updated["cache"]
 
   def _prefill(self, params, batch):
-    """Reads the prompts; what is needed to go on from each."""
+    """Runs the prompts through the network; returns where each output begins."""
     if "decoder_segment_ids" in batch:
       raise ValueError(
         "expected unpacked rows for decoding, got decoder_segment_ids;"
@@ -265,7 +265,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
 
 class _Prefilled(NamedTuple):
-  """Prompts that have been read.
+  """The state after the prompts.
 
   Attributes:
     cache: of the network; the next position of each row is its prompt's length.
@@ -301,5 +301,5 @@ def _prompt_mask(batch):
 
 
 def _prompt_lengths(batch):
-  """Tokens of each prompt, int32 `[B]`; 0 for a row of padding."""
+  """Returns each prompt's length in tokens, int32 `[B]`; 0 for padding."""
   return jnp.maximum(jnp.sum(_prompt_mask(batch), axis=1) - 1, 0)

@@ -202,3 +202,28 @@ def check_temperature(name: str, value: float) -> None:
     raise ValueError(
       f"expected a {name} above 0, got {value}; set {name.upper()}"
     )
+
+
+def check_pair(
+  teacher: types.TransformerModel, student: types.TransformerModel
+) -> None:
+  """Raises a ValueError unless teacher and student fit each other."""
+  kinds = teacher.FEATURE_CONVERTER_CLS, student.FEATURE_CONVERTER_CLS
+  if kinds[0] != kinds[1]:
+    raise ValueError(
+      "expected teacher and student that read the same features, got those of"
+      f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
+      " TEACHER_MODEL"
+    )
+  sizes = teacher.config.vocab_size, student.config.vocab_size
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      "expected teacher and student with one vocabulary, got vocab_size"
+      f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
+    )
+  real = teacher.num_real_tokens, student.num_real_tokens
+  if real[0] != real[1]:
+    raise ValueError(
+      "expected teacher and student with the same num_real_tokens, got"
+      f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
+    )

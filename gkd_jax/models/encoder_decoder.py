@@ -1,4 +1,4 @@
-"""T5X's encoder-decoder model protocol on our network."""
+"""Encoder-decoders (T5) with T5X's model protocol."""
 
 import functools
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
   def encode(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Encoded inputs `[B, S, D]`; dropout only with a key."""
+    """Returns the encoded inputs `[B, S, D]`; dropout only with a key."""
     return self.module.apply(
       {"params": params},
       batch["encoder_input_tokens"],
@@ -61,7 +61,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
+    """Returns teacher-forced logits `[B, T, V]` of the batch's outputs."""
     return self._decoder(params, encoded, batch, dropout_rng)
 
   def decoder_hidden(
@@ -105,7 +105,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]`, encoder included."""
+    """Returns teacher-forced logits `[B, T, V]`, encoder included."""
     encoder_key, decoder_key = base_model.split_key(dropout_rng)
     encoded = self.encode(params, batch, encoder_key)
     return self.decoder_logits(params, encoded, batch, decoder_key)

@@ -91,7 +91,7 @@ class GKDModel(distillation_model.DistillationModel):
     }
     self.decode_slots = decode_slots
     self.loss_chunk_size = loss_chunk_size
-    _check_pair(teacher, student)
+    distillation_model.check_pair(teacher, student)
     self._check_settings()
 
   def _check_settings(self):
@@ -172,7 +172,8 @@ class GKDModel(distillation_model.DistillationModel):
     encoder_key, decoder_key = base_model.dropout_keys(
       self.config.dropout_rate, keys.dropout, inputs.row_ids
     )
-    encoded = self.student.encode(params, batch, encoder_key)
+    with jax.named_scope("student"):
+      encoded = self.student.encode(params, batch, encoder_key)
     sampled = {}
     if inputs.source != base_model.DATA:
       # Samples are drawn without dropout; at rate 0 one encoding serves both.
@@ -184,7 +185,8 @@ class GKDModel(distillation_model.DistillationModel):
       )
 
     # The teacher reads the same inputs and outputs.
-    teacher = teacher_params, self.teacher.encode(teacher_params, batch)
+    with jax.named_scope("teacher"):
+      teacher = teacher_params, self.teacher.encode(teacher_params, batch)
 
     # The divergence between both models' distributions of each output token.
     student = self.student.decoder_params(params), encoded
@@ -206,10 +208,14 @@ class GKDModel(distillation_model.DistillationModel):
     if chunk_size == 0:
       logits = self.both_logits(student, teacher, batch, dropout_key)
       return self.divergence_loss(*logits, batch, step)
+    with jax.named_scope("student"):
+      student_hidden = self.student.decoder_hidden(*student, batch, dropout_key)
+    with jax.named_scope("teacher"):
+      teacher_hidden = self.teacher.decoder_hidden(*teacher, batch)
     loss, weight, metrics = losses.fused_distillation_loss(
-      self.student.decoder_hidden(*student, batch, dropout_key),
+      student_hidden,
       self.student.output_head(student[0]),
-      self.teacher.decoder_hidden(*teacher, batch),
+      teacher_hidden,
       self.teacher.output_head(teacher[0]),
       chunk_size=chunk_size,
       **self._loss_settings(batch, step),
@@ -422,7 +428,7 @@ def draw_outputs(
 
 
 def _sample_metrics(weights, ended, used, present):
-  """Metrics of samples as (sum, weight); `used` and `present` are `[B]` bool."""
+  """Returns metrics of samples as (sum, weight); `used` and `present` are `[B]` bool."""
   rows = used.astype(jnp.float32)
   number = jnp.sum(rows)
   return {
@@ -430,26 +436,3 @@ def _sample_metrics(weights, ended, used, present):
     "sampled_eos": (jnp.sum(ended * rows), number),
     "on_policy_share": (number, jnp.sum(present.astype(jnp.float32))),
   }
-
-
-def _check_pair(teacher, student):
-  """Raises a ValueError unless teacher and student fit each other."""
-  kinds = teacher.FEATURE_CONVERTER_CLS, student.FEATURE_CONVERTER_CLS
-  if kinds[0] != kinds[1]:
-    raise ValueError(
-      "expected teacher and student that read the same features, got those of"
-      f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
-      " TEACHER_MODEL"
-    )
-  sizes = teacher.config.vocab_size, student.config.vocab_size
-  if sizes[0] != sizes[1]:
-    raise ValueError(
-      "expected teacher and student with one vocabulary, got vocab_size"
-      f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
-    )
-  real = teacher.num_real_tokens, student.num_real_tokens
-  if real[0] != real[1]:
-    raise ValueError(
-      "expected teacher and student with the same num_real_tokens, got"
-      f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
-    )

@@ -26,7 +26,7 @@ def check(buckets: Sequence[int], setting: str) -> None:
 
 
 def lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
-  """The buckets that are shorter than the longest length, and that.
+  """Returns the buckets below the longest length, and that length.
 
   >>> lengths((64, 128, 256), 128)
   (64, 128)
@@ -39,7 +39,7 @@ def lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
 
 
 def used_length(weights: jax.Array) -> jax.Array:
-  """Positions up to the last one that counts in any row, `[]` int32.
+  """Returns the position after the last one that counts in any row, `[]` int32.
 
   >>> int(used_length(jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
   2

@@ -1,11 +1,11 @@
 """RL + GKD: a reward and a divergence on the student's own outputs.
 
-Equation 5 of the GKD paper (arXiv 2306.13649): maximise, over the student's
-outputs y, (1-α) E[r(y)] - α E[D(p ‖ q)(y)]. One update is two programs with the
-reward between them, which may be any code on the host: `roll_out` samples N
-outputs for each prompt, `training.RolloutBatches` has them judged, and `train_loss`
-reads the outputs and their advantages from the batch like any other features.
-One update per sample: there is no ratio to an older policy, and no clipping.
+Equation 5 of the GKD paper (arXiv 2306.13649) maximises
+(1-α) E[r(y)] - α E[D(p ‖ q)(y)] over the student's outputs y. An update is two
+programs with the reward between them, which may be any code on the host: `roll_out`
+samples N outputs for each prompt, `training.RolloutBatches` calls the reward, and
+`train_loss` reads outputs and advantages from the batch like any other feature.
+There is one update per sample, so no ratio to an older policy and no clipping.
 """
 
 from typing import Any

@@ -158,10 +158,10 @@ def minillm_case():
 
 def stored_case():
   make = functools.partial(models.StoredTeacherModel, toy_models.model(8))
-  law = np.random.default_rng(0).dirichlet(np.ones(4), (8, 7))
+  distribution = np.random.default_rng(0).dirichlet(np.ones(4), (8, 7))
   return make, {
     "top_k_ids": np.tile(np.int32([3, 5, 9]), (8, 7, 1)),
-    "top_k_log_probs": np.log(law).astype(np.float32),
+    "top_k_log_probs": np.log(distribution).astype(np.float32),
   }
 
 

@@ -136,14 +136,14 @@ def by_hand(model, params, teacher, batch, alpha):
   w = batch["decoder_loss_weights"].astype(np.float64)
   y = batch["decoder_target_tokens"]
 
-  def law(logits):
+  def distribution(logits):
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
   z = np.asarray(z, np.float64)
   scaled = z / model.sampling["temperature"]
   scaled[..., 0] = -np.inf  # PAD is never drawn
-  q = law(scaled)
+  q = distribution(scaled)
   one = np.eye(toy_models.VOCAB)[y]
   with np.errstate(divide="ignore"):
     log_q = np.where(w > 0, np.log(np.sum(q * one, -1)), 0.0)
@@ -152,8 +152,10 @@ def by_hand(model, params, teacher, batch, alpha):
   rl_slope = -(w * a)[..., None] * (one - q) / model.sampling["temperature"]
   # JSD(0.9), and the closed form of its derivative, (1-β) q (log q/m - KL(q ‖ m)).
   b = 0.9
-  p = law(np.asarray(jax.jit(model.teacher.logits)(teacher, batch), np.float64))
-  q = law(z)
+  p = distribution(
+    np.asarray(jax.jit(model.teacher.logits)(teacher, batch), np.float64)
+  )
+  q = distribution(z)
   m = b * p + (1 - b) * q
   kl = lambda x: np.sum(x * np.log(x / m), -1, keepdims=True)
   each = (b * kl(p) + (1 - b) * kl(q))[..., 0]

@@ -1,6 +1,6 @@
-"""Training from stored laws against training with the teacher in memory.
+"""Training from stored log-probs against training with the teacher in memory.
 
-The whole way: laws written to shards, a task over them, seqio's converter, and
+End to end: log-probs written to shards, a task over them, seqio's converter, and
 the step; at k = V nothing may be lost.
 """
 
@@ -60,8 +60,8 @@ def _task():
 
 
 def stored_batches(task, folder, teacher, params, **settings):
-  """An iterator over the laws of a teacher, as training gets it."""
-  prefix = str(folder / "laws")
+  """Returns an iterator over a teacher's stored log-probs, as training has it."""
+  prefix = str(folder / "distributions")
   teacher_data.write(
     teacher,
     jax.tree.map(np.asarray, dict(params)),
