@@ -36,7 +36,6 @@ def report(model):
   return programs.report("data", None, "cpu")
 
 
-@pytest.mark.slow
 def test_costs_of_a_deep_teacher_follow_from_two_shallow_ones():
   asked = []
 
