@@ -313,7 +313,7 @@ def _compile(lowered, arguments, target, folder, name):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    facts = program_report.of_too_large(error, arguments)
+    facts = program_report.out_of_memory_report(error, arguments)
   else:
     text = compiled.as_text()
     facts = {"memory": program_report.memory(compiled.memory_analysis())}
