@@ -33,7 +33,7 @@ _TEST = [
 
 setuptools.setup(
   name="gkd_jax",
-  version="0.1.0",
+  version="0.2.0",
   description=(
     "Generalized Knowledge Distillation of T5 models on the student's own "
     "samples, in JAX and Flax, TPU first."

@@ -4,6 +4,8 @@ import copy
 import difflib
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ def parse(
   Raises:
     ValueError: a file is missing, or a macro given here is read by nothing.
   """
+  _import_tensorflow()
   gin.clear_config()
   # Gin also looks for `runs/x.gin` in a Python package `runs`, and fails where a
   # folder of that name has no __init__.py. Files are files here.
@@ -75,6 +78,29 @@ def parse(
       text = files.absolute(path).read_text()
       given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text, re.M)
   _check_macros(given)
+
+
+def _import_tensorflow() -> None:
+  """Imports TensorFlow, as gin files do, without its start-up messages.
+
+  Its C++ code writes them to file descriptor 2 before any setting could silence
+  them. They are shown if the import fails.
+  """
+  if "tensorflow" in sys.modules:
+    return
+  sys.stderr.flush()
+  stderr = os.dup(2)
+  with tempfile.TemporaryFile() as messages:
+    os.dup2(messages.fileno(), 2)
+    try:
+      import tensorflow  # noqa: F401
+    except BaseException:
+      messages.seek(0)
+      os.write(stderr, messages.read())
+      raise
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
 
 
 def _find(name: str, folders: Sequence[str]) -> str | None:

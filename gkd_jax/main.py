@@ -1,105 +1,158 @@
-"""The command line: `gkd train|eval|infer|precompile|fit|compare|sweep|import|export|report --gin_file=... --gin.X=...`."""
+"""The command line: `gkd COMMAND --gin_file=... --gin.X=...`."""
 
+import inspect
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-MODES = (
-  "train",
-  "eval",
-  "infer",
-  "precompile",
-  "fit",
-  "compare",
-  "sweep",
-  "import",
-  "export",
-  "report",
-  "path",
+flags.DEFINE_multi_string("gin_file", [], "Gin files, parsed in this order.")
+flags.DEFINE_multi_string(
+  "gin_bindings", [], "Gin bindings, applied after the files."
 )
-flags.DEFINE_multi_string("gin_file", [], "gin files, in order")
-flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, after the files")
-flags.DEFINE_list("gin_search_paths", [], "further folders of gin files")
-flags.DEFINE_string("tfds_data_dir", None, "folder of TFDS data")
-flags.DEFINE_bool("dry_run", False, "build everything, print sizes, and stop")
+flags.DEFINE_list(
+  "gin_search_paths", [], "Folders in which gin files are looked up as well."
+)
+flags.DEFINE_string("tfds_data_dir", None, "Folder of TFDS data sets.")
 flags.DEFINE_bool(
-  "multiprocess", False, "jax.distributed, with what JAX finds (TPU pod, SLURM)"
+  "dry_run", False, "Builds everything, prints the sizes and stops (train)."
 )
-flags.DEFINE_string("coordinator_address", None, "of jax.distributed")
-flags.DEFINE_integer("process_count", None, "of jax.distributed")
-flags.DEFINE_integer("process_index", None, "of jax.distributed")
+flags.DEFINE_bool(
+  "multiprocess",
+  False,
+  "Lets JAX find the other processes (TPU pod, SLURM).",
+)
+flags.DEFINE_string(
+  "coordinator_address", None, "Address of process 0 (host:port)."
+)
+flags.DEFINE_integer("process_count", None, "Number of processes.")
+flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
 flags.DEFINE_integer(
   "lost_after_s",
   40,
-  "seconds of silence after which one of several processes counts as lost",
+  "Seconds without a heartbeat after which a process counts as lost.",
   lower_bound=1,
 )
 flags.DEFINE_string(
   "compilation_cache_dir",
   None,
-  "folder of compiled programs; empty for none; by default"
-  " JAX_COMPILATION_CACHE_DIR, or gkd_jax in the user's cache",
+  "Folder of the cache of compiled programs, empty for none. The default is"
+  " JAX_COMPILATION_CACHE_DIR, or gkd_jax in the user's cache folder.",
 )
-flags.DEFINE_string("checkpoint_path", None, "import, export: what to read")
+flags.DEFINE_string(
+  "checkpoint_path", None, "Checkpoint to read (import, export)."
+)
 flags.DEFINE_string(
   "output_path",
   None,
-  "import, export, report, precompile, fit: folder to write",
+  "Folder to write (import, export, report, precompile, fit).",
 )
 flags.DEFINE_string(
   "markdown",
   None,
-  "report: also this file, pictures in the folder beside it",
+  "Markdown file to write as well, its pictures in the folder beside it"
+  " (report).",
 )
-flags.DEFINE_string("format", "gkd", "export: gkd, t5x or hf")
+flags.DEFINE_string(
+  "format", "gkd", "Format to write: gkd, t5x or hf (export)."
+)
 flags.DEFINE_enum(
   "dtype",
   None,
   ["bfloat16", "float16", "float32"],
-  "import, export: what parameters are stored in; without it, as they are read",
+  "Type to store the parameters in; the default is the type that they have"
+  " (import, export).",
 )
 flags.DEFINE_string(
-  "vocabulary_path", None, "export to hf: SentencePiece model of the tokenizer"
+  "vocabulary_path",
+  None,
+  "SentencePiece model of the tokenizer (export to hf).",
 )
 flags.DEFINE_integer(
-  "extra_ids", 100, "export to hf: sentinels after its pieces"
+  "extra_ids", 100, "Number of sentinels after its pieces (export to hf)."
 )
 flags.DEFINE_multi_string(
-  "axis", [], "sweep: NAME=value,value of a macro, or gin_file=file,file"
+  "axis",
+  [],
+  "Axis of the grid: NAME=value,value of a macro, or gin_file=file,file"
+  " (sweep).",
 )
-flags.DEFINE_integer("seeds", None, "sweep: how many, from 0; 1 by default")
-flags.DEFINE_string("sweep_file", None, "sweep: TOML in place of --axis")
-flags.DEFINE_string("output_dir", None, "sweep: folder of all cells")
-flags.DEFINE_integer("jobs", 1, "sweep: cells at a time", lower_bound=1)
+flags.DEFINE_integer(
+  "seeds", None, "Number of seeds, counted from 0; the default is 1 (sweep)."
+)
+flags.DEFINE_string(
+  "sweep_file", None, "TOML file that defines the grid instead (sweep)."
+)
+flags.DEFINE_string("output_dir", None, "Folder of all runs (sweep).")
+flags.DEFINE_integer(
+  "jobs", 1, "Number of runs at the same time (sweep).", lower_bound=1
+)
 flags.DEFINE_bool(
-  "print_commands", False, "sweep: print a command for each cell, run none"
+  "print_commands", False, "Prints each run's command, runs none (sweep)."
 )
 flags.DEFINE_string(
   "topology",
   None,
-  "precompile, fit: such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8; else this"
-  " machine",
+  "Devices to compile for, such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8;"
+  " the default is this machine's (precompile, fit).",
 )
-flags.DEFINE_string("title", None, "precompile, fit: of the report")
+flags.DEFINE_string("title", None, "Title of the report (precompile, fit).")
 flags.DEFINE_list(
-  "model_axis", None, "fit: its sizes to try; all that are possible by default"
+  "model_axis",
+  None,
+  "Sizes of the model axis to try; the default is all that are possible (fit).",
 )
 flags.DEFINE_integer(
   "compiled_whole",
   3,
-  "fit: how many that fit are compiled whole",
+  "Number of settings that fit to be compiled whole (fit).",
   lower_bound=1,
 )
 flags.DEFINE_list(
-  "phases", None, "precompile: of sampling, teacher, data, student, mixed"
+  "phases",
+  None,
+  "Programs to compile, of sampling, teacher, data, student and mixed; the"
+  " default is all of the run (precompile).",
 )
 
 
-def _gin_flags(argv):
-  """`--gin.X=Y` is the binding `X = Y`, as in T5X."""
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs a command; a wrong setting is one sentence and exit status 2."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.use_absl_handler()
+  app.define_help_flags()
+  _, *words = app.parse_flags_with_usage(_gin_flags(argv or sys.argv))
+  # Orbax logs each of its steps. What a user wants to read is printed by us.
+  logging.set_verbosity(logging.WARNING)
+  try:
+    command, *arguments = words or [None]
+    if command not in COMMANDS:
+      raise ValueError(
+        f"expected a mode of {', '.join(COMMANDS)}, got {command!r};"
+        " run `gkd MODE --gin_file=...`"
+      )
+    run = COMMANDS[command]
+    if arguments and not inspect.signature(run).parameters:
+      raise ValueError(
+        f"expected flags after {command}, got {shlex.join(arguments)};"
+        f" run `gkd {command} --gin_file=...`"
+      )
+    run(*arguments)
+  except (ValueError, ImportError, FloatingPointError) as error:
+    if os.environ.get("GKD_TRACEBACK"):
+      raise
+    print(f"gkd: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)
+
+
+def _gin_flags(argv: Sequence[str]) -> list[str]:
+  """Rewrites `--gin.X=Y`, as in T5X, to the binding `X = Y`."""
   rewritten = []
   for argument in argv:
     if argument.startswith("--gin."):
@@ -109,15 +162,57 @@ def _gin_flags(argv):
   return rewritten
 
 
-def _run(argv):
-  # Orbax tells each of its steps; what a user wants to read is printed by us.
-  logging.set_verbosity(logging.WARNING)
-  mode = argv[1] if len(argv) > 1 else None
-  if mode not in MODES:
-    raise ValueError(
-      f"expected a mode of {', '.join(MODES)}, got {mode!r};"
-      " run `gkd MODE --gin_file=...`"
-    )
+# ---- commands that gin configures --------------------------------------------
+
+
+def _train():
+  _start()
+  import gin
+  from gkd_jax import gin_utils, train
+
+  if FLAGS.dry_run:
+    print(gin.config_str())
+  else:
+    gin_utils.save()
+  gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+
+
+def _eval():
+  _start()
+  import gin
+  from gkd_jax import infer
+
+  gin.get_configurable(infer.evaluate_checkpoint)()
+
+
+def _infer():
+  _start()
+  import gin
+  from gkd_jax import infer
+
+  gin.get_configurable(infer.infer)()
+
+
+def _precompile():
+  settings = _settings_to_compile()
+  from gkd_jax.planning import precompile
+
+  precompile.precompile(**settings, phases=FLAGS.phases)
+
+
+def _fit():
+  settings = _settings_to_compile()
+  from gkd_jax.planning import fit
+
+  fit.fit(
+    **settings,
+    model_axis=_numbers("model_axis"),
+    compiled_whole=FLAGS.compiled_whole,
+  )
+
+
+def _start() -> None:
+  """Joins the other processes and parses gin's files and bindings."""
   if FLAGS.coordinator_address or FLAGS.multiprocess:
     from gkd_jax.training import processes
 
@@ -127,88 +222,46 @@ def _run(argv):
       FLAGS.process_index,
       FLAGS.lost_after_s,
     )
+  _parse_gin()
+  from gkd_jax.training import logs
+
+  logs.use_cache(FLAGS.compilation_cache_dir)
+
+
+def _parse_gin() -> None:
+  from gkd_jax import gin_utils
+
+  gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
   if FLAGS.tfds_data_dir:
     import seqio
 
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
-  if mode in ("import", "export"):
-    _convert(mode)
-    return
-  if mode == "compare":
-    from gkd_jax.evaluation import compare
-
-    print(compare.report(argv[2:]))
-    return
-  if mode == "path":
-    from gkd_jax.tasks import shipped
-
-    print(shipped.model_path(*argv[2:]))
-    return
-  if mode in ("precompile", "fit"):
-    _compile_only(mode)
-    return
-  if mode == "sweep":
-    _sweep()
-    return
-  if mode == "report":
-    from gkd_jax.experiments import report_page
-
-    report_page.report(argv[2:], FLAGS.output_path or ".", FLAGS.markdown)
-    return
-  _run_configured(mode)
 
 
-def _run_configured(mode):
-  """What gin files bind: train, eval or infer."""
-  import gin
-  from gkd_jax import gin_utils, infer, train
-  from gkd_jax.training import logs
-
-  logs.use_cache(FLAGS.compilation_cache_dir)
-  gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
-  if mode == "train":
-    if FLAGS.dry_run:
-      print(gin.config_str())
-    else:
-      gin_utils.save()
-    gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
-  elif mode == "eval":
-    gin.get_configurable(infer.evaluate_checkpoint)()
-  else:
-    gin.get_configurable(infer.infer)()
-
-
-def _compile_only(mode):
-  """Compiles what `train` would run, for other devices, and says what it needs."""
+def _settings_to_compile() -> dict[str, Any]:
+  """Returns what `precompile` and `fit` need: the run and its devices."""
   from gkd_jax.planning import topologies
 
-  # First of all: JAX is told what not to look for.
+  # Before anything else initializes JAX with this machine's devices.
   devices, chip = topologies.devices(FLAGS.topology)
+  _parse_gin()
   from gkd_jax import gin_utils, train
-  from gkd_jax.planning import fit, precompile
+  from gkd_jax.planning import precompile
 
-  gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
-  settings = gin_utils.bindings(train.train, precompile.SETTINGS) | {
+  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
+  if FLAGS.title:
+    about["title"] = FLAGS.title
+  return gin_utils.bindings(train.train, precompile.SETTINGS) | {
     "devices": devices,
     "chip": chip,
     "topology": FLAGS.topology or devices[0].device_kind,
     "output_path": FLAGS.output_path,
-    "about": {"command": shlex.join(["gkd", *sys.argv[1:]])},
+    "about": about,
   }
-  if FLAGS.title:
-    settings["about"]["title"] = FLAGS.title
-  if mode == "fit":
-    fit.fit(
-      **settings,
-      model_axis=_numbers("model_axis"),
-      compiled_whole=FLAGS.compiled_whole,
-    )
-  else:
-    precompile.precompile(**settings, phases=FLAGS.phases)
 
 
-def _numbers(flag):
-  """A flag that is a list of whole numbers, or None."""
+def _numbers(flag: str) -> list[int] | None:
+  """Returns the whole numbers of a list flag, or None if it is not set."""
   given = getattr(FLAGS, flag)
   if given is None:
     return None
@@ -219,8 +272,10 @@ def _numbers(flag):
   return [int(number) for number in given]
 
 
+# ---- commands on runs, files and checkpoints ---------------------------------
+
+
 def _sweep():
-  """Runs a grid, or prints its commands."""
   from gkd_jax import files, gin_utils
   from gkd_jax.experiments import sweep_runner, sweeps
 
@@ -259,23 +314,39 @@ def _sweep():
     sys.exit(1)
 
 
-def _convert(mode):
-  """Checkpoint -> our safetensors folder, or another program's format."""
+def _report(*runs: str):
+  from gkd_jax.experiments import report_page
+
+  report_page.report(runs, FLAGS.output_path or ".", FLAGS.markdown)
+
+
+def _compare(*outputs: str):
+  from gkd_jax.evaluation import compare
+
+  print(compare.report(outputs))
+
+
+def _path(*names: str):
+  from gkd_jax.tasks import shipped
+
+  print(shipped.model_path(*names))
+
+
+def _import():
+  from gkd_jax.checkpoints import export
+
+  _check_paths()
+  config = export.import_checkpoint(
+    FLAGS.checkpoint_path, FLAGS.output_path, dtype=FLAGS.dtype
+  )
+  print(f"imported into {FLAGS.output_path}: {config}", flush=True)
+
+
+def _export():
   from gkd_jax.checkpoints import export
   from gkd_jax.experiments import model_card
 
-  if not FLAGS.checkpoint_path or not FLAGS.output_path:
-    raise ValueError(
-      "expected a checkpoint and an output folder, got"
-      f" {FLAGS.checkpoint_path!r} and {FLAGS.output_path!r};"
-      " set --checkpoint_path and --output_path"
-    )
-  if mode == "import":
-    config = export.import_checkpoint(
-      FLAGS.checkpoint_path, FLAGS.output_path, dtype=FLAGS.dtype
-    )
-    print(f"imported into {FLAGS.output_path}: {config}", flush=True)
-    return
+  _check_paths()
   export.export_checkpoint(
     FLAGS.checkpoint_path,
     FLAGS.output_path,
@@ -287,24 +358,28 @@ def _convert(mode):
   )
 
 
-def main():
-  """Entry point of the console script `gkd`."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  try:
-    app.run(_main_or_error, argv=_gin_flags(sys.argv))
-  except KeyboardInterrupt:
-    sys.exit(130)
+def _check_paths():
+  if not FLAGS.checkpoint_path or not FLAGS.output_path:
+    raise ValueError(
+      "expected a checkpoint and an output folder, got"
+      f" {FLAGS.checkpoint_path!r} and {FLAGS.output_path!r};"
+      " set --checkpoint_path and --output_path"
+    )
 
 
-def _main_or_error(argv):
-  # A wrong setting is one sentence, not a traceback.
-  try:
-    _run(argv)
-  except (ValueError, ImportError, FloatingPointError) as error:
-    if os.environ.get("GKD_TRACEBACK"):
-      raise
-    print(f"gkd: {error}", file=sys.stderr)
-    sys.exit(2)
+COMMANDS = {
+  "train": _train,
+  "eval": _eval,
+  "infer": _infer,
+  "precompile": _precompile,
+  "fit": _fit,
+  "compare": _compare,
+  "sweep": _sweep,
+  "import": _import,
+  "export": _export,
+  "report": _report,
+  "path": _path,
+}
 
 
 if __name__ == "__main__":

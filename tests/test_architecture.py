@@ -92,3 +92,18 @@ def test_the_step_imports_without_tensorflow():
     "assert not heavy, heavy\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_the_package_offers_its_modules_and_imports_no_jax():
+  code = (
+    "import importlib.util, sys\n"
+    "import gkd_jax\n"
+    "assert not {'jax', 'tensorflow'} & set(sys.modules), sys.modules.keys()\n"
+    "assert callable(gkd_jax.schedules.constant)\n"
+    "from gkd_jax.tasks import calculator\n"
+    "assert gkd_jax.tasks.calculator is calculator\n"
+    "for name in ('tests', 'docs', 'gin', 'launch'):\n"
+    "  assert not importlib.util.find_spec(f'gkd_jax.{name}'), name\n"
+    "assert not hasattr(gkd_jax, 'tests')\n"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

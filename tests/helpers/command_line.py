@@ -8,7 +8,6 @@ import sys
 
 import jax
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 from gkd_jax import checkpoints, main, models, network
@@ -50,15 +49,16 @@ def gkd(*arguments, cwd=None, env=None, **macros):
 def here(*arguments):
   """Runs `gkd` in this process."""
   with flagsaver.flagsaver():
-    main._run(flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)])))
+    main.main(["gkd", *map(str, arguments)])
 
 
 def refused(capsys, *arguments):
-  """What `gkd` says about a wrong setting, in this process: imports are slow."""
-  with flagsaver.flagsaver():
-    argv = flags.FLAGS(main._gin_flags(["gkd", *map(str, arguments)]))
-    with pytest.raises(SystemExit) as exit_status:
-      main._main_or_error(argv)
+  """Returns the error about a wrong setting, from `gkd` in this process.
+
+  That saves starting Python and importing JAX and TensorFlow again.
+  """
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_status:
+    main.main(["gkd", *map(str, arguments)])
   assert exit_status.value.code == 2
   said = capsys.readouterr().err
   assert said.startswith("gkd: expected ") and "Traceback" not in said
