@@ -1,8 +1,8 @@
-"""Compiles a run's programs for devices that need not be there, and counts.
+"""`gkd precompile`: compiles a run's programs for devices, attached or not.
 
 The programs are those of `train.train`: the sampler, the teacher, and the step.
-Parameters, optimizer and batch are shapes with shardings and are never
-allocated; neither data nor checkpoints are read.
+Parameters, optimizer state and batch are abstract; neither data nor checkpoints
+are read.
 """
 
 import functools
@@ -73,17 +73,17 @@ def precompile(
   output_path: str | None = None,
   about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-  """Compiles each phase, prints what it needs at once, and returns all of it.
+  """Compiles each phase, and prints and returns what it needs.
 
-  Sampling and teacher alone hold only what they read. Whether a run fits is said
-  by its training steps, whose arguments are all that the run keeps.
+  Sampling and teacher hold only what they read. The training steps show whether
+  a run fits: their arguments are all that the run keeps on its devices.
 
   Args:
-    model: see `train.train`, as all that is not named here.
+    model: see `train.train`.
     optimizer: see there.
-    devices: what to compile for, from `topologies.devices`.
-    chip: what they are; None: no roofline.
-    topology: their name, for the report.
+    devices: to compile for, from `topologies.devices`.
+    chip: of the devices; None for no roofline.
+    topology: name of the devices, for the report.
     task_feature_lengths: see `train.train`.
     batch_size: see there.
     seed: see there.
@@ -95,17 +95,16 @@ def precompile(
     shard_params_over_data: see there.
     phases: some of `PHASES`; by default those that the model has.
     output_path: folder for `precompile.json`, rewritten after each phase, and
-      the programs' texts. A program that is there already is not compiled
-      again, but counted.
-    about: `title` and `command`, for the table of docs/scale.md; kept with the
-      figures.
+      the programs' texts. A program that is there already is counted, but not
+      compiled again.
+    about: `title` and `command`, for the table of docs/scale.md.
 
   Returns:
-    `{"topology", "mesh", ..., "phases": {phase: report}}`; see
-    `program_report.report` for the latter.
+    `{**about, "topology", "mesh", ..., "phases": {phase: report}}`; see
+    `program_report.report`.
 
   Raises:
-    ValueError: a setting that cannot be compiled, or an unknown phase.
+    ValueError: a setting cannot be compiled, or a phase is unknown.
   """
   mesh = partitioning.make_mesh(num_partitions, devices, num_slices)
   train.check_batch(batch_size, num_microbatches, mesh, executor)
@@ -149,10 +148,10 @@ def precompile(
 
 
 class Programs:
-  """The programs of a run, lowered for shapes with shardings.
+  """The programs of a run, lowered for abstract arguments.
 
   Args:
-    model: see `precompile`, as all that is not named here.
+    model: see `precompile`.
     optimizer: see there.
     mesh: from `partitioning.make_mesh`.
     lengths: `task_feature_lengths`.
@@ -214,7 +213,7 @@ class Programs:
 
   @property
   def held_bytes(self) -> int:
-    """Bytes of a device that all arguments of a training step take."""
+    """Bytes that the arguments of a training step take on one device."""
     return program_report.held_bytes(
       (self._state, self._teacher, self._step_batch)
     )
@@ -227,19 +226,19 @@ class Programs:
     folder: str | None = None,
     name: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, or finds it compiled, and counts.
+    """Compiles a phase, unless the folder has it, and counts.
 
     Args:
       phase: of `PHASES`.
       chip: see `precompile`.
       topology: see there.
-      folder: where compiled programs are kept, or None.
+      folder: of compiled programs, or None.
       name: of the program in the folder; the phase's by default.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
     """
-    # A program is of the order of its devices, which its text does not say.
+    # The text of a program does not contain the order of its devices.
     order = ",".join(str(device.id) for device in self._mesh.devices.flat)
     target = f"{topology} {order}"
     program = _compile(*self.lower(phase), target, folder, name or phase)
@@ -262,7 +261,7 @@ class Programs:
     return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
-    """The phase's program, and its arguments."""
+    """Lowers a phase's program; returns it with its arguments."""
     if phase == SAMPLING:
       arguments = self._state.params, self._batch, self._key
       return self._sampler.lower(*arguments), arguments
@@ -275,7 +274,7 @@ class Programs:
     return self._step.lower(*arguments, phase), arguments
 
   def _roll_out(self, lengths):
-    """Outputs that a reward judges come before the step, and are its batch."""
+    """Samples outputs for a reward before the step, as its batch."""
     self._sampler = partitioning.jit(
       self._model.roll_out,
       self._mesh,
@@ -300,7 +299,7 @@ class Programs:
 
 
 def _compile(lowered, arguments, target, folder, name):
-  """The program, compiled or as an earlier call left it in the folder."""
+  """Returns the compiled program, from the folder if it is there."""
   fingerprint = program_files.fingerprint(lowered, target)
   if folder:
     found = program_files.read(folder, name, fingerprint)
@@ -331,16 +330,16 @@ def _judged(model):
 def chosen_phases(
   model: Any, phases: Sequence[str] | None, executor: str
 ) -> tuple[str, ...]:
-  """Checks which programs of a run are asked for; None for all it has."""
+  """Returns the phases to compile, by default all that the run has."""
   if executor != "jit":
     raise ValueError(
-      f"expected the executor 'jit', got {executor!r}, which cannot be compiled"
-      " for devices that are not there; set EXECUTOR = 'jit'"
+      f"expected the executor 'jit', got {executor!r}, which needs attached"
+      " devices; set EXECUTOR = 'jit'"
     )
   if isinstance(model, models.StoredTeacherModel):
     raise ValueError(
-      "expected a model with a teacher or SFT, got stored laws, whose number"
-      " only the data know; set MODEL"
+      "expected a model with a teacher or SFT, got a teacher's stored log-probs,"
+      " whose number per token depends on the data; set MODEL"
     )
   possible = tuple(_phases(model))
   unknown = [phase for phase in phases or () if phase not in possible]
@@ -353,7 +352,7 @@ def chosen_phases(
 
 
 def _phases(model) -> Iterator[str]:
-  """Those that a run of the model has at some step."""
+  """Yields the phases that a run of the model has at some step."""
   if model.teacher is None:
     yield models.DATA
     return
