@@ -33,65 +33,6 @@ class _Running:
   process: subprocess.Popen | None
 
 
-def check_cells(
-  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
-):
-  """Parses the gin of each cell in a process of its own.
-
-  So the modules that gin imports (JAX, TensorFlow) do not stay in the memory of
-  the sweep's process, which may run for days.
-
-  Args:
-    cells: those to run.
-    output: folder of the sweep.
-    search_paths: further folders of gin files.
-
-  Raises:
-    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
-      would write no `final.json`.
-  """
-  if not cells:
-    return
-  with concurrent.futures.ProcessPoolExecutor(
-    max_workers=1, mp_context=multiprocessing.get_context("spawn")
-  ) as pool:
-    pool.submit(check_here, cells, output, search_paths).result()
-
-
-def check_here(
-  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
-):
-  """Does what `check_cells` does in this process, and changes gin's state."""
-  import gin
-  from gkd_jax import gin_utils
-
-  # Seeds differ by a number alone, so one of them is enough.
-  firsts: dict[tuple, sweeps.Cell] = {}
-  for cell in cells:
-    firsts.setdefault((cell.stage, *cell.axes.values()), cell)
-  for cell in firsts.values():
-    bindings = [
-      f"{name} = {value.replace('{output}', output)}"
-      for name, value in cell.settings.items()
-    ]
-    try:
-      gin_utils.parse(cell.gin_files, bindings, search_paths)
-    except Exception as error:  # gin raises many kinds
-      # The first line is what is wrong, the others say where gin met it.
-      reason = str(error).strip().splitlines() or [repr(error)]
-      raise ValueError(f"{cell.name}: {reason[0]}") from None
-    if cell.command == "train" and cell.done == "final.json":
-      try:
-        split = gin.query_parameter("train.train.final_eval_split")
-      except ValueError:
-        split = None
-      if not split:
-        raise ValueError(
-          f"expected a split to score {cell.name} on, got none;"
-          " set train.train.final_eval_split"
-        )
-
-
 def prepare(
   cells: Sequence[sweeps.Cell], output: str, report: Mapping[str, Any]
 ):
@@ -417,3 +358,62 @@ def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def check_cells(
+  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
+):
+  """Parses the gin of each cell in a process of its own.
+
+  So the modules that gin imports (JAX, TensorFlow) do not stay in the memory of
+  the sweep's process, which may run for days.
+
+  Args:
+    cells: those to run.
+    output: folder of the sweep.
+    search_paths: further folders of gin files.
+
+  Raises:
+    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
+      would write no `final.json`.
+  """
+  if not cells:
+    return
+  with concurrent.futures.ProcessPoolExecutor(
+    max_workers=1, mp_context=multiprocessing.get_context("spawn")
+  ) as pool:
+    pool.submit(check_here, cells, output, search_paths).result()
+
+
+def check_here(
+  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
+):
+  """Does what `check_cells` does in this process, and changes gin's state."""
+  import gin
+  from gkd_jax import gin_utils
+
+  # Seeds differ by a number alone, so one of them is enough.
+  firsts: dict[tuple, sweeps.Cell] = {}
+  for cell in cells:
+    firsts.setdefault((cell.stage, *cell.axes.values()), cell)
+  for cell in firsts.values():
+    bindings = [
+      f"{name} = {value.replace('{output}', output)}"
+      for name, value in cell.settings.items()
+    ]
+    try:
+      gin_utils.parse(cell.gin_files, bindings, search_paths)
+    except Exception as error:  # gin raises many kinds
+      # The first line is what is wrong, the others say where gin met it.
+      reason = str(error).strip().splitlines() or [repr(error)]
+      raise ValueError(f"{cell.name}: {reason[0]}") from None
+    if cell.command == "train" and cell.done == "final.json":
+      try:
+        split = gin.query_parameter("train.train.final_eval_split")
+      except ValueError:
+        split = None
+      if not split:
+        raise ValueError(
+          f"expected a split to score {cell.name} on, got none;"
+          " set train.train.final_eval_split"
+        )

@@ -83,12 +83,13 @@ def fit(
     pack: see there.
     executor: only "jit".
     num_slices: see there.
-    model_axis: sizes to try; None for all whose data axis divides the batch.
+    model_axis: its sizes to try; None for all with which a batch's rows fill the
+      data axis.
     compiled_whole: how many that fit are compiled whole.
     output_path: folder for `fit.json` and the compiled programs; a search that
       was interrupted continues there.
     about: see there.
-    **_: settings of the run that are searched, and so ignored.
+    **_: settings of the run that are searched.
 
   Returns:
     `{"topology", ..., "candidates": [...], "best": {...} or None}`.
@@ -195,7 +196,7 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
 def _programs_of(
   optimizer, devices, num_slices, task_feature_lengths, batch_size, seed, pack
 ):
-  """Returns a function from a model and a candidate to the run's programs."""
+  """A function of a model and a candidate to the run's programs."""
 
   def programs(model, candidate):
     return precompile.Programs(
@@ -316,7 +317,7 @@ class _Search:
       f"--gin.NUM_MICROBATCHES={candidate.num_microbatches}",
       "--gin.train.train.shard_params_over_data="
       f"{candidate.shard_params_over_data}",
-      # Binds the teacher's too, which has no backward pass.
+      # Of the teacher as well, which has no backward pass.
       f'--gin.{name}="{candidate.remat_policy}"',
     ]
 

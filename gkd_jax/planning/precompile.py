@@ -79,11 +79,11 @@ def precompile(
   a run fits: their arguments are all that the run keeps on its devices.
 
   Args:
-    model: see `train.train`.
+    model: see `train.train`, as all that is not named here.
     optimizer: see there.
-    devices: to compile for, from `topologies.devices`.
-    chip: of the devices; None for no roofline.
-    topology: name of the devices, for the report.
+    devices: what to compile for, from `topologies.devices`.
+    chip: what they are; None: no roofline.
+    topology: their name, for the report.
     task_feature_lengths: see `train.train`.
     batch_size: see there.
     seed: see there.
@@ -148,10 +148,10 @@ def precompile(
 
 
 class Programs:
-  """The programs of a run, lowered for abstract arguments.
+  """The programs of a run, lowered for shapes with shardings.
 
   Args:
-    model: see `precompile`.
+    model: see `precompile`, as all that is not named here.
     optimizer: see there.
     mesh: from `partitioning.make_mesh`.
     lengths: `task_feature_lengths`.
@@ -238,7 +238,7 @@ class Programs:
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
     """
-    # The text of a program does not contain the order of its devices.
+    # A program is of the order of its devices, which its text does not say.
     order = ",".join(str(device.id) for device in self._mesh.devices.flat)
     target = f"{topology} {order}"
     program = _compile(*self.lower(phase), target, folder, name or phase)
@@ -261,7 +261,7 @@ class Programs:
     return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
-    """Lowers a phase's program; returns it with its arguments."""
+    """The phase's program, and its arguments."""
     if phase == SAMPLING:
       arguments = self._state.params, self._batch, self._key
       return self._sampler.lower(*arguments), arguments
@@ -274,7 +274,7 @@ class Programs:
     return self._step.lower(*arguments, phase), arguments
 
   def _roll_out(self, lengths):
-    """Samples outputs for a reward before the step, as its batch."""
+    """Outputs that a reward judges come before the step, and are its batch."""
     self._sampler = partitioning.jit(
       self._model.roll_out,
       self._mesh,
@@ -338,8 +338,8 @@ def chosen_phases(
     )
   if isinstance(model, models.StoredTeacherModel):
     raise ValueError(
-      "expected a model with a teacher or SFT, got a teacher's stored log-probs,"
-      " whose number per token depends on the data; set MODEL"
+      "expected a model with a teacher or SFT, got stored laws, whose number"
+      " only the data know; set MODEL"
     )
   possible = tuple(_phases(model))
   unknown = [phase for phase in phases or () if phase not in possible]
@@ -352,7 +352,7 @@ def chosen_phases(
 
 
 def _phases(model) -> Iterator[str]:
-  """Yields the phases that a run of the model has at some step."""
+  """Those that a run of the model has at some step."""
   if model.teacher is None:
     yield models.DATA
     return
