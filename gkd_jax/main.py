@@ -320,6 +320,12 @@ def _report(*runs: str):
   report_page.report(runs, FLAGS.output_path or ".", FLAGS.markdown)
 
 
+def _watch(*runs: str):
+  from gkd_jax.experiments import watch
+
+  watch.watch(runs)
+
+
 def _compare(*outputs: str):
   from gkd_jax.evaluation import compare
 
@@ -378,6 +384,7 @@ COMMANDS = {
   "import": _import,
   "export": _export,
   "report": _report,
+  "watch": _watch,
   "path": _path,
 }
 

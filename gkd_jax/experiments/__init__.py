@@ -7,5 +7,7 @@ it into groups of seeds, `figures`, `figures_behaviour` (on `panels`) and
 `report_tables` show them, and `report_page` writes the page. `metrics` is the table
 of metrics to change for a new one; `rendering` fills the `templates`.
 
+`gkd watch`: `watch` shows runs while they train.
+
 `model_card` describes an exported student.
 """

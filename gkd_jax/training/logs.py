@@ -1,13 +1,15 @@
-"""Scalars of a run: metrics.jsonl, TensorBoard, a progress bar or lines.
+"""The log of a run: metrics.jsonl, TensorBoard, Weights & Biases, progress.
 
-The cache of compiled programs, and the seconds to the first step.
+Also the cache of compiled programs, and the time to the first step.
 """
 
 import collections
 import json
 import os
 import platform
+import re
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,25 +17,43 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
-from clu import metric_writers
+from etils import epath
 
 import gkd_jax
 from gkd_jax import files, types
 
+_COMPILING = "/jax/core/compile/backend_compile_duration"
+_CACHE_HITS = "/jax/compilation_cache/cache_hits"
+# Metrics of distillation and of SFT that are means over output tokens, so that
+# their weight is the number of these.
+_PER_TOKEN = ("top1_agreement", "accuracy")
+
+_events: collections.Counter = collections.Counter()
+
+
+def _count(event: str, amount: float = 1.0, **_) -> None:
+  _events[event] += amount
+
+
+# Registered at the import, so that no compilation is missed.
+jax.monitoring.register_event_duration_secs_listener(_count)
+jax.monitoring.register_event_listener(_count)
+
 
 def use_cache(folder: str | None = None) -> str:
-  """Keeps compiled programs on disk, so that a second start is short.
+  """Keeps compiled programs on disk, so that the next start is faster.
 
   Args:
-    folder: where; "" keeps none; None is `JAX_COMPILATION_CACHE_DIR`, or the
-      user's cache, one folder for each machine, whose processor they are for.
+    folder: the cache; "" for none. None is `JAX_COMPILATION_CACHE_DIR`, or a
+      folder of this machine in the user's cache: programs are compiled for one
+      kind of processor.
 
   Returns:
-    The folder, "" without one.
+    The folder, or "".
   """
   given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
   if folder is None and given is not None:
-    return given  # JAX has read it
+    return given  # JAX reads the variable itself
   if folder is None:
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(user, "gkd_jax", f"compiled-{platform.node()}")
@@ -43,42 +63,32 @@ def use_cache(folder: str | None = None) -> str:
 
 
 def first_step(metrics: object) -> str:
-  """Waits for the first step's `metrics`, and says how long all took."""
+  """Waits for the first step's `metrics`; returns a line about the time taken."""
   jax.block_until_ready(metrics)
   return (
     f"first step {time.monotonic() - gkd_jax.STARTED:.1f} s after the start,"
-    f" {_spent[_COMPILING]:.1f} s of it compiling;"
-    f" {_spent[_READ]:.0f} programs from the cache"
+    f" {_events[_COMPILING]:.1f} s of it compiling;"
+    f" {_events[_CACHE_HITS]:.0f} programs from the cache"
   )
 
 
-_COMPILING = "/jax/core/compile/backend_compile_duration"
-_READ = "/jax/compilation_cache/cache_hits"
-_spent: collections.Counter = collections.Counter()
-
-
-def _add(event, amount=1.0, **_):
-  _spent[event] += amount
-
-
-# From the import on, so that nothing that is compiled is left out.
-jax.monitoring.register_event_duration_secs_listener(_add)
-jax.monitoring.register_event_listener(_add)
-# Metrics of distillation and of SFT whose weight is the number of tokens.
-_PER_TOKEN = ("top1_agreement", "accuracy")
-
-
 class TrainLog:
-  """Collects (sum, weight) metrics and writes their quotients.
+  """Collects the metrics of steps, and writes and shows their means.
 
-  A context manager. On a terminal it shows a progress bar, elsewhere a line at
-  each call of `write`. Of several processes the first one writes.
+  A context manager. Progress is a bar on a terminal, and a line at each call of
+  `write` elsewhere. Of several processes only the first one writes.
 
   Args:
-    model_dir: of the run.
-    start: first step.
+    model_dir: folder of the run: `metrics.jsonl`, `examples.jsonl`,
+      `final.json` and TensorBoard's events are written there.
+    start: step that the run starts or resumes at.
     total: last step.
-    console: where to show progress; the standard output by default.
+    console: where to show progress; the default is the standard output.
+    wandb_project: project of Weights & Biases to write to as well. A resumed
+      run continues its run there.
+
+  Raises:
+    ImportError: if `wandb_project` is set and wandb is not installed.
   """
 
   def __init__(
@@ -87,22 +97,27 @@ class TrainLog:
     start: int,
     total: int,
     console: rich.console.Console | None = None,
+    wandb_project: str | None = None,
   ):
     self._dir = files.absolute(model_dir)
     self._total, self._last = total, start
-    self._sums: dict[str, list] = {}
-    self._on_policy = self._rows = self._tokens = 0
-    self._time = self._started = time.monotonic()
-    self._first = True
+    self._started = time.monotonic()
+    self._begun = False
+    self._restart()
     self._writes = jax.process_index() == 0
-    self._writer = self._bar = None
+    self._bar = self._tensorboard = self._wandb = None
     if not self._writes:
       return
     self._dir.mkdir(parents=True, exist_ok=True)
-    self._writer = metric_writers.SummaryWriter(os.fspath(self._dir))
-    self._console = console or rich.console.Console()
-    if self._console.is_terminal:
-      self._bar = _progress_bar(self._console)
+    if wandb_project:
+      self._wandb = _wandb_run(wandb_project, self._dir)
+    # Not at the top: it imports TensorFlow.
+    from flax.metrics import tensorboard
+
+    self._tensorboard = tensorboard.SummaryWriter(self._dir, auto_flush=False)
+    console = console or rich.console.Console()
+    if console.is_terminal:
+      self._bar = _progress_bar(console)
       self._task = self._bar.add_task(
         "", total=total, completed=start, status="compiling"
       )
@@ -114,24 +129,33 @@ class TrainLog:
   def __exit__(self, *_):
     if self._bar:
       self._bar.stop()
-    if self._writer:
-      self._writer.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
 
   def say(self, text: str):
-    """Prints one line, above the progress bar if there is one."""
+    """Prints a line, above the progress bar if there is one."""
     if self._bar:
       self._bar.console.print(text, markup=False, highlight=False)
     elif self._writes:
       print(text, flush=True)
 
   def add(self, metrics: types.Metrics, source: str, batch: Any):
-    """Takes one step's metrics; waits for the device after the first alone."""
-    if self._first:
-      self._first = False
+    """Adds the metrics of a step; waits for the device after the first only.
+
+    Args:
+      metrics: name to (sum, weight).
+      source: whose outputs the step trained on, "data" if the data set's.
+      batch: rows of this process.
+    """
+    if not self._begun:
+      self._begun = True
       self.say(first_step(metrics))
     for name, pair in metrics.items():
-      self._sums.setdefault(name, []).append(pair)
+      self._pairs.setdefault(name, []).append(pair)
     self._on_policy += source != "data"
+    # Other processes are taken to have as many input tokens as this one.
     processes = jax.process_count()
     self._rows += processes * len(batch["decoder_target_tokens"])
     self._tokens += processes * _input_tokens(batch)
@@ -139,23 +163,21 @@ class TrainLog:
       self._bar.advance(self._task)
 
   def write(self, step: int):
-    """Writes the means since the last call.
+    """Writes the means of the metrics since the last call, and rates.
 
-    `tokens_per_second` counts inputs and the outputs trained on, whosesoever
-    they are. Inputs of other processes are taken to be as many as this one's.
+    `tokens_per_second` counts the input tokens and the output tokens that were
+    trained on, whether of the data or of the student.
 
     Args:
-      step: steps done.
+      step: number of steps done.
     """
     scalars = {}
     outputs = 0.0
-    for name, pairs in self._sums.items():
-      values = np.sum(np.array(jax.device_get(pairs), np.float64), axis=0)
-      scalars[name] = (
-        float(values[0] / values[1]) if values[1] else float("nan")
-      )
+    for name, pairs in self._pairs.items():
+      total, weight = np.sum(np.array(jax.device_get(pairs), np.float64), 0)
+      scalars[name] = float(total / weight) if weight else float("nan")
       if name in _PER_TOKEN:
-        outputs = values[1]
+        outputs = weight
     seconds = time.monotonic() - self._time
     steps = max(step - self._last, 1)
     scalars |= {
@@ -165,6 +187,59 @@ class TrainLog:
       "on_policy_steps": self._on_policy / steps,
     }
     self._record(step, scalars)
+    self._show(step, scalars)
+    self._last = step
+    self._restart()
+
+  def evaluation(
+    self,
+    step: int,
+    scores: Mapping[str, float],
+    examples: Sequence[Mapping[str, Any]],
+  ):
+    """Writes the scores of an evaluation, and decoded examples.
+
+    The time since the last `write` is left out of the rates.
+    """
+    self._record(step, {f"eval/{k}": v for k, v in scores.items()})
+    if self._writes:
+      self._tensorboard.text("examples", _markdown(examples), step)
+      self._tensorboard.flush()
+      files.append_json_lines(
+        self._dir / "examples.jsonl",
+        [{"step": step, **example} for example in examples],
+      )
+    shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+    self.say(f"step {step} evaluation: {shown}")
+    self._time = time.monotonic()
+
+  def final(self, result: Mapping[str, Any]):
+    """Writes `final.json`, with the seconds since the log was opened."""
+    result = dict(result) | {"seconds": time.monotonic() - self._started}
+    if self._writes:
+      files.write_json(self._dir / "final.json", result)
+    self.say(f"final: {json.dumps(result)}")
+
+  def _restart(self):
+    self._pairs: dict[str, list] = {}
+    self._on_policy = self._rows = self._tokens = 0
+    self._time = time.monotonic()
+
+  def _record(self, step, scalars):
+    if not self._writes:
+      return
+    # JSON has no NaN.
+    finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
+    files.append_json_lines(
+      self._dir / "metrics.jsonl", [{"step": step, **finite}]
+    )
+    for name, value in scalars.items():
+      self._tensorboard.scalar(name, value, step)
+    self._tensorboard.flush()
+    if self._wandb:
+      self._wandb.log(scalars, step=step)
+
+  def _show(self, step, scalars):
     status = (
       f"loss {scalars['loss']:.4f}"
       f" {scalars['examples_per_second']:.0f} examples/s"
@@ -177,52 +252,33 @@ class TrainLog:
       left = int((self._total - step) * scalars["seconds_per_step"])
       eta = f"ETA {left // 60}:{left % 60:02d}"
       self.say(f"step {step}/{self._total} {status} {eta}")
-    self._sums = {}
-    self._on_policy = self._rows = self._tokens = 0
-    self._last = step
-    self.restart_clock()
-
-  def restart_clock(self):
-    """Leaves out of the rates what was done since the last `write`."""
-    self._time = time.monotonic()
-
-  def evaluation(
-    self,
-    step: int,
-    scores: Mapping[str, float],
-    examples: Sequence[Mapping[str, Any]],
-  ):
-    """Writes the scores of an evaluation and decoded examples."""
-    self._record(step, {f"eval/{k}": v for k, v in scores.items()})
-    if self._writer:
-      self._writer.write_texts(step, {"examples": _markdown(examples)})
-      files.append_json_lines(
-        self._dir / "examples.jsonl",
-        [{"step": step, **example} for example in examples],
-      )
-    shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
-    self.say(f"step {step} evaluation: {shown}")
-    self.restart_clock()
-
-  def final(self, result: Mapping[str, Any]):
-    """Writes `final.json`, with the seconds since the run was started."""
-    result = dict(result) | {"seconds": time.monotonic() - self._started}
-    if self._writes:
-      files.write_json(self._dir / "final.json", result)
-    self.say(f"final: {json.dumps(result)}")
-
-  def _record(self, step, scalars):
-    if not self._writer:
-      return
-    finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
-    files.append_json_lines(
-      self._dir / "metrics.jsonl", [{"step": step, **finite}]
-    )
-    self._writer.write_scalars(step, scalars)
 
 
-def _input_tokens(batch) -> int:
-  """Tokens of the inputs: the encoder's, or the prompts of decoder-only rows."""
+def _wandb_run(project: str, folder: epath.Path) -> Any:
+  """Starts or resumes the run of a MODEL_DIR, with its macros as settings."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise ImportError(
+      f"expected the package wandb for the project {project!r}, got {error};"
+      " run `pip install 'gkd_jax[wandb]'` or set WANDB_PROJECT = None"
+    ) from error
+  name_file, config_file = folder / "wandb_run.txt", folder / "config.gin"
+  if not name_file.exists():
+    files.write_text(name_file, uuid.uuid4().hex)
+  config = config_file.read_text() if config_file.exists() else ""
+  return wandb.init(
+    project=project,
+    name=folder.name,
+    id=name_file.read_text(),
+    resume="allow",
+    dir=None if files.is_remote(folder) else os.fspath(folder),
+    config=dict(re.findall(r"^([A-Z][A-Z0-9_]*) = (.*)$", config, re.M)),
+  )
+
+
+def _input_tokens(batch: Any) -> int:
+  """Counts the encoder's tokens, or the prompts' of decoder-only rows."""
   if "encoder_input_tokens" in batch:
     return int(np.count_nonzero(batch["encoder_input_tokens"]))
   tokens = np.count_nonzero(batch["decoder_target_tokens"])
@@ -241,7 +297,7 @@ def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def _markdown(examples: Sequence[Mapping[str, Any]]) -> str:
-  """Decoded examples as a table, which TensorBoard shows as one."""
+  """Returns decoded examples as a Markdown table, which TensorBoard renders."""
   if not examples:
     return ""
   cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")

@@ -354,7 +354,6 @@ def _saved(model_dir, step):
 
 
 @needs_t5x
-@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1.0, 0.0])
 def test_t5x_train_runs_saves_the_student_and_goes_on(
   tmp_path, t5x_train, tiny_teacher, fraction

@@ -119,3 +119,60 @@ def test_skypilot(rank):
   got = parsed(shlex.split(done.stdout))
   assert got["coordinator_address"] == "10.0.0.1:7654"
   assert (got["process_count"], got["process_index"]) == (2, rank)
+
+
+# In place of `gkd`: training leaves the files of a run, or fails.
+STAND_IN = """#!/usr/bin/env bash
+case $1 in
+  path) echo teacher ;;
+  infer) ;;
+  watch) exec {python} -m gkd_jax.main "$@" ;;
+  report) echo "the table of ${{@: -1}}" && touch a.png ;;
+  train)
+    for argument; do
+      case $argument in --gin.MODEL_DIR=*) folder=$(eval echo "${{argument#*=}}");; esac
+    done
+    [ "$(basename "$folder")" != "$FAILS" ] || {{ echo a reason; exit 1; }}
+    mkdir "$folder" && echo "TRAIN_STEPS = 9" >"$folder/config.gin"
+    echo '{{"step": 5, "loss": 1, "seconds_per_step": 1}}' >"$folder/metrics.jsonl"
+    echo '{{"seconds": 6, "greedy": {{"wer": 4}}}}' >"$folder/final.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+  """Runs the quickstart's shell on a stand-in for `gkd`."""
+  (tmp_path / "launch").mkdir()
+  shell = tmp_path / "launch" / "quickstart.sh"
+  shell.write_text((ROOT / "launch" / "quickstart.sh").read_text())
+  gkd = tmp_path / "gkd"
+  gkd.write_text(STAND_IN.format(python=sys.executable))
+  gkd.chmod(0o755)
+  return lambda fails="": subprocess.run(
+    ["bash", str(shell), "7"],
+    env=os.environ | {"GKD": str(gkd), "PYTHONPATH": str(ROOT), "FAILS": fails},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
+def test_the_quickstart_shows_its_runs_and_names_its_page(quickstart, tmp_path):
+  done = quickstart()
+  assert done.returncode == 0, done.stderr
+  for name in ("sft", "gkd", "sft_longer", "seqkd", "supervised_kd"):
+    assert f"{name}: finished in 0:06, greedy WER 4.0" in done.stdout
+  assert "the table of gkd=gkd" in done.stdout
+  out = tmp_path / "runs" / "quickstart-7"
+  assert f"picture     {out}/a.png" in done.stdout
+  assert f"page        {out}/index.html" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["sft", "seqkd"])
+def test_the_quickstart_ends_with_the_reason_of_a_run_that_fails(
+  quickstart, name
+):
+  done = quickstart(fails=name)
+  assert done.returncode == 1 and "a reason" in done.stdout
+  assert "the table" not in done.stdout

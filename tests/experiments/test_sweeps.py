@@ -234,7 +234,6 @@ def _built_by(arguments):
   return gin_utils.bindings(train.train, precompile.SETTINGS)
 
 
-@pytest.mark.slow
 def test_a_sweep_and_its_report_from_the_command_line(tmp_path, capsys):
   grid = tmp_path / "grid"
   arguments = (

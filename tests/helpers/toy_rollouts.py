@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+import numpy as np
 import toy_models
 
 from gkd_jax import data, models, partitioning, training
@@ -55,3 +57,15 @@ def make(model, batches, mesh=None):
     seed=7,
     mesh=mesh or partitioning.make_mesh(),
   )
+
+
+def second_batch(batch):
+  """Rewards whitened by all rows, and a running mean that is not 0."""
+  model, params, _ = rl(
+    whiten_rewards=True, baseline="running_mean", baseline_decay=0.5
+  )
+  batches = make(model, [batch])
+  params = jax.tree.map(np.asarray, params)
+  batches.next(0, params)
+  batches._mean = batches._mean.updated(3.0, 0.5)
+  return batches.next(1, params)

@@ -321,7 +321,6 @@ def test_only_what_is_asked_for_is_built():
   assert "MODEL_DIR" not in str(error.value)
 
 
-@pytest.mark.slow
 def test_command_needs_neither_data_nor_checkpoints(tmp_path):
   done = run_gkd(
     "--topology=cpu:4", "--phases=teacher", f"--output_path={tmp_path}"

@@ -2,10 +2,13 @@
 
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
 import rich.console
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
 
 from gkd_jax import training
 from gkd_jax.training import logs
@@ -100,3 +103,73 @@ def test_examples_are_a_table_and_lines(tmp_path, capsys):
   final = json.loads((tmp_path / "final.json").read_text())
   assert final["greedy"] == {"wer": 1.0} and final["seconds"] >= 0
   assert "step 1 evaluation: wer 12.35" in capsys.readouterr().out
+
+
+def test_tensorboard_has_scalars_and_examples(tmp_path, clock):
+  with training.TrainLog(str(tmp_path), 0, 2) as log:
+    log.add(metrics(6.0, 4.0, 1), "data", BATCH)
+    clock[0] += 1.0
+    log.write(2)
+    log.evaluation(2, {"wer": 50.0}, [{"input": "a"}])
+  events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+  # TensorFlow 2 stores scalars as tensors.
+  read = lambda tag: [
+    (event.step, tensor_util.make_ndarray(event.tensor_proto).item())
+    for event in events.Tensors(tag)
+  ]
+  assert read("loss") == [(2, 1.5)] and read("eval/wer") == [(2, 50.0)]
+  assert read("examples") == [(2, b"| input |\n| --- |\n| a |")]
+
+
+def test_wandb_offline_has_the_history_and_goes_on(
+  tmp_path, clock, monkeypatch
+):
+  pytest.importorskip("wandb", reason="needs wandb, extra `wandb`")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  (tmp_path / "config.gin").write_text("BATCH_SIZE = 64\ntrain.x = 1\n")
+  for start, loss in ((0, 1.5), (2, 0.5)):
+    with training.TrainLog(
+      str(tmp_path), start, 4, wandb_project="distillation"
+    ) as log:
+      log.add(metrics(loss, 1.0, 1), "data", BATCH)
+      clock[0] += 1.0
+      log.write(start + 2)
+      log.evaluation(start + 2, {"wer": 50.0}, [])
+  # One run of two processes: the second continues the first.
+  paths = sorted(
+    tmp_path.glob("wandb/offline-*/*.wandb"), key=lambda p: p.stat().st_mtime
+  )
+  runs = [wandb_records(path) for path in paths]
+  assert len(runs) == 2
+  for records, step, loss in zip(runs, ("2", "4"), ("1.5", "0.5"), strict=True):
+    (run,) = records["run"]
+    assert run.project == "distillation"
+    assert run.run_id == (tmp_path / "wandb_run.txt").read_text()
+    settings = {item.key: item.value_json for item in run.config.update}
+    assert settings["BATCH_SIZE"] == '"64"' and "train.x" not in settings
+    (row,) = records["history"]
+    values = {item.nested_key[0]: item.value_json for item in row.item}
+    assert values["_step"] == step and values["loss"] == loss
+    assert float(values["eval/wer"]) == 50.0
+
+
+def wandb_records(path):
+  """Kind to the records of wandb's offline file, a LevelDB log of protobufs."""
+  from wandb.proto import wandb_internal_pb2
+
+  data, position, record = path.read_bytes(), 7, b""
+  found = {}
+  while position + 7 <= len(data):
+    left = 2**15 - position % 2**15
+    if left < 7:  # blocks end with padding
+      position += left
+      continue
+    size, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+    record += data[position + 7 : position + 7 + size]
+    position += 7 + size
+    if kind in (1, 4):  # a whole record, or its last part
+      parsed = wandb_internal_pb2.Record.FromString(record)
+      name = parsed.WhichOneof("record_type")
+      found.setdefault(name, []).append(getattr(parsed, name))
+      record = b""
+  return found

@@ -1,10 +1,6 @@
 """Outputs sampled, decoded and judged between two steps."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -170,54 +166,3 @@ def test_a_reward_of_another_shape(bad):
   model, params, _ = toy_rollouts.rl(lambda *_: bad)
   with pytest.raises(ValueError, match=r"each of 16 outputs.*set REWARD"):
     toy_rollouts.make(model, [toy_models.batch()]).next(0, params)
-
-
-WORKER = """
-import sys
-import jax, numpy as np
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import toy_models, toy_rollouts
-model, params, _ = toy_rollouts.rl(
-  whiten_rewards=True, baseline="running_mean", baseline_decay=0.5)
-rows = slice(4 * int(sys.argv[2]), 4 * int(sys.argv[2]) + 4)
-batch = {k: v[rows] for k, v in toy_models.batch().items()}
-params = jax.tree.map(np.asarray, params)
-batches = toy_rollouts.make(model, [batch])
-batches.next(0, params)
-batches._mean = batches._mean.updated(3.0, 0.5)
-got = batches.next(1, params)
-np.savez(sys.argv[3], **got)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_judge_their_own_rows(tmp_path):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  tests = ROOT / "tests"
-  env = os.environ | {"PYTHONPATH": f"{ROOT}:{tests}/helpers"}
-  files = [tmp_path / f"{i}.npz" for i in range(2)]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", WORKER, address, str(i), str(files[i])],
-      env=env,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  for process in processes:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-  model, params, _ = toy_rollouts.rl(
-    whiten_rewards=True, baseline="running_mean", baseline_decay=0.5
-  )
-  batches = toy_rollouts.make(model, [toy_models.batch()])
-  batches.next(0, params)
-  batches._mean = batches._mean.updated(3.0, 0.5)
-  expected = batches.next(1, params)
-  parts = [np.load(file) for file in files]
-  for name, value in expected.items():
-    both = np.concatenate([part[name] for part in parts])
-    np.testing.assert_allclose(both, value, atol=1e-5, err_msg=name)
