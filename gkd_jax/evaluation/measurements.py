@@ -138,14 +138,8 @@ def _sums(model, params, teacher_params, batch, key, start):
     return sums
   sums[DATA] = _compare(model, teacher_params, batch, logits)
   encoded = student.encode(params, batch)
-  tokens, weights, _ = student.sample_outputs(
-    params,
-    encoded,
-    batch,
-    key,
-    row_ids=start + jnp.arange(weights.shape[0]),
-    **model.sampling,
-  )
+  row_ids = start + jnp.arange(weights.shape[0])
+  tokens, weights, _ = model.draw(params, encoded, batch, key, row_ids=row_ids)
   # Rows that fill up the last batch have no input, and count for nothing.
   weights *= student.has_inputs(batch)[:, None]
   sampled = dict(batch) | student.output_features(batch, tokens, weights)

@@ -310,7 +310,7 @@ def _outcome(item: _Running, output: str) -> str | None:
   else:
     reason = f"ended without {cell.done}, which says that it is finished"
     if cell.done == "final.json":
-      reason += "; set train.train.final_eval_split"
+      reason += "; set FINAL_EVAL_SPLIT"
   return f"{reason}\n{_tail(os.path.join(folder, 'log.txt'))}"
 
 
@@ -409,11 +409,11 @@ def check_here(
       raise ValueError(f"{cell.name}: {reason[0]}") from None
     if cell.command == "train" and cell.done == "final.json":
       try:
-        split = gin.query_parameter("train.train.final_eval_split")
+        split = gin.query_parameter("FINAL_EVAL_SPLIT")
       except ValueError:
         split = None
       if not split:
         raise ValueError(
           f"expected a split to score {cell.name} on, got none;"
-          " set train.train.final_eval_split"
+          " set FINAL_EVAL_SPLIT"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import files, models, optimizers, partitioning
+from gkd_jax import files, models, optimizers, partitioning, training
 from gkd_jax.planning import (
   depths,
   precompile,
@@ -41,6 +41,13 @@ class Candidate:
   remat_policy: str = "none"
 
   @property
+  def partitioner(self) -> dict[str, Any]:
+    """Fields of `training.PartitionerConfig`."""
+    fields = dataclasses.asdict(self)
+    del fields["remat_policy"]
+    return fields
+
+  @property
   def name(self) -> str:
     """The settings as the name of a file."""
     return "-".join(str(v) for v in dataclasses.astuple(self)).lower()
@@ -53,17 +60,13 @@ def fit(
   devices: Sequence[Any],
   chip: topologies.Chip | None,
   topology: str,
-  task_feature_lengths: Mapping[str, int],
-  batch_size: int,
+  dataset: training.DatasetConfig,
+  partitioner: training.PartitionerConfig = training.PartitionerConfig(),
   seed: int = 0,
-  pack: bool = False,
-  executor: str = "jit",
-  num_slices: int | None = None,
   model_axis: Sequence[int] | None = None,
   compiled_whole: int = 3,
   output_path: str | None = None,
   about: Mapping[str, str] | None = None,
-  **_: Any,
 ) -> dict[str, Any]:
   """Prints a table of candidates, and the settings of the fastest that fits.
 
@@ -77,19 +80,16 @@ def fit(
     devices: see there.
     chip: whose memory limits and whose rates rank the candidates.
     topology: see there.
-    task_feature_lengths: see there.
-    batch_size: see there.
+    dataset: see there.
+    partitioner: with the executor "jit"; model axis, parameters sharded over
+      data and microbatches are searched.
     seed: see there.
-    pack: see there.
-    executor: only "jit".
-    num_slices: see there.
     model_axis: its sizes to try; None for all with which a batch's rows fill the
       data axis.
     compiled_whole: how many that fit are compiled whole.
     output_path: folder for `fit.json` and the compiled programs; a search that
       was interrupted continues there.
     about: see there.
-    **_: settings of the run that are searched.
 
   Returns:
     `{"topology", ..., "candidates": [...], "best": {...} or None}`.
@@ -102,19 +102,28 @@ def fit(
       "expected a topology of a chip whose rates are known, got"
       f" {topology!r}; set --topology={next(iter(topologies.CHIPS))}:2x2 or the like"
     )
-  possible = precompile.chosen_phases(model, None, executor)
+  possible = precompile.chosen_phases(model, None, partitioner.executor)
   phase = models.STUDENT if models.STUDENT in possible else models.DATA
-  slices = partitioning.make_mesh(1, devices, num_slices).shape.get(
+  batch_size = dataset.batch_size
+  slices = partitioning.make_mesh(1, devices, partitioner.num_slices).shape.get(
     partitioning.SLICE_AXIS, 1
   )
   tried = list(meshes(len(devices), batch_size, model_axis, slices))
-  programs = _programs_of(
-    optimizer, devices, num_slices, task_feature_lengths, batch_size, seed, pack
-  )
+
+  def programs(model, candidate):
+    return precompile.Programs(
+      model,
+      optimizer,
+      dataset,
+      dataclasses.replace(partitioner, **candidate.partitioner),
+      seed=seed,
+      devices=devices,
+    )
+
   search = _Search(model, programs, chip, topology, phase, output_path)
   print(
     f"{topology}: {len(devices)} devices, batch {batch_size}, lengths"
-    f" {dict(task_feature_lengths)}, {precompile.TITLES[phase]}\n{program_report.FIT_HEADER}",
+    f" {dict(dataset.task_feature_lengths)}, {precompile.TITLES[phase]}\n{program_report.FIT_HEADER}",
     flush=True,
   )
   rows = list(search.rows(tried, len(devices), batch_size))
@@ -126,7 +135,7 @@ def fit(
     "topology": topology,
     "devices": len(devices),
     "batch_size": batch_size,
-    "task_feature_lengths": dict(task_feature_lengths),
+    "task_feature_lengths": dict(dataset.task_feature_lengths),
     "phase": phase,
     "hbm_bytes": chip.hbm_bytes,
     "candidates": rows,
@@ -191,27 +200,6 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
     parts *= 2
     if rows % parts:
       return
-
-
-def _programs_of(
-  optimizer, devices, num_slices, task_feature_lengths, batch_size, seed, pack
-):
-  """A function of a model and a candidate to the run's programs."""
-
-  def programs(model, candidate):
-    return precompile.Programs(
-      model,
-      optimizer,
-      partitioning.make_mesh(candidate.num_partitions, devices, num_slices),
-      task_feature_lengths,
-      batch_size,
-      seed=seed,
-      pack=pack,
-      num_microbatches=candidate.num_microbatches,
-      shard_params_over_data=candidate.shard_params_over_data,
-    )
-
-  return programs
 
 
 class _Search:
@@ -315,8 +303,7 @@ class _Search:
     return [
       f"--gin.NUM_PARTITIONS={candidate.num_partitions}",
       f"--gin.NUM_MICROBATCHES={candidate.num_microbatches}",
-      "--gin.train.train.shard_params_over_data="
-      f"{candidate.shard_params_over_data}",
+      f"--gin.SHARD_PARAMS_OVER_DATA={candidate.shard_params_over_data}",
       # Of the teacher as well, which has no backward pass.
       f'--gin.{name}="{candidate.remat_policy}"',
     ]

@@ -121,9 +121,8 @@ def test_a_sample_depends_on_seed_example_and_number_alone(tmp_path):
     result = model.sample(
       params,
       model.encode(params, batch),
-      batch["encoder_input_tokens"],
+      batch,
       jax.random.fold_in(jax.random.key(5), number),
-      max_decode_length=LENGTHS["targets"],
       temperature=0.8,
       suppress_ids=(0,),
       row_ids=chosen,
