@@ -1,13 +1,23 @@
-"""The command line, as a user starts it: runs, resumes, and errors."""
+"""The command line, as a user starts it: runs, resumes, and errors.
+
+`started` imports all that a user's command imports, `gkd` and `start` fork.
+"""
 
 import json
 import signal
-import subprocess
 
 import jax
 import numpy as np
 import pytest
-from command_line import ENV, ROOT, command, gin, gkd, refused, save_toy_teacher
+from command_line import (
+  ROOT,
+  gin,
+  gkd,
+  refused,
+  save_toy_teacher,
+  start,
+  started,
+)
 
 from gkd_jax import checkpoints
 
@@ -37,7 +47,7 @@ def smoke(teacher, folder, **macros):
 def whole(teacher, tmp_path_factory):
   """The uninterrupted smoke run."""
   folder = tmp_path_factory.mktemp("smoke") / "student"
-  done = gkd(*smoke(teacher, folder))
+  done = started(*smoke(teacher, folder))
   # Neither JAX nor TensorFlow writes to a user's terminal.
   assert done.returncode == 0 and not done.stderr, done.stderr
   return folder, done.stdout
@@ -108,31 +118,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   # on, since saving step 6 has waited until step 3 was whole on disk.
   step = int(np.random.default_rng().integers(7, 18))
   print(f"{how} at step {step}")
-  with subprocess.Popen(
-    command(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-    env=ENV,
-  ) as process:
-    for line in process.stdout:
-      if line.startswith(f"step {step}/"):
-        process.send_signal(how)
-        break
-    process.stdout.read()
-    code = process.wait(timeout=120)
-  assert code == (143 if how == signal.SIGTERM else -signal.SIGKILL)
+  settings = smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)
+  process = start(*settings)
+  for line in process.stdout:
+    if line.startswith(f"step {step}/"):
+      process.send_signal(how)
+      break
+  _, errors = process.communicate()
+  assert process.returncode == (
+    143 if how == signal.SIGTERM else -signal.SIGKILL
+  ), errors
   steps = {int(p.name.split("_")[1]) for p in folder.glob("checkpoint_*[0-9]")}
   assert steps and max(steps) < 20
-  done = gkd(*smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3))
+  done = gkd(*settings)
   assert done.returncode == 0, done.stderr
   assert "resumed" in done.stdout
   assert_same_run(folder, whole[0])
 
 
-def decode(mode, checkpoint, env=None, **macros):
+def decode(run, mode, checkpoint, env=None, **macros):
   settings = {"MIXTURE_OR_TASK_NAME": "arithmetic_cot"} | macros
-  return gkd(
+  return run(
     mode,
     "--gin_file=models/toy.gin",
     f"--gin_file=runs/{mode}.gin",
@@ -173,13 +179,13 @@ seqio.TaskRegistry.add(
 
 def test_export_infer_and_eval(whole, tmp_path):
   exported = tmp_path / "safetensors"
-  done = gkd(
+  done = started(
     "export", f"--checkpoint_path={whole[0]}", f"--output_path={exported}"
   )
   assert done.returncode == 0, done.stderr
   assert_same_run(exported, whole[0])
   output = tmp_path / "out.jsonl"
-  done = decode("infer", exported, OUTPUT_PATH=str(output))
+  done = decode(started, "infer", exported, OUTPUT_PATH=str(output))
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
@@ -187,6 +193,7 @@ def test_export_infer_and_eval(whole, tmp_path):
   assert all(x["score"] < 0 for x in lines)
   (tmp_path / "lengths.py").write_text(LENGTHS_TASK)
   done = decode(
+    gkd,
     "eval",
     whole[0],
     env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
@@ -289,7 +296,7 @@ def test_a_wrong_setting_is_one_sentence(some_teacher, tmp_path, capsys, name):
 
 
 def test_a_wrong_setting_ends_the_process(some_teacher, tmp_path):
-  done = gkd(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
+  done = started(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
   assert done.returncode == 2
   # The sentence, and gin's line about the object that was being built.
   error, _ = done.stderr.splitlines()
@@ -350,7 +357,7 @@ def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
       LOG_PERIOD=1,
       CHECKPOINT_PERIOD=1,
     ),
-    "--gin.train.train.max_skipped_in_row=3",
+    "--gin.MAX_SKIPPED_IN_ROW=3",
   )
   assert done.returncode == 2
   assert "got 3 non-finite ones in a row up to step 4" in done.stderr
@@ -360,7 +367,6 @@ def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
   assert (folder / "checkpoint_1").is_dir()
 
 
-@pytest.mark.slow
 def test_decoder_only_smoke_trains_and_is_scored(tmp_path):
   name = "--gin_file=experiments/smoke_decoder_only"
   teacher, student = tmp_path / "teacher", tmp_path / "student"

@@ -1,11 +1,9 @@
 """`gkd infer` into shards, killed and started again, and training on them."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
-import subprocess
 
 import command_line
 import numpy as np
@@ -37,14 +35,14 @@ def infer(teacher, prefix, *flags, **macros):
     "SAMPLING_TEMPERATURE": 1.0,
     "TOP_K": 3,
   }
-  return command_line.command(
+  return [
     "infer",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/teacher_data.gin",
     "--gin.STUDENT=%TOY_TEACHER",
     *flags,
-    **settings | macros,
-  )
+    *command_line.gin(**settings | macros),
+  ]
 
 
 def shard_bytes(prefix):
@@ -56,46 +54,39 @@ def shard_bytes(prefix):
 def _whole(teacher, tmp_path_factory):
   """The shards of an uninterrupted run."""
   prefix = tmp_path_factory.mktemp("data") / "whole"
-  done = command_line.run(infer(teacher, prefix))
+  done = command_line.gkd(*infer(teacher, prefix))
   assert done.returncode == 0, done.stderr
   assert "outputs for 240 examples" in done.stdout
   return prefix
 
 
-@pytest.mark.slow
-def test_five_kills_lose_and_double_nothing(teacher, whole, tmp_path):
+@pytest.mark.parametrize(
+  "kills", [1, pytest.param(5, marks=pytest.mark.nightly)]
+)
+def test_kills_lose_and_double_nothing(teacher, whole, tmp_path, kills):
   prefix = tmp_path / "out"
   rng = np.random.default_rng()
   finished = [0]
-  for kill in range(5):
+  for kill in range(kills):
     # Another shard in every run of the test; pytest shows it if it fails.
     stop = int(rng.integers(1, 8))
     print(f"kill {kill} after {stop} more shards")
-    with subprocess.Popen(
-      infer(teacher, prefix),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-      env=command_line.ENV,
-    ) as process:
-      for line in process.stdout:
-        stop -= line.startswith("shard ")
-        if not stop:
-          process.kill()
-          break
-      assert process.wait(timeout=120) == -signal.SIGKILL
-    there = [
-      p
-      for p in teacher_shards.shard_paths(str(prefix), SHARDS)
-      if os.path.exists(p)
-    ]
-    finished.append(len(there))
+    process = command_line.start(*infer(teacher, prefix))
+    for line in process.stdout:
+      stop -= line.startswith("shard ")
+      if not stop:
+        process.kill()
+        break
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    paths = teacher_shards.shard_paths(str(prefix), SHARDS)
+    finished.append(sum(pathlib.Path(p).exists() for p in paths))
   print(f"finished shards: {finished}")
   assert finished == sorted(set(finished)) and finished[-1] < SHARDS
   # Unfinished data are no data.
   with pytest.raises(ValueError, match="run `gkd infer` again to finish"):
     teacher_shards.check_shards(str(prefix))
-  done = command_line.run(infer(teacher, prefix))
+  done = command_line.gkd(*infer(teacher, prefix))
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("\nshard ") + done.stdout.startswith("shard ") == (
     SHARDS - finished[-1]
@@ -112,8 +103,7 @@ def test_five_kills_lose_and_double_nothing(teacher, whole, tmp_path):
 
 
 def test_other_settings_are_one_sentence(teacher, whole, capsys):
-  _, _, _, *arguments = infer(teacher, whole, SEED=1)
-  said = command_line.refused(capsys, *arguments)
+  said = command_line.refused(capsys, *infer(teacher, whole, SEED=1))
   assert "got SEED 1 instead of 0; set SEED" in said
 
 
@@ -155,29 +145,24 @@ def test_a_student_trains_on_the_shards(whole, tmp_path, file, loss):
     assert example["reference"].endswith(f"#{value}")
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_shards(teacher, whole, tmp_path):
   prefix = tmp_path / "out"
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   processes = [
-    subprocess.Popen(
-      infer(
+    command_line.start(
+      *infer(
         teacher,
         prefix,
         f"--coordinator_address=localhost:{port}",
         "--process_count=2",
         f"--process_index={index}",
-      ),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=command_line.ENV,
+      )
     )
     for index in range(2)
   ]
-  results = [p.communicate(timeout=300) for p in processes]
+  results = [p.communicate() for p in processes]
   for index, (process, (out, errors)) in enumerate(
     zip(processes, results, strict=True)
   ):

@@ -1,10 +1,5 @@
 """Input buckets: shorter batches, the same losses, a program for each length."""
 
-import socket
-import subprocess
-import sys
-
-import command_line
 import jax
 import numpy as np
 import pytest
@@ -65,9 +60,7 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
   model = toy_models.model(8)
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   step, optimizer = toy_models.sgd_step(model, "data")
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, partitioning.replicated(mesh)
-  )
+  run = training.jit_step(step, mesh, partitioning.replicated(mesh))
 
   def metrics(*buckets):
     lengths = [3, 2, 5, 1, 6, 3]
@@ -75,52 +68,18 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
     state = toy_models.state(toy_models.params(model, 1), optimizer)
     state = jax.device_put(state, partitioning.replicated(mesh))
     for _ in lengths:
-      state, of_step = run(state, {}, run.put(next(batches)), "data")
+      state, of_step = run(
+        state, {}, partitioning.put_batch(next(batches), mesh), source="data"
+      )
       yield [of_step[k][0] for k in ("loss", "gradient_norm")]
 
   cut = [*metrics(3)]
-  assert run._compiled("data")._cache_size() == 2  # of 3 and 6 positions
+  assert run._cache_size() == 2  # of 3 and 6 positions
   whole = [*metrics(6)]
-  assert run._compiled("data")._cache_size() == 2
+  assert run._cache_size() == 2
   # Six steps of SGD at rate 1 add up: each starts where the last one ended.
   np.testing.assert_allclose(cut, whole, rtol=1e-4)
   assert np.ptp([loss for loss, _ in cut]) > 1
-
-
-_PROCESS = """
-import sys
-import jax
-import numpy as np
-from gkd_jax import data
-
-address, index = sys.argv[1], int(sys.argv[2])
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, 2, index)
-longest = [(1, 3), (4, 2), (1, 1), (7, 0)]  # of each process
-rows = [np.int32([[5] * pair[index] + [0] * (9 - pair[index])]) for pair in longest]
-batches = iter([{"encoder_input_tokens": x} for x in rows])
-cut = data.CutInputs(batches, (2, 4), {"encoder_input_tokens": 9})
-print([next(cut)["encoder_input_tokens"].shape[1] for _ in rows])
-"""
-
-
-def test_all_processes_cut_alike():
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", _PROCESS, address, str(index)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=command_line.ENV,
-    )
-    for index in range(2)
-  ]
-  printed = [process.communicate(timeout=300) for process in started]
-  for out, errors in printed:
-    assert out.splitlines()[-1:] == ["[4, 4, 2, 9]"], errors[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,6 @@ def leaves(folder):
   return jax.tree.leaves(checkpoints.load_params(folder))
 
 
-@pytest.mark.slow
 def test_rl_gkd_with_the_entailment_scorer(folders, tmp_path):
   text = WITH_TEACHER + (
     "import seqio\n"
@@ -112,7 +111,6 @@ def test_rl_gkd_with_the_entailment_scorer(folders, tmp_path):
   assert "models.RLGKDModel" in (folder / "config.gin").read_text()
 
 
-@pytest.mark.slow
 def test_rlef(folders, tmp_path):
   _, rows = train(
     "rlef",
@@ -127,7 +125,6 @@ def test_rlef(folders, tmp_path):
   check_mix(rows[1])
 
 
-@pytest.mark.slow
 def test_minillm(folders, tmp_path):
   folder, rows = train("minillm", tmp_path, WITH_TEACHER, **of_teacher(folders))
   for row in rows:
@@ -140,7 +137,6 @@ def test_minillm(folders, tmp_path):
   assert max(moved) > 1e-5
 
 
-@pytest.mark.slow
 def test_rl_gkd_stopped_and_resumed(folders, tmp_path):
   settings = of_teacher(folders) | {
     "BASELINE": "running_mean",

@@ -1,4 +1,4 @@
-"""`gkd` as a user starts it, and in this process where only its words matter."""
+"""`gkd` as a user starts it, forked, and in this process for its messages."""
 
 import dataclasses
 import os
@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import fork_server
 import jax
 import pytest
 from absl.testing import flagsaver
@@ -22,16 +23,16 @@ def gin(**macros):
   return [f"--gin.{name}={value!r}" for name, value in macros.items()]
 
 
-def command(*arguments, **macros):
-  """The command line of `gkd`."""
-  arguments = (*map(str, arguments), *gin(**macros))
-  return [sys.executable, "-m", "gkd_jax.main", *arguments]
-
-
-def run(arguments, cwd=None, env=None):
-  """Runs a command line to its end."""
+def started(*arguments, cwd=None, env=None, **macros):
+  """Runs `gkd` to its end as a user starts it, with all its imports."""
   return subprocess.run(
-    arguments,
+    [
+      sys.executable,
+      "-m",
+      "gkd_jax.main",
+      *map(str, arguments),
+      *gin(**macros),
+    ],
     capture_output=True,
     text=True,
     cwd=cwd,
@@ -41,9 +42,19 @@ def run(arguments, cwd=None, env=None):
   )
 
 
+def start(*arguments, cwd=None, env=None, **macros):
+  """A process of `gkd`, forked from one that has imported everything."""
+  arguments = [*map(str, arguments), *gin(**macros)]
+  return fork_server.Process(arguments, cwd or os.getcwd(), ENV | (env or {}))
+
+
 def gkd(*arguments, cwd=None, env=None, **macros):
-  """Runs `gkd` in a process of its own."""
-  return run(command(*arguments, **macros), cwd, env)
+  """Runs `gkd` to its end, forked."""
+  process = start(*arguments, cwd=cwd, env=env, **macros)
+  output, errors = process.communicate()
+  return subprocess.CompletedProcess(
+    arguments, process.returncode, output, errors
+  )
 
 
 def here(*arguments):

@@ -1,10 +1,10 @@
 """Models trained by rewards, and batches of their rollouts."""
 
-import pathlib
-
+import jax
+import numpy as np
 import toy_models
 
-from gkd_jax import data, models, partitioning, training
+from gkd_jax import data, files, models, partitioning, training
 
 SYMBOLS = "0123456789+-=;#"  # of arithmetic_cot, from id 3 on
 
@@ -20,10 +20,10 @@ class Lists:
     return self.batches[(self.position - 1) % len(self.batches)]
 
   def save_state(self, path):
-    pathlib.Path(path, "position").write_text(str(self.position))
+    (files.absolute(path) / "position").write_text(str(self.position))
 
   def restore_state(self, path):
-    self.position = int(pathlib.Path(path, "position").read_text())
+    self.position = int((files.absolute(path) / "position").read_text())
 
 
 def symbols(text):
@@ -55,3 +55,15 @@ def make(model, batches, mesh=None):
     seed=7,
     mesh=mesh or partitioning.make_mesh(),
   )
+
+
+def second_batch(batch):
+  """Rewards whitened by all rows, and a running mean that is not 0."""
+  model, params, _ = rl(
+    whiten_rewards=True, baseline="running_mean", baseline_decay=0.5
+  )
+  batches = make(model, [batch])
+  params = jax.tree.map(np.asarray, params)
+  batches.next(0, params)
+  batches._mean = batches._mean.updated(3.0, 0.5)
+  return batches.next(1, params)

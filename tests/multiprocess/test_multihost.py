@@ -1,17 +1,15 @@
-"""Four processes, two and one: the same losses; stops, a loss of one, going on."""
+"""Several processes and one: the same losses; stops, a loss of one, going on."""
 
 import json
 import signal
 import socket
-import subprocess
-import time
 
 import command_line
 import numpy as np
 import pytest
 
-STEPS = 20
-PERIOD = 12  # of checkpoints
+STEPS = 10
+PERIOD = 8  # of checkpoints
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 MAX_STEPS = 400  # none of the processes comes to its end by itself
 
@@ -38,20 +36,14 @@ def start(count, folder):
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   return [
-    subprocess.Popen(
-      command_line.command(
-        "train",
-        "--gin_file=experiments/smoke.gin",
-        f"--coordinator_address=localhost:{port}",
-        f"--process_count={count}",
-        f"--process_index={index}",
-        "--lost_after_s=8",
-        **settings(folder),
-      ),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=command_line.ENV,
+    command_line.start(
+      "train",
+      "--gin_file=experiments/smoke.gin",
+      f"--coordinator_address=localhost:{port}",
+      f"--process_count={count}",
+      f"--process_index={index}",
+      "--lost_after_s=8",
+      **settings(folder),
     )
     for index in range(count)
   ]
@@ -64,7 +56,7 @@ def until(process, step):
     printed.append(line)
     if line.startswith(f"step {step}/"):
       return "".join(printed)
-  raise AssertionError(process.stderr.read()[-3000:])
+  raise AssertionError(process.communicate()[1][-3000:])
 
 
 def alone(folder, **macros):
@@ -98,21 +90,23 @@ def coins(steps, fraction=0.5, seed=0):
   ]
 
 
-@pytest.mark.slow
-def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
+@pytest.mark.parametrize(
+  "count", [2, pytest.param(4, marks=pytest.mark.nightly)]
+)
+def test_processes_stop_two_lose_one_and_one_goes_on(tmp_path, count):
   command_line.save_toy_teacher(tmp_path / "teacher")
   command_line.save_toy(tmp_path / "first", 16, 2, 32, seed=1)
   folder = tmp_path / "student"
 
-  # Four: whichever process is told to stop, all save the same step.
-  first = start(4, tmp_path)
+  # Whichever process is told to stop, all save the same step.
+  first = start(count, tmp_path)
   until(first[0], STEPS)
   first[1].send_signal(signal.SIGTERM)
-  printed = [process.communicate(timeout=600) for process in first]
-  assert [p.returncode for p in first] == [143] * 4, printed
-  of_four = losses(folder)
+  printed = [process.communicate() for process in first]
+  assert [p.returncode for p in first] == [143] * count, printed
+  of_first = losses(folder)
   stopped = saved(folder)
-  assert STEPS <= stopped == max(of_four) < MAX_STEPS
+  assert STEPS <= stopped == max(of_first) < MAX_STEPS
   names = {p.name for p in (folder / f"checkpoint_{stopped}/dataset").iterdir()}
   assert names >= {f"shard_{i}-of-4" for i in range(4)}
   # One process writes: the others print no line of progress.
@@ -124,13 +118,10 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   lost = stopped + STEPS + -(stopped + STEPS) % PERIOD + 5
   assert f"at step {stopped}\n" in until(second[0], lost)
   second[1].kill()
-  begin = time.monotonic()
-  _, errors = second[0].communicate(timeout=60)
-  assert (
-    time.monotonic() - begin < 60 and second[0].returncode == -signal.SIGABRT
-  )
+  _, errors = second[0].communicate()
+  assert second[0].returncode == -signal.SIGABRT
   second[1].communicate()
-  assert "unhealthy" in errors
+  assert "another task died" in errors, errors
 
   # One process, two devices, goes on: the same numbers to the bit.
   before, kept = losses(folder), saved(folder)
@@ -148,15 +139,18 @@ def test_four_processes_stop_two_lose_one_and_one_goes_on(tmp_path):
   whole = tmp_path / "whole"
   alone(tmp_path, TRAIN_STEPS=end, MODEL_DIR=str(whole))
   whole = losses(whole)
-  for count, steps in (
-    (4, range(1, stopped + 1)),
+  for processes, steps in (
+    (count, range(1, stopped + 1)),
     (2, range(stopped + 1, max(before) + 1)),
     (1, range(kept + 1, end + 1)),
   ):
-    assert count == 1 or len(steps) >= STEPS
-    assert count == 1 or set(coins(s - 1 for s in steps)) == {True, False}
-    got = np.array([(before if count > 1 else again)[s] for s in steps])
+    if processes > 1:
+      assert len(steps) >= STEPS
+      assert set(coins(s - 1 for s in steps)) == {True, False}
+    got = np.array([(before if processes > 1 else again)[s] for s in steps])
     expected = np.array([whole[s] for s in steps])
     difference = np.abs(got / expected - 1).max()
-    print(f"{count} processes, {len(steps)} steps: {difference:.1e} at most")
+    print(
+      f"{processes} processes, {len(steps)} steps: {difference:.1e} at most"
+    )
     assert difference <= 1e-5
