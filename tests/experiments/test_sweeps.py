@@ -1,11 +1,9 @@
 """Grids: which cells there are, their settings, and one from end to end."""
 
 import csv
-import os
 import pathlib
-import subprocess
-import sys
 
+import command_line
 import pytest
 import sweep_folders
 
@@ -169,7 +167,7 @@ def test_errors_of_flags():
 
 SMOKE = """
 [macros]
-"FINAL_EVAL_SPLIT" = "test"
+FINAL_EVAL_SPLIT = "test"
 [axes]
 BATCH_SIZE = [8]
 [stages.first]
@@ -184,7 +182,7 @@ gin_file = "experiments/smoke_teacher.gin"
     ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
     ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
     ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
-    ("final_eval_split", "eval_period", "set FINAL_EVAL_SPLIT"),
+    ("FINAL_EVAL_SPLIT", "EVAL_NUM_EXAMPLES", "set FINAL_EVAL_SPLIT"),
   ],
 )
 def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
@@ -236,38 +234,28 @@ def _built_by(arguments):
   return gin_utils.bindings(train.train, precompile.SETTINGS)
 
 
-def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
-  def gkd(*arguments):
-    return subprocess.run(
-      [sys.executable, "-m", "gkd_jax.main", *arguments],
-      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-      capture_output=True,
-      text=True,
-      cwd=tmp_path,
-      check=False,
-    )
-
-  command = (
+def test_a_sweep_and_its_report_from_the_command_line(tmp_path, capsys):
+  grid = tmp_path / "grid"
+  arguments = (
     "sweep",
     "--gin_file=experiments/smoke_teacher.gin",
     "--axis=BATCH_SIZE=8",
-    "--output_dir=grid",
+    f"--output_dir={grid}",
     "--gin.TRAIN_STEPS=2",
     "--gin.EVAL_NUM_EXAMPLES=8",
     "--gin.FINAL_EVAL_SPLIT='validation'",
   )
-  done = gkd(*command)
+  done = command_line.gkd(*arguments)
   assert done.returncode == 0, done.stdout + done.stderr
-  cell = tmp_path / "grid" / "train" / "BATCH-SIZE-8_seed0"
+  cell = grid / "train" / "BATCH-SIZE-8_seed0"
   assert (cell / "checkpoint_2").is_dir()
-  with open(tmp_path / "grid" / "cells.csv") as f:
+  with open(grid / "cells.csv") as f:
     (row,) = csv.DictReader(f)
   assert row["BATCH_SIZE"] == "8" and row["steps"] == "2"
   written = (cell / "final.json").stat().st_mtime_ns
-  again = gkd(*command)
-  assert "1 of 1 cells are finished already" in again.stdout
+  command_line.here(*arguments)
+  assert "1 of 1 cells are finished already" in capsys.readouterr().out
   assert (cell / "final.json").stat().st_mtime_ns == written
-  report = gkd("report", "--output_path=page", "grid")
-  assert report.returncode == 0, report.stderr
-  assert "greedy answer_accuracy" in report.stdout
+  command_line.here("report", f"--output_path={tmp_path / 'page'}", str(grid))
+  assert "greedy answer_accuracy" in capsys.readouterr().out
   assert (tmp_path / "page" / "index.html").exists()
