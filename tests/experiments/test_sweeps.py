@@ -1,11 +1,9 @@
 """Grids: which cells there are, their settings, and one from end to end."""
 
 import csv
-import os
 import pathlib
-import subprocess
-import sys
 
+import command_line
 import pytest
 import sweep_folders
 
@@ -237,16 +235,6 @@ def _built_by(arguments):
 
 
 def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
-  def gkd(*arguments):
-    return subprocess.run(
-      [sys.executable, "-m", "gkd_jax.main", *arguments],
-      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-      capture_output=True,
-      text=True,
-      cwd=tmp_path,
-      check=False,
-    )
-
   command = (
     "sweep",
     "--gin_file=experiments/smoke_teacher.gin",
@@ -256,7 +244,7 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
     "--gin.EVAL_NUM_EXAMPLES=8",
     "--gin.train.train.final_eval_split='validation'",
   )
-  done = gkd(*command)
+  done = command_line.gkd(*command, cwd=tmp_path)
   assert done.returncode == 0, done.stdout + done.stderr
   cell = tmp_path / "grid" / "train" / "BATCH-SIZE-8_seed0"
   assert (cell / "checkpoint_2").is_dir()
@@ -264,10 +252,12 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
     (row,) = csv.DictReader(f)
   assert row["BATCH_SIZE"] == "8" and row["steps"] == "2"
   written = (cell / "final.json").stat().st_mtime_ns
-  again = gkd(*command)
+  again = command_line.gkd(*command, cwd=tmp_path)
   assert "1 of 1 cells are finished already" in again.stdout
   assert (cell / "final.json").stat().st_mtime_ns == written
-  report = gkd("report", "--output_path=page", "grid")
+  report = command_line.gkd(
+    "report", "--output_path=page", "grid", cwd=tmp_path
+  )
   assert report.returncode == 0, report.stderr
   assert "greedy answer_accuracy" in report.stdout
   assert (tmp_path / "page" / "index.html").exists()
