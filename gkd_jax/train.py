@@ -1,4 +1,4 @@
-"""The training script: restore, loop, evaluate, save.
+"""The training script: build, restore, loop, evaluate, save.
 
 Reads top to bottom. Everything that it needs is an argument; gin binds them.
 """
@@ -6,20 +6,15 @@ Reads top to bottom. Everything that it needs is an argument; gin binds them.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from gkd_jax import (
-  checkpoints,
-  data,
-  evaluation,
-  optimizers,
-  partitioning,
-  training,
-)
+from gkd_jax import checkpoints as checkpoint_files
+from gkd_jax import data, optimizers, partitioning, training
+from gkd_jax import evaluation as evaluators
 from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
 
@@ -28,187 +23,118 @@ def train(
   model: Any,
   optimizer: optimizers.Optimizer,
   *,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
   model_dir: str,
   train_steps: int,
-  batch_size: int,
-  mixture_or_task_module: str | None = None,
+  dataset: training.DatasetConfig,
+  partitioner: training.PartitionerConfig = training.PartitionerConfig(),
+  evaluation: training.EvalConfig = training.EvalConfig(),
+  checkpoints: training.CheckpointConfig = training.CheckpointConfig(),
+  logging: training.LogConfig = training.LogConfig(),
   initial_checkpoint_path: str | None = None,
   teacher_checkpoint_path: str | None = None,
   seed: int = 0,
-  pack: bool = False,
-  input_buckets: Sequence[int] | None = None,
-  use_cached_tasks: bool = False,
-  num_microbatches: int = 1,
-  executor: str = "jit",
-  num_partitions: int = 1,
-  num_slices: int | None = None,
-  data_shards: int | None = None,
-  shard_params_over_data: bool = False,
-  log_period: int = 50,
-  eval_period: int = 1000,
-  eval_batch_size: int = 256,
-  eval_num_examples: int | None = 1000,
-  checkpoint_period: int = 1000,
-  checkpoints_to_keep: int = 3,
-  best_metric: str | None = None,
-  best_mode: str = "min",
   max_skipped_in_row: int = 20,
-  final_eval_split: str | None = None,
   dry_run: bool = False,
 ) -> Mapping[str, float]:
-  """Trains the student of `model`, from wherever `model_dir` stands.
+  """Trains the student of `model`, resuming from the newest checkpoint.
 
   Args:
-    model: `GKDModel`, or `EncoderDecoderModel` for SFT.
+    model: `GKDModel` or another of `models`; `EncoderDecoderModel` for SFT.
     optimizer: see `optimizers`.
-    mixture_or_task_name: seqio task or mixture.
-    task_feature_lengths: seqio feature to length in tokens.
-    model_dir: checkpoints `checkpoint_<step>`, `metrics.jsonl`, TensorBoard.
+    model_dir: folder of `checkpoint_<step>`, `metrics.jsonl`, TensorBoard files.
     train_steps: last step.
-    batch_size: rows of all devices and processes together.
-    mixture_or_task_module: Python module that registers the task.
+    dataset: task, lengths, batch size.
+    partitioner: mesh, executor, microbatches.
+    evaluation: when and on what the student is evaluated.
+    checkpoints: which checkpoints are written and kept.
+    logging: log lines, profile, Weights & Biases.
     initial_checkpoint_path: the student's first parameters; None draws them.
     teacher_checkpoint_path: the teacher's parameters.
     seed: of everything random.
-    pack: pack examples (fixed data only).
-    input_buckets: lengths of `data.CutInputs`; None cuts nothing.
-    use_cached_tasks: read seqio's cache.
-    num_microbatches: see `training.train_step`.
-    executor: "jit" (a mesh) or "pmap" (data parallel).
-    num_partitions: devices of the model axis.
-    num_slices: parts of the devices that only gradients are exchanged between;
-      None is as many as TPUs are in. See `partitioning.make_mesh`.
-    data_shards: n of `shards`; None is as few as the processes need, or as
-      the run began with. It is the most processes that share the reading.
-    shard_params_over_data: split parameters and optimizer over the data axis,
-      within each slice.
-    log_period: steps between log lines.
-    eval_period: steps between evaluations.
-    eval_batch_size: rows decoded at a time.
-    eval_num_examples: validation examples used, None for all.
-    checkpoint_period: steps between checkpoints.
-    checkpoints_to_keep: newest checkpoints kept.
-    best_metric: of the task's metrics; its best checkpoint is kept as well.
-    best_mode: "min" or "max".
     max_skipped_in_row: non-finite updates in a row that stop the run.
-    final_eval_split: after the last step, decode this whole split greedily
-      and by sampling at temperature 1, and write `final.json`.
     dry_run: build everything, print sizes, and stop.
 
   Returns:
     The last evaluation's metrics.
 
   Raises:
-    preemption.Stopped: SIGTERM came, and the step is saved.
+    training.Stopped: SIGTERM came, and the step is saved.
   """
-  # ---- mesh, data, models: what can be wrong is found here, before compiling -
-  mesh = partitioning.make_mesh(num_partitions, num_slices=num_slices)
-  check_batch(batch_size, num_microbatches, mesh, executor)
-  task = data.load_task(mixture_or_task_name, mixture_or_task_module)
-  iterator = data.TrainIterator(
-    task,
-    task_feature_lengths,
-    batch_size,
-    seed=seed,
-    converter=model.FEATURE_CONVERTER_CLS,
-    pack=pack,
-    share=_share(mesh, batch_size, data_shards, model_dir),
-    use_cached=use_cached_tasks,
+  # ---- build: what can be wrong is found here, before compiling ------------
+  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
+  task = data.load_task(
+    dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )
-  if input_buckets:
-    features = data.feature_lengths(
-      model.FEATURE_CONVERTER_CLS, task_feature_lengths, pack
-    )
-    iterator = data.CutInputs(iterator, input_buckets, features)
-  batches = training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
-  shapes = partitioning.input_shapes(task_feature_lengths)
-  rules = partitioning.parameter_rules(shard_params_over_data)
-  abstract_state, state_shardings = training.abstract_state(
-    model.student, optimizer, shapes, mesh, rules
-  )
-  teacher_params = _teacher_params(
-    model.teacher, teacher_checkpoint_path, shapes, mesh, rules
-  )
-  _print_sizes(abstract_state, state_shardings, teacher_params, mesh)
+  batches = _batches(model, task, dataset, run.mesh, seed, model_dir)
+  teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
+  _print_sizes(run, teacher_params)
   if dry_run:
     return {}
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
-  abstract = partitioning.with_shardings(abstract_state, state_shardings)
   params = None
-  if not checkpoints.has_checkpoint(model_dir):
-    params = _first_params(
-      model, initial_checkpoint_path, abstract.params, seed, shapes
-    )
+  if not checkpoint_files.has_checkpoint(model_dir):
+    params = _first_params(model, initial_checkpoint_path, run, seed)
   # Closed whatever happens: an error leaves no threads that write on.
   with contextlib.closing(
-    checkpoints.Checkpointer(
+    checkpoint_files.Checkpointer(
       model_dir,
-      keep=checkpoints_to_keep,
-      best_metric=best_metric,
-      best_mode=best_mode,
+      keep=checkpoints.keep,
+      best_metric=checkpoints.best_metric,
+      best_mode=checkpoints.best_mode,
     )
   ) as checkpointer:
     start = checkpointer.latest_step() or 0
     if params is None:
-      state = checkpointer.restore(start, abstract, batches)
+      state = checkpointer.restore(start, run.state, batches)
       print(f"resumed {model_dir} at step {start}", flush=True)
     else:
       state = jax.jit(
         functools.partial(training.create, transform=optimizer.transform),
-        out_shardings=state_shardings,
+        out_shardings=_shardings(run.state),
       )(params)
 
-    # ---- the step and the evaluation -----------------------------------------
-    step_fn = functools.partial(
-      training.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=seed,
-      num_microbatches=num_microbatches,
-    )
-    run_step = _executor(executor, step_fn, mesh, state_shardings)
-    make_evaluator = functools.partial(
-      evaluation.Evaluator,
-      task,
-      task_feature_lengths,
-      eval_batch_size,
-      mesh,
-      converter=model.student.FEATURE_CONVERTER_CLS,
-      use_cached=use_cached_tasks,
-    )
-    evaluator = make_evaluator(num_examples=eval_num_examples)
-
     # ---- the loop ------------------------------------------------------------
+    make_evaluator = functools.partial(
+      evaluators.Evaluator,
+      task,
+      dataset.task_feature_lengths,
+      evaluation.batch_size,
+      run.mesh,
+      converter=model.student.FEATURE_CONVERTER_CLS,
+      use_cached=dataset.use_cached,
+    )
+    evaluator = make_evaluator(num_examples=evaluation.num_examples)
     scores: dict[str, float] = {}
     with (
       training.TrainLog(model_dir, start, train_steps) as log,
+      training.Profiler(model_dir, logging.profile_steps) as profiler,
       training.StopSignal() as stop,
     ):
       for step in range(start, train_steps):
-        source = training.source_of_step(model, seed, step)
+        source = model.source_of_step(seed, step)
         batch = batches.next(step, state.params)
         _check_targets(batch, source, step)
-        state, metrics = run_step(
-          state, teacher_params, run_step.put(batch), source
+        profiler.before(step)
+        state, metrics = run.step(
+          state, teacher_params, run.put(batch), source=source
         )
+        profiler.after(step, metrics)
         done = step + 1
         log.add(metrics, source, batch)
         stopping = stop.asked(done)
         last = done == train_steps or stopping
-        if done % log_period == 0 or last:
+        if done % logging.period == 0 or last:
           skipped = int(state.skipped_in_row)  # waits for the step
           log.write(done)
           _check_skipped(skipped, max_skipped_in_row, done, model_dir)
         evaluated = None
-        if done % eval_period == 0 or done == train_steps:
+        if done % evaluation.period == 0 or done == train_steps:
           scores = evaluated = _evaluate(
             evaluator, model, state.params, teacher_params, log, done
           )
-        if done % checkpoint_period == 0 or last:
+        if done % checkpoints.period == 0 or last:
           checkpointer.save(
             done,
             state,
@@ -221,58 +147,61 @@ def train(
           log.say(f"SIGTERM: saved step {done}, stopping")
           raise training.Stopped
       checkpointer.wait()
-      if final_eval_split:
-        final = make_evaluator(split=final_eval_split)
+      if evaluation.final_split:
+        final = make_evaluator(split=evaluation.final_split)
         log.final(
-          _final_scores(final, model, state.params, seed, final_eval_split)
+          _final_scores(
+            final, model, state.params, seed, evaluation.final_split
+          )
         )
     return scores
 
 
-def check_batch(batch_size, num_microbatches, mesh, executor):
-  """Raises a ValueError for a batch that the mesh or the executor cannot take."""
-  data_axis = partitioning.row_shards(mesh)
-  if batch_size % (data_axis * num_microbatches):
-    raise ValueError(
-      f"expected BATCH_SIZE to be a multiple of {data_axis * num_microbatches}"
-      f" ({data_axis} data-parallel devices x {num_microbatches} microbatches),"
-      f" got {batch_size}; set BATCH_SIZE"
+def _batches(model, task, dataset, mesh, seed, model_dir):
+  """Returns this process's training batches; their position can be saved."""
+  lengths = dataset.task_feature_lengths
+  rows = shards.rows_of_processes(
+    partitioning.process_grid(mesh), dataset.batch_size
+  )
+  count = shards.count(
+    dataset.shards,
+    checkpoint_files.recorded_data_shards(model_dir),
+    dataset.batch_size,
+    rows,
+  )
+  iterator = data.TrainIterator(
+    task,
+    lengths,
+    dataset.batch_size,
+    seed=seed,
+    converter=model.FEATURE_CONVERTER_CLS,
+    pack=dataset.pack,
+    share=shards.share(rows, jax.process_index(), dataset.batch_size, count),
+    use_cached=dataset.use_cached,
+  )
+  if dataset.input_buckets:
+    features = data.feature_lengths(
+      model.FEATURE_CONVERTER_CLS, lengths, dataset.pack
     )
-  if executor not in ("jit", "pmap"):
-    raise ValueError(
-      f"expected an executor 'jit' or 'pmap', got {executor!r}; set EXECUTOR"
-    )
-  if executor == "pmap" and jax.process_count() > 1:
-    raise ValueError(
-      f"expected one process under pmap, got {jax.process_count()};"
-      " set EXECUTOR = 'jit'"
-    )
+    iterator = data.CutInputs(iterator, dataset.input_buckets, features)
+  return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
 
 
-def _teacher_params(teacher, path, shapes, mesh, rules):
-  if teacher is None:
+def _teacher_params(abstract, path):
+  """Returns the teacher's parameters on their devices; {} without a teacher."""
+  if not abstract:
     return {}
-  return checkpoints.load_placed(
+  return checkpoint_files.load_placed(
     path,
-    *partitioning.abstract_params(teacher, shapes, mesh, rules),
+    abstract,
+    _shardings(abstract),
     setting="TEACHER_CHECKPOINT_PATH",
     of="teacher",
   )
 
 
-def _executor(name, step, mesh, state_shardings):
-  if name == "pmap":
-    return training.PmapExecutor(step)
-  return training.JitExecutor(step, mesh, state_shardings)
-
-
-def _share(mesh, batch_size, given, model_dir):
-  """What this process reads of the data."""
-  rows = shards.rows_of_processes(partitioning.process_grid(mesh), batch_size)
-  count = shards.count(
-    given, checkpoints.recorded_data_shards(model_dir), batch_size, rows
-  )
-  return shards.share(rows, jax.process_index(), batch_size, count)
+def _shardings(abstract):
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _check_skipped(skipped, most, step, model_dir):
@@ -293,37 +222,43 @@ def _check_targets(batch, source, step):
     )
 
 
-def _print_sizes(state, shardings, teacher_params, mesh):
+def _print_sizes(run, teacher_params):
+  student = parameters.count_array_elements(run.state.params)
+  student_bytes = partitioning.bytes_per_device(
+    run.state, _shardings(run.state)
+  )
+  teacher = parameters.count_array_elements(teacher_params)
+  teacher_bytes = parameters.held_bytes_per_device(teacher_params)
   print(
-    f"student {parameters.count_array_elements(state.params):,} parameters"
-    f" ({partitioning.bytes_per_device(state, shardings):,} bytes"
-    f" per device with optimizer), teacher {parameters.count_array_elements(teacher_params):,}"
-    f" parameters ({parameters.held_bytes_per_device(teacher_params):,} bytes per device),"
-    f" {len(mesh.devices.flat)} devices as {dict(mesh.shape)}",
+    f"student {student:,} parameters ({student_bytes:,} bytes per device with"
+    f" optimizer), teacher {teacher:,} parameters ({teacher_bytes:,} bytes per"
+    f" device), {run.mesh.size} devices as {dict(run.mesh.shape)}",
     flush=True,
   )
 
 
-def _first_params(model, path, abstract_params, seed, shapes):
-  """The student's first parameters, on their devices: read, or drawn."""
+def _first_params(model, path, run, seed):
+  """Returns the student's first parameters on their devices: read, or drawn."""
   if path:
-    return checkpoints.load_params(
-      path, setting="INITIAL_CHECKPOINT_PATH", like=abstract_params
+    return checkpoint_files.load_params(
+      path, setting="INITIAL_CHECKPOINT_PATH", like=run.state.params
     )
   # As a program: the network that is applied for the sake of its parameters' shapes
   # is then left out.
-  draw = jax.jit(lambda key: model.get_initial_variables(key, shapes)["params"])
+  draw = jax.jit(
+    lambda key: model.get_initial_variables(key, run.input_shapes)["params"]
+  )
   params = draw(jax.random.key(seed))
   # By the host: every process draws the same, and places its part.
   return jax.tree.map(
     lambda x, leaf: jax.device_put(np.asarray(x, np.float32), leaf.sharding),
     dict(params),
-    abstract_params,
+    run.state.params,
   )
 
 
 def _evaluate(evaluator, model, params, teacher_params, log, step):
-  """Scores the student greedily, and shows five of its outputs."""
+  """Scores the student's greedy outputs and logs five of them."""
   results = evaluator.predict(model.student, params)
   scores = evaluator.score(results)
   teacher = {}
@@ -345,7 +280,7 @@ def _evaluate(evaluator, model, params, teacher_params, log, step):
 
 
 def _final_scores(evaluator, model, params, seed, split):
-  """Scores of a whole split, greedy and sampled at temperature 1."""
+  """Returns scores of a whole split, greedy and sampled at temperature 1."""
   result: dict[str, Any] = {
     "params": parameters.count_array_elements(params),
     "split": split,

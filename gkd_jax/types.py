@@ -20,7 +20,7 @@ and q the student, in that order in every signature.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -35,6 +35,26 @@ log-probs `[B, T, k + 1]`, the last of all other tokens together."""
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to `(sum, weight)`, both `[]` float32: sums add up over microbatches,
 devices and steps, and are divided by the summed weight once, at the end."""
+
+
+Encoded = tuple[PyTree, PyTree]
+"""A model's parameters and its encoded inputs, from `TransformerModel.encode`."""
+
+
+class StepInputs(NamedTuple):
+  """What a training step tells the loss, besides parameters and batch.
+
+  Attributes:
+    source: whose outputs: "data", "student", or "mixed" (a coin per row).
+    step: `[]` int32, for schedules.
+    key: `[]` random key of this step.
+    row_ids: `[B]` int32, place of each row in the whole batch.
+  """
+
+  source: str
+  step: jax.Array
+  key: jax.Array
+  row_ids: jax.Array
 
 
 class TokensToLogits(Protocol):
@@ -111,12 +131,6 @@ class TransformerModel(Protocol):
     """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
     ...
 
-  def logits(
-    self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
-  ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]`, `encode` included."""
-    ...
-
   def decoder_hidden(
     self,
     params: Any,
@@ -135,43 +149,28 @@ class TransformerModel(Protocol):
     """The head `[D, V]`, of the parameters or made of them; see `fused_loss`."""
     ...
 
-  def sample_outputs(
+  def start_decoding(
     self,
     params: Any,
     encoded: Any,
     batch: Batch,
-    key: jax.Array,
-    **sampling_options: Any,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples one output for each row's input.
-
-    Args:
-      params: of the network.
-      encoded: from `encode`.
-      batch: features; outputs in them are not read.
-      key: random key.
-      **sampling_options: of `decoding.sample`; a PAD must not be drawn.
-
-    Returns:
-      Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
-      weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
-      `[B, T]` float32, nats, see `decoding.SampleResult`.
-    """
-    ...
-
-  def start_decoding(
-    self, params: Any, encoded: Any, batch: Batch
+    *,
+    num_decodes: int = 1,
+    slots: int | None = None,
   ) -> tuple[TokensToLogits, PyTree, dict[str, Any]]:
-    """What `sample_outputs` samples with, for a law made of several models'.
+    """Returns the decode step, its initial cache and arguments for each row.
 
     Args:
       params: of the network.
       encoded: from `encode`.
       batch: features; outputs in them are not read.
+      num_decodes: N, rows of the cache for each prompt.
+      slots: see `decoding.sample`.
 
     Returns:
-      A step, the cache before the first token, and arguments of
-      `decoding.sample` that say where each row starts and ends.
+      A step, the cache before the first token, and the arguments of
+      `decoding.sample` that depend on the rows: `row_axes` and, where rows
+      start or end apart, `start_tokens` and `row_lengths`.
     """
     ...
 
@@ -186,8 +185,8 @@ class TransformerModel(Protocol):
 
     Args:
       batch: features before.
-      tokens: `[B, T]` int32, from `sample_outputs`.
-      weights: `[B, T]` float32, from `sample_outputs`.
+      tokens: `[B, T]` int32, from `GKDModel.draw`.
+      weights: `[B, T]` float32, from `GKDModel.draw`.
     """
     ...
 

@@ -26,8 +26,8 @@ MAY_IMPORT = {
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
-  "planning": "checkpoints data files losses models network optimizers partitioning"
-  " train training types",
+  "planning": "checkpoints data files losses models network optimizers"
+  " partitioning training types",
   "experiments": "files gin_utils",
   "gin_utils": "files",
   "train": "checkpoints data evaluation files models optimizers partitioning"

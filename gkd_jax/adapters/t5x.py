@@ -4,7 +4,7 @@
 checkpoints, data pipeline and evaluation. This module replaces two of its
 classes: the model, which holds a teacher's network beside the student's, and
 the trainer, whose step has the teacher's parameters as an argument of their
-own. The loss, the sampler and the coin of λ are those of `gkd_jax.trainer`.
+own. The loss, the sampler and the coin of λ are those of `models.GKDModel`.
 
 T5X is not on PyPI; `docs/from_t5x.md` says how to install it. This is the only
 module that imports it.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from gkd_jax import checkpoints, decoding, models, training, types
+from gkd_jax import checkpoints, models, types
 
 try:
   from t5x import decoding, partitioning, utils
@@ -47,35 +47,33 @@ _SAMPLE_METRICS = ("sampled_length", "sampled_eos", "on_policy_share")
 class Network(models.EncoderDecoderModel):
   """A network of T5X's examples, with the methods that `GKDModel` calls."""
 
-  def sample(
+  def start_decoding(
     self,
     params: Any,
     encoded: jax.Array,
-    encoder_input_tokens: jax.Array,
-    key: jax.Array | None,
+    batch: types.Batch,
     *,
-    max_decode_length: int,
-    **sampling_options,
-  ) -> decoding.SampleResult:
-    """Samples one output per row through T5X's cache.
+    num_decodes: int = 1,
+    slots: int | None = None,
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """Returns the decode step and T5X's empty cache of the batch's rows.
 
-    Args:
-      params: of the network.
-      encoded: `[B, S, D]`, the encoded inputs.
-      encoder_input_tokens: `[B, S]`, for the mask of their padding.
-      key: see `decoding.sample`.
-      max_decode_length: T.
-      **sampling_options: see `decoding.sample`; unlike T5X's
-        `temperature_sample`, it samples unless told to be greedy, and has no
-        key of its own.
+    Raises:
+      ValueError: several decodes or slots, which T5X's cache has no room for.
     """
-    rows = encoder_input_tokens.shape[0]
-    whole = jnp.ones((rows, max_decode_length), jnp.int32)
+    if num_decodes != 1 or slots is not None:
+      raise ValueError(
+        "expected one decode per row and no slots under T5X's trainer, got"
+        f" {num_decodes} and {slots}; set decode_slots = None"
+      )
+    inputs = batch["encoder_input_tokens"]
+    length = batch["decoder_target_tokens"].shape[1]
+    whole = jnp.ones((inputs.shape[0], length), jnp.int32)
     # T5X's attention makes its cache as long as the first call with
     # `decode=True`; of that call nothing but the empty cache is computed.
     _, variables = self.module.apply(
       {"params": params},
-      encoder_input_tokens,
+      inputs,
       whole,
       whole,
       decode=True,
@@ -87,26 +85,18 @@ class Network(models.EncoderDecoderModel):
       logits, updated = self.module.apply(
         {"params": params, "cache": cache},
         encoded,
-        encoder_input_tokens,
+        inputs,
         tokens[:, None],
         tokens[:, None],
         decode=True,
         enable_dropout=False,
-        max_decode_length=max_decode_length,
+        max_decode_length=length,
         mutable=["cache"],
         method="decode",
       )
       return logits[:, 0], updated["cache"]
 
-    return decoding.sample(
-      step,
-      variables["cache"],
-      key,
-      batch_size=rows,
-      max_decode_length=max_decode_length,
-      eos_id=models.EOS_ID,
-      **sampling_options,
-    )
+    return step, variables["cache"], {}
 
 
 class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
@@ -121,7 +111,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     output_vocabulary: seqio vocabulary.
     optimizer_def: T5X's.
     teacher_module: the teacher's network, with T5X's call.
-    decode_fn: of the evaluation; training samples with `decoding.sample`.
+    decode_fn: of the evaluation; training samples with our `decoding.sample`.
     feature_converter_cls: see T5X.
     label_smoothing: of the cross-entropy in the evaluation.
     z_loss: of the cross-entropy in the evaluation.
@@ -285,7 +275,7 @@ class GKDTrainer(t5x_trainer.Trainer):
   def compile_train(self, batch: types.Batch) -> None:
     """Compiles a step for each source that the run can need."""
     start = time.time()
-    for source in _sources(self._model.gkd):
+    for source in self._model.gkd.sources:
       self._compiled[source] = self._partitioner.compile(
         self._step(source), self.train_state, self.teacher_params, batch
       )
@@ -299,9 +289,7 @@ class GKDTrainer(t5x_trainer.Trainer):
     return self._step_by_coin
 
   def _step_by_coin(self, train_state, batch):
-    source = training.source_of_step(
-      self._model.gkd, self._seed, self._host_step
-    )
+    source = self._model.gkd.source_of_step(self._seed, self._host_step)
     self._host_step += 1
     step = self._compiled.get(source) or self._step(source)
     return step(train_state, self.teacher_params, batch)
@@ -370,35 +358,17 @@ class _SumOfLosses:
     del dropout_rng
     batch = dict(batch)
     row_ids = batch.pop("row_ids")
-    loss, weight, metrics = self._gkd.train_loss(
-      params,
-      self._teacher_params,
-      batch,
-      source=self._source,
-      step=self._step,
-      key=self._key,
-      row_ids=row_ids,
+    inputs = types.StepInputs(self._source, self._step, self._key, row_ids)
+    loss, metrics = self._gkd.train_loss(
+      params, self._teacher_params, batch, inputs
     )
-    metrics |= {"loss": (loss, weight)}
     # T5X merges the metrics of steps name by name: all have the same names.
-    if len(_sources(self._gkd)) > 1 and self._source == models.DATA:
+    if len(self._gkd.sources) > 1 and self._source == models.DATA:
       zero = jnp.zeros(())
       present = jnp.any(batch["encoder_input_tokens"] > 0, axis=1)
       metrics |= {name: (zero, zero) for name in _SAMPLE_METRICS}
       metrics["on_policy_share"] = (zero, jnp.sum(present.astype(jnp.float32)))
     return loss, {k: clu_metrics.Average(*v) for k, v in metrics.items()}
-
-
-def _sources(gkd: models.GKDModel) -> tuple[str, ...]:
-  """The sources that `training.source_of_step` can return in a run."""
-  fraction = gkd.student_data_fraction
-  if not callable(fraction) and fraction in (0, 1):
-    return (models.STUDENT if fraction else models.DATA,)
-  if gkd.student_data_granularity == "step":
-    return (models.DATA, models.STUDENT)
-  if callable(fraction):
-    return (models.DATA, models.STUDENT, models.MIXED)
-  return (models.MIXED,)
 
 
 def _place_teacher(teacher, path, partitioner, mesh):

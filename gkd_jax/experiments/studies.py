@@ -260,7 +260,7 @@ def _single(name, folder) -> Run:
   if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"
-      " set train.train.final_eval_split and train to the end"
+      " set FINAL_EVAL_SPLIT and train to the end"
     )
   seed = run_folders.read_macros(folder).get("SEED")
   return Run(
@@ -317,8 +317,7 @@ def _metric(runs):
     if name in names:
       return name
   raise ValueError(
-    "expected a run with scores in final.json, got none;"
-    " set train.train.final_eval_split"
+    "expected a run with scores in final.json, got none; set FINAL_EVAL_SPLIT"
   )
 
 

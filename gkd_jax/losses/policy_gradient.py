@@ -308,11 +308,7 @@ def minillm_loss(
   Raises:
     ValueError: another `importance`.
   """
-  if importance not in IMPORTANCE:
-    raise ValueError(
-      f"expected importance weights of {', '.join(IMPORTANCE)}, got"
-      f" {importance!r}; set IMPORTANCE"
-    )
+  check_importance(importance)
   weights = weights.astype(jnp.float32)
   log_p = vocabulary.target_log_probs(teacher_log_probs, targets, weights)
   log_q = vocabulary.target_log_probs(student_log_probs, targets, weights)
@@ -340,3 +336,12 @@ def minillm_loss(
     "policy_gradient": (long, number),
   }
   return single + long, number, jax.lax.stop_gradient(aux)
+
+
+def check_importance(importance: str) -> None:
+  """Raises a ValueError for another kind of importance weights."""
+  if importance not in IMPORTANCE:
+    raise ValueError(
+      f"expected importance weights of {', '.join(IMPORTANCE)}, got"
+      f" {importance!r}; set IMPORTANCE"
+    )

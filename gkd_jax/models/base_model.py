@@ -1,13 +1,13 @@
-"""What the encoder-decoder and the decoder-only model share.
+"""T5X's model protocol, shared by encoder-decoders and decoder-only models.
 
-A subclass says how logits come about (`logits`) and where its outputs stand in
-a row (`loss_weights`); losses and scores follow from the two.
+A subclass computes logits, says which positions of a row are outputs, and starts
+decoding; losses, scores, samples and predictions follow from these.
 """
 
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,22 +21,22 @@ DATA, STUDENT, MIXED = "data", "student", "mixed"
 
 
 class BaseTransformerModel:
-  """T5X's losses, scores and predictions, given a subclass's logits and cache.
+  """A network with T5X's losses, scores and predictions.
 
   Args:
     module: the network.
-    input_vocabulary: kept for callers that decode; not read here.
-    output_vocabulary: as `input_vocabulary`.
-    optimizer_def: kept for T5X's gin files; the trainer takes its own.
+    input_vocabulary: for callers that decode; not read here.
+    output_vocabulary: likewise.
+    optimizer_def: for T5X's gin files; not read here.
     decode_fn: how `predict_batch` decodes: `decoding.sample`,
       `decoding.beam_search`, or another `types.DecodeFn`. None is
       `decoding.sample` at temperature 0 (greedy).
-    default_decoder_params: options of `decode_fn` where `predict_batch_with_aux`
-      is given no others, `num_decodes` and `return_all_decodes` among them.
-    num_real_tokens: token ids from here on are padding of the vocabulary (T5
-      has 32,100 pieces and 32,128 logits). They are never decoded, and GKD's
-      divergence leaves them out; the cross-entropy and `score_batch` do not, as
-      in T5X. None: there are none.
+    default_decoder_params: options of `decode_fn`, including `num_decodes` and
+      `return_all_decodes`, that `predict_batch_with_aux` may override.
+    num_real_tokens: token ids from here on are vocabulary padding (T5 has 32,100
+      pieces and 32,128 logits). They are never decoded and have no mass in the
+      divergence. The cross-entropy and `score_batch` include them, as in T5X.
+      None: no padding.
     label_smoothing: share of the target mass on the other tokens.
     z_loss: factor of log(Z)^2, per token.
     length_normalization: of `train_loss`: "token" (mean over target tokens) or
@@ -48,6 +48,8 @@ class BaseTransformerModel:
   """
 
   teacher = None
+  needs_rewards = False
+  features_have_known_shapes = True
 
   def __init__(
     self,
@@ -84,18 +86,18 @@ class BaseTransformerModel:
 
   @property
   def config(self) -> Any:
-    """The network's sizes."""
+    """The network's configuration."""
     return self.module.config
 
   @property
   def student(self) -> Any:
-    """The model that is trained: this one."""
+    """The model that is trained: itself."""
     return self
 
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """See `types.TransformerModel.logits`."""
+    """Returns teacher-forced logits `[B, T, V]`, `encode` included."""
     raise NotImplementedError
 
   def decoder_params(self, params: Any) -> Any:
@@ -106,35 +108,48 @@ class BaseTransformerModel:
     """See `types.TransformerModel.loss_weights`."""
     return loss_weights(batch)
 
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """The data alone: there is no teacher."""
+    return (DATA,)
+
+  def source_of_step(self, seed: int, step: int) -> str:
+    """Returns "data": SFT trains on the data at every step."""
+    del seed, step
+    return DATA
+
   def train_loss(
     self,
     params: Any,
     teacher_params: Any,
     batch: types.Batch,
-    *,
-    source: str,
-    step: jax.Array,
-    key: jax.Array,
-    row_ids: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-    """Cross-entropy on the data (SFT): (loss_sum, weight_sum, metrics).
+    inputs: types.StepInputs,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the cross-entropy on the data (SFT) and its metrics.
 
     Args:
       params: of the network.
       teacher_params: not read.
       batch: T5X's features, `[B, ...]`.
-      source: "data"; nothing else is possible without a teacher.
-      step: not read.
-      key: of this step and microbatch.
-      row_ids: not read.
+      inputs: source "data" and the key; the rest is not read.
+
+    Returns:
+      The sum in nats over tokens or sequences, and metrics as (sum, weight),
+      "loss" among them.
+
+    Raises:
+      ValueError: another source.
     """
-    del teacher_params, step, row_ids
-    if source != DATA:
-      raise ValueError(f"expected source {DATA!r} for SFT, got {source!r}")
-    dropout_key = key if self.config.dropout_rate > 0 else None
-    return self._cross_entropy(
+    del teacher_params
+    if inputs.source != DATA:
+      raise ValueError(
+        f"expected source {DATA!r} for SFT, got {inputs.source!r}"
+      )
+    dropout_key = inputs.key if self.config.dropout_rate > 0 else None
+    loss, weight, metrics = self._cross_entropy(
       params, batch, dropout_key, self.length_normalization
     )
+    return loss, metrics | {"loss": (loss, weight)}
 
   def _cross_entropy(self, params, batch, dropout_rng, normalization):
     targets = batch["decoder_target_tokens"]
@@ -151,7 +166,7 @@ class BaseTransformerModel:
   def loss_fn(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None
   ) -> tuple[jax.Array, types.Metrics]:
-    """T5X's loss: cross-entropy summed over target tokens, and metrics."""
+    """Returns T5X's loss, the cross-entropy summed over target tokens, and metrics."""
     loss, _, metrics = self._cross_entropy(params, batch, dropout_rng, "token")
     if self.loss_normalizing_factor is not None:
       loss = loss / self.loss_normalizing_factor
@@ -166,7 +181,7 @@ class BaseTransformerModel:
   def predict_batch(
     self, params: Any, batch: types.Batch, rng: jax.Array | None = None
   ) -> jax.Array:
-    """The best output of each row `[B, T]`, zeros after EOS."""
+    """Returns the best output of each row `[B, T]`, zeros after EOS."""
     return self.predict_batch_with_aux(
       params, batch, rng, return_all_decodes=False
     )[0]
@@ -180,7 +195,7 @@ class BaseTransformerModel:
     return_all_decodes: bool | None = None,
     num_decodes: int | None = None,
   ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Outputs and their scores.
+    """Returns outputs and their scores.
 
     Args:
       params: of the network.
@@ -222,7 +237,7 @@ class BaseTransformerModel:
   def with_decode_fn(
     self, decode_fn: types.DecodeFn | None = None, **default_decoder_params: Any
   ) -> Any:
-    """This model with another `decode_fn` and its options; None is greedy."""
+    """Returns this model with another `decode_fn` and its options; None is greedy."""
     chosen = decode_fn or _GREEDY
     if (chosen, default_decoder_params) == (
       self.decode_fn,
@@ -236,17 +251,17 @@ class BaseTransformerModel:
 
   @property
   def _decoding_module(self):
-    """The network as it decodes: its layers are not scanned."""
+    """The network for decoding, whose layers are not scanned."""
     return layer_loops.unrolled(self.module)
 
   def _unstacked(self, params):
-    """The parameters of `_decoding_module`."""
+    """Returns the parameters of `_decoding_module`."""
     if not layer_loops.is_scanned(self.module):
       return params
     return layer_loops.unstacked(params)
 
   def _decoding_params(self, params):
-    """The parameters of a decoding loop, gathered before it once."""
+    """Returns the parameters of a decoding loop, gathered once, before it."""
     one = {f"{name}_input_tokens": (1, 1) for name in ("encoder", "decoder")}
 
     def axes():
@@ -258,17 +273,82 @@ class BaseTransformerModel:
     return self._unstacked(partitioning.gather(params, axes))
 
   def _of_real_tokens(self, logits):
-    """Logits `[B, V]` by which padding of the vocabulary is never decoded."""
+    """Returns logits `[B, V]` with vocabulary padding masked, so it is never decoded."""
     return losses.mask_vocab_padding(
       logits, self.num_real_tokens, fill_value=-jnp.inf
     )
 
-  def _decode(self, params, batch, key, *, num_decodes, options):
-    """`decoding.decode` with `decode_fn`: tokens `[B, N, T]`, scores `[B, N]`."""
+  def start_decoding(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    *,
+    num_decodes: int = 1,
+    slots: int | None = None,
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`."""
     raise NotImplementedError
 
+  def sample(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    key: jax.Array | None,
+    **options: Any,
+  ) -> decoding.SampleResult:
+    """Samples one output for each row's input, `[B, T]` tokens and log-probs.
+
+    Args:
+      params: of the network.
+      encoded: from `encode`.
+      batch: features; outputs in them are not read. T is the length of
+        `decoder_input_tokens`.
+      key: random key; may be None at temperature 0.
+      **options: of `decoding.sample`.
+    """
+    step, cache, rows = self.start_decoding(
+      params, encoded, batch, slots=options.get("slots")
+    )
+    batch_size, length = batch["decoder_input_tokens"].shape
+    return decoding.sample(
+      step,
+      cache,
+      key,
+      batch_size=batch_size,
+      max_decode_length=length,
+      eos_id=EOS_ID,
+      **rows,
+      **options,
+    )
+
+  def _decode(self, params, batch, key, *, num_decodes, options):
+    """Decodes with `decode_fn`: tokens `[B, N, T]` and scores `[B, N]`."""
+    step, cache, rows = self.start_decoding(
+      params,
+      self.encode(params, batch),
+      batch,
+      num_decodes=num_decodes,
+      slots=options.get("slots"),
+    )
+    batch_size, length = batch["decoder_input_tokens"].shape
+    axes = rows.pop("row_axes", None)
+    return decoding.decode(
+      functools.partial(self.decode_fn, **rows),
+      step,
+      cache,
+      key,
+      batch_size=batch_size,
+      num_decodes=num_decodes,
+      options=options,
+      max_decode_length=length,
+      eos_id=EOS_ID,
+      row_axes=axes,
+    )
+
   def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
-    """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
+    """Returns the log-prob of each row's targets, `[B]`, nats summed over tokens."""
     log_probs = jax.nn.log_softmax(self.logits(params, batch))
     targets = batch["decoder_target_tokens"]
     picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)
@@ -279,7 +359,7 @@ _GREEDY = functools.partial(decoding.sample, temperature=0.0)
 
 
 def loss_weights(batch: types.Batch) -> jax.Array:
-  """Returns the loss weights `[B, T]`, float32; without the feature, 1 where a target stands."""
+  """Returns the loss weights `[B, T]`, float32; by default 1 at each target token."""
   weights = batch.get("decoder_loss_weights")
   if weights is None:
     weights = batch["decoder_target_tokens"] > 0
@@ -296,15 +376,15 @@ def check_unpacked(batch: types.Batch) -> None:
 
 
 def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
-  """Metrics of a batch whose outputs the student wrote, all of them.
+  """Returns metrics of a batch whose outputs were all sampled by the student.
 
   Args:
     targets: `[B, T]` int32.
     weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
 
   Returns:
-    Mean `sampled_length` in tokens, share `sampled_eos` of outputs that ended,
-    and `on_policy_share`, 1; rows without an output count for nothing.
+    `sampled_length`, the mean in tokens; `sampled_eos`, the share of outputs that
+    ended; and `on_policy_share`, 1. Rows without an output do not count.
   """
   rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
   ended = jnp.any((targets == EOS_ID) & (weights > 0), axis=1)
@@ -317,24 +397,37 @@ def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
 
 
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
-  """The keys of a network: that of dropout, or none."""
+  """Returns flax's `rngs` for a dropout key, or none."""
   return {} if key is None else {"dropout": key}
 
 
+class StepKeys(NamedTuple):
+  """The keys of one step: dropout, the student's samples, and the coins of λ."""
+
+  dropout: jax.Array
+  sample: jax.Array
+  coin: jax.Array
+
+
+def step_keys(key: jax.Array) -> StepKeys:
+  """Splits the key of a step; every model of a run splits it alike."""
+  return StepKeys(*jax.random.split(key, 3))
+
+
 def split_key(key: jax.Array | None) -> tuple:
-  """Two keys from one, or twice None: dropout on both sides or on neither."""
+  """Returns a key for the encoder and one for the decoder; None twice for None."""
   return (None, None) if key is None else tuple(jax.random.split(key))
 
 
 def dropout_keys(
   dropout_rate: float, key: jax.Array, row_ids: jax.Array
 ) -> tuple:
-  """Keys of the encoder's and the decoder's dropout in a step, or twice None.
+  """Returns the dropout keys of encoder and decoder in a step; None without dropout.
 
   Args:
     dropout_rate: of the model.
     key: of the step.
-    row_ids: `[B]`, places of the microbatch's rows: others need other masks.
+    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own.
   """
   if dropout_rate == 0:
     return None, None

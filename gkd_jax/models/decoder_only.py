@@ -1,8 +1,8 @@
 """T5X's decoder-only model protocol on our network.
 
-A row is seqio's (`PrefixLMFeatureConverter`): the prompt, the output right after
-it, then padding, in S + T positions for lengths {'inputs': S, 'targets': T}. With
-prompt 9 4 1 and output 3 1 in a row of 7:
+A row is seqio's (`PrefixLMFeatureConverter`): prompt, output, padding, in S + T
+positions for lengths {'inputs': S, 'targets': T}. For prompt 9 4 1 and output 3 1
+in a row of 7:
 
   decoder_target_tokens     9 4 1 3 1 0 0
   decoder_input_tokens      0 9 4 1 3 1 0
@@ -10,8 +10,8 @@ prompt 9 4 1 and output 3 1 in a row of 7:
   decoder_loss_weights      0 0 0 1 1 0 0
 
 The output's first token is predicted at position n, where the prompt's last token
-is read; n = 3 is the prompt's length. A sampled output of a row takes the place of
-the one that it holds, from its own n on, and may fill the row.
+is the input; n = 3 is the prompt's length. A sampled output replaces the row's own
+from position n on and may fill the row.
 """
 
 import functools
@@ -31,7 +31,7 @@ from gkd_jax.network import projections
 class DecoderOnlyModel(base_model.BaseTransformerModel):
   """A decoder-only transformer with T5X's model protocol.
 
-  The loss is on outputs alone: a prompt's tokens have no weight, whatever
+  The loss counts outputs only: a prompt's tokens have weight 0, whatever
   `decoder_loss_weights` says.
 
   Args:
@@ -96,7 +96,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   def encode(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> tuple:
-    """Nothing: prompt and output are one row, and go through it together."""
+    """Returns an empty tuple: prompt and output are one decoder row."""
     del params, batch, dropout_rng
     return ()
 
@@ -107,7 +107,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` of whole rows."""
+    """Returns teacher-forced logits `[B, T, V]` of whole rows."""
     del encoded
     return self._decoder(params, batch, dropout_rng)
 
@@ -145,7 +145,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` of whole rows."""
+    """Returns teacher-forced logits `[B, T, V]` of whole rows."""
     return self.decoder_logits(params, (), batch, dropout_rng)
 
   def _causal_attention(self, batch):
@@ -154,7 +154,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     return _prompt_mask(batch)
 
   def loss_weights(self, batch: types.Batch) -> jax.Array:
-    """Weights of the loss `[B, T]`, float32, 0 on prompts and padding."""
+    """Returns loss weights `[B, T]`, float32, 0 on prompts and padding."""
     weights = base_model.loss_weights(batch)
     if "decoder_causal_attention" not in batch:
       return weights
@@ -168,63 +168,39 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     of_prompt = mask & jnp.pad(next_too, ((0, 0), (0, 1)))
     return jnp.where(of_prompt, 0.0, weights)
 
-  def sample(
+  def start_decoding(
     self,
     params: Any,
+    encoded: tuple,
     batch: types.Batch,
-    key: jax.Array | None,
-    **sampling_options,
-  ) -> decoding.SampleResult:
-    """Samples an output after each row's prompt.
+    *,
+    num_decodes: int = 1,
+    slots: int | None = None,
+  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
+    """See `types.TransformerModel.start_decoding`.
 
-    The prompts go through the network once, together, and leave their keys and
-    values in the cache; then one step follows per token of the longest output.
-
-    Args:
-      params: of the network.
-      batch: `decoder_input_tokens` and `decoder_causal_attention`, unpacked;
-        an output in the row is not read.
-      key: random key; may be None at temperature 0.
-      **sampling_options: of `decoding.sample`.
-
-    Returns:
-      Tokens and log-probs, `[B, T]` each, from the output's first token on; zeros
-      after EOS and from where the row is full.
+    All prompts go through the network together, once, and leave their keys and
+    values in the cache. The batch has `decoder_input_tokens` and
+    `decoder_causal_attention`, unpacked.
 
     Raises:
       ValueError: packed rows, or rows without a prompt's mask.
     """
-    prefilled, axes = self._prefill_rows(
-      params, batch, slots=sampling_options.get("slots")
-    )
-    return decoding.sample(
-      functools.partial(self._step, self._decoding_params(params)),
-      prefilled.cache,
-      key,
-      batch_size=prefilled.start_tokens.shape[0],
-      max_decode_length=batch["decoder_input_tokens"].shape[1],
-      eos_id=base_model.EOS_ID,
-      start_tokens=prefilled.start_tokens,
-      row_lengths=prefilled.row_lengths,
-      row_axes=axes and axes.cache,
-      **sampling_options,
-    )
-
-  def start_decoding(
-    self, params: Any, encoded: tuple, batch: types.Batch
-  ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
-    """See `types.TransformerModel.start_decoding`."""
     del encoded
-    prefilled = self._prefill(params, batch)
+    make = lambda factor: self._prefill(
+      params, decoding.repeat_rows(dict(batch), factor)
+    )
+    axes = None
+    if num_decodes > 1 or slots is not None:
+      axes = decoding.row_axes(make)
+    prefilled = decoding.repeat_rows(make(1), num_decodes, axes)
     rows = {
       "start_tokens": prefilled.start_tokens,
       "row_lengths": prefilled.row_lengths,
+      "row_axes": axes and axes.cache,
     }
-    return (
-      functools.partial(self._step, self._decoding_params(params)),
-      prefilled.cache,
-      rows,
-    )
+    step = functools.partial(self._step, self._decoding_params(params))
+    return step, prefilled.cache, rows
 
   def _step(self, params, tokens, cache):
     """`types.TokensToLogits`."""
@@ -238,41 +214,8 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     )
     return self._of_real_tokens(logits[:, 0]), updated["cache"]
 
-  def _decode(self, params, batch, key, *, num_decodes, options):
-    _check_decode_fn(self.decode_fn)  # `with_decode_fn` sets others
-    prefilled, axes = self._prefill_rows(
-      params, batch, num_decodes, options.get("slots")
-    )
-    batch_size, width = batch["decoder_input_tokens"].shape
-    return decoding.decode(
-      functools.partial(
-        self.decode_fn,
-        start_tokens=prefilled.start_tokens,
-        row_lengths=prefilled.row_lengths,
-      ),
-      functools.partial(self._step, self._decoding_params(params)),
-      prefilled.cache,
-      key,
-      batch_size=batch_size,
-      num_decodes=num_decodes,
-      options=options,
-      max_decode_length=width,
-      eos_id=base_model.EOS_ID,
-      row_axes=axes and axes.cache,
-    )
-
-  def _prefill_rows(self, params, batch, num_decodes=1, slots=None):
-    """`_prefill`, N rows for each prompt, and the axes of the rows."""
-    make = lambda factor: self._prefill(
-      params, decoding.repeat_rows(dict(batch), factor)
-    )
-    if num_decodes == 1 and slots is None:
-      return make(1), None
-    axes = decoding.row_axes(make)
-    return decoding.repeat_rows(make(1), num_decodes, axes), axes
-
   def _prefill(self, params, batch):
-    """Reads the prompts; what is needed to go on from each."""
+    """Runs the prompts through the network; returns where each output begins."""
     if "decoder_segment_ids" in batch:
       raise ValueError(
         "expected unpacked rows for decoding, got decoder_segment_ids;"
@@ -298,21 +241,6 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     last = jnp.take_along_axis(prompts, lengths[:, None], axis=1)[:, 0]
     return _Prefilled(made["cache"], last, room)
 
-  def sample_outputs(
-    self,
-    params: Any,
-    encoded: tuple,
-    batch: types.Batch,
-    key: jax.Array,
-    **sampling_options,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `types.TransformerModel.sample_outputs`."""
-    del encoded
-    tokens, log_probs = self.sample(params, batch, key, **sampling_options)
-    # Not by EOS alone: a row that is cut has zeros after its end too.
-    weights = (tokens != decoding.PAD_ID).astype(jnp.float32)
-    return tokens, weights, log_probs
-
   def has_inputs(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.has_inputs`."""
     return jnp.any(_prompt_mask(batch) > 0, axis=1)
@@ -337,7 +265,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
 
 class _Prefilled(NamedTuple):
-  """Prompts that have been read.
+  """The state after the prompts.
 
   Attributes:
     cache: of the network; the next position of each row is its prompt's length.
@@ -373,5 +301,5 @@ def _prompt_mask(batch):
 
 
 def _prompt_lengths(batch):
-  """Tokens of each prompt, int32 `[B]`; 0 for a row of padding."""
+  """Returns each prompt's length in tokens, int32 `[B]`; 0 for padding."""
   return jnp.maximum(jnp.sum(_prompt_mask(batch), axis=1) - 1, 0)

@@ -1,4 +1,4 @@
-"""T5X's encoder-decoder model protocol on our network."""
+"""Encoder-decoders (T5) with T5X's model protocol."""
 
 import functools
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
   def encode(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Encoded inputs `[B, S, D]`; dropout only with a key."""
+    """Returns the encoded inputs `[B, S, D]`; dropout only with a key."""
     return self.module.apply(
       {"params": params},
       batch["encoder_input_tokens"],
@@ -61,7 +61,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     batch: types.Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
+    """Returns teacher-forced logits `[B, T, V]` of the batch's outputs."""
     return self._decoder(params, encoded, batch, dropout_rng)
 
   def decoder_hidden(
@@ -105,67 +105,34 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]`, encoder included."""
+    """Returns teacher-forced logits `[B, T, V]`, encoder included."""
     encoder_key, decoder_key = base_model.split_key(dropout_rng)
     encoded = self.encode(params, batch, encoder_key)
     return self.decoder_logits(params, encoded, batch, decoder_key)
 
-  def sample(
+  def start_decoding(
     self,
     params: Any,
     encoded: jax.Array,
-    encoder_input_tokens: jax.Array,
-    key: jax.Array | None,
+    batch: types.Batch,
     *,
-    max_decode_length: int,
-    **sampling_options,
-  ) -> decoding.SampleResult:
-    """Samples one output per row; see `decoding.sample` for the options."""
-    options = dict(sampling_options)
-    batch_size = encoder_input_tokens.shape[0]
-    step, cache, options["row_axes"] = self._start(
-      params,
-      encoded,
-      encoder_input_tokens,
-      max_decode_length,
-      slots=options.get("slots"),
-    )
-    return decoding.sample(
-      step,
-      cache,
-      key,
-      batch_size=batch_size,
-      max_decode_length=max_decode_length,
-      eos_id=base_model.EOS_ID,
-      **options,
-    )
-
-  def start_decoding(
-    self, params: Any, encoded: jax.Array, batch: types.Batch
+    num_decodes: int = 1,
+    slots: int | None = None,
   ) -> tuple[types.TokensToLogits, types.PyTree, dict[str, Any]]:
-    """See `types.TransformerModel.start_decoding`."""
-    length = batch["decoder_target_tokens"].shape[1]
-    inputs = batch["encoder_input_tokens"]
-    step, cache, _ = self._start(params, encoded, inputs, length)
-    return step, cache, {}
+    """See `types.TransformerModel.start_decoding`.
 
-  def _start(
-    self, params, encoded, inputs, length, *, num_decodes=1, slots=None
-  ):
-    """`types.TokensToLogits`, its cache of B N rows, and the cache's row axes.
-
-    Keys and values of the encoded inputs are computed for one of a prompt's N
-    rows, as they are equal. With `slots` each row has a position of its own.
+    The N rows of a prompt share the keys and values of its encoded inputs, which
+    are computed once. With `slots` each row has a position of its own.
     """
     params = self._decoding_params(params)
-    step = functools.partial(self._step, params, encoded, length)
+    inputs = batch["encoder_input_tokens"]
+    length = batch["decoder_input_tokens"].shape[1]
 
     def make(factor):
       rows = decoding.repeat_rows(inputs, factor)
       wide = decoding.repeat_rows(encoded, factor)
-      new = functools.partial(self._step, params, wide, length)
       start = jnp.zeros((rows.shape[0],), jnp.int32)
-      _, (rows, cache) = new(start, (rows, None))
+      _, (rows, cache) = self._step(params, wide, length, start, (rows, None))
       if slots is not None:
         decoder = dict(cache["decoder"]) | {"cache_index": start}
         cache = dict(cache) | {"decoder": decoder}
@@ -174,7 +141,11 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     axes = None
     if num_decodes > 1 or slots is not None:
       axes = decoding.row_axes(make)
-    return step, decoding.repeat_rows(make(1), num_decodes, axes), axes
+    return (
+      functools.partial(self._step, params, encoded, length),
+      decoding.repeat_rows(make(1), num_decodes, axes),
+      {"row_axes": axes},
+    )
 
   def _step(self, params, encoded, length, tokens, cache):
     """`types.TokensToLogits`; without the network's cache, makes it.
@@ -199,50 +170,6 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       method="decode",
     )
     return self._of_real_tokens(logits[:, 0]), (inputs, updated["cache"])
-
-  def _decode(self, params, batch, key, *, num_decodes, options):
-    inputs = batch["encoder_input_tokens"]
-    length = batch["decoder_input_tokens"].shape[1]
-    step, cache, axes = self._start(
-      params,
-      self.encode(params, batch),
-      inputs,
-      length,
-      num_decodes=num_decodes,
-      slots=options.get("slots"),
-    )
-    return decoding.decode(
-      self.decode_fn,
-      step,
-      cache,
-      key,
-      batch_size=inputs.shape[0],
-      num_decodes=num_decodes,
-      options=options,
-      max_decode_length=length,
-      eos_id=base_model.EOS_ID,
-      row_axes=axes,
-    )
-
-  def sample_outputs(
-    self,
-    params: Any,
-    encoded: jax.Array,
-    batch: types.Batch,
-    key: jax.Array,
-    **sampling_options,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `types.TransformerModel.sample_outputs`."""
-    tokens, log_probs = self.sample(
-      params,
-      encoded,
-      batch["encoder_input_tokens"],
-      key,
-      max_decode_length=batch["decoder_target_tokens"].shape[1],
-      **sampling_options,
-    )
-    weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
-    return tokens, weights, log_probs
 
   def has_inputs(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.has_inputs`."""

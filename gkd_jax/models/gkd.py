@@ -1,79 +1,54 @@
-"""The GKD wrapper around a student and a teacher.
+"""Generalized Knowledge Distillation (Agarwal et al., arXiv 2306.13649, algorithm 1).
 
-`EncoderDecoderModel` and `DecoderOnlyModel` are networks with T5X's methods.
-`GKDModel` holds a student and a teacher, both of one kind, and adds what GKD
-needs: the student's own samples, the teacher's distributions, and the divergence
-between the two (Agarwal et al., arXiv 2306.13649, algorithm 1).
+`GKDModel` holds a student and a teacher of one kind. A step trains the student on
+the dataset's outputs or on outputs that it samples itself, against the teacher's
+next-token distributions.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gkd_jax import decoding, divergences, losses, schedules, types
-from gkd_jax.models import base_model, gkd_settings, length_buckets
-
-
-class Fixed(NamedTuple):
-  """What the loss of a batch reads besides the student.
-
-  Attributes:
-    batch: features `[B, ...]`, their outputs chosen.
-    decoder_key: of dropout in the student's decoder, or None.
-    step: `[]`, for schedules.
-    of_teacher: the teacher's parameters and encoded inputs, if there is one.
-  """
-
-  batch: types.Batch
-  decoder_key: jax.Array | None
-  step: jax.Array
-  of_teacher: tuple[Any, Any] | None = None
+from gkd_jax import decoding, losses, schedules, types
+from gkd_jax.decoding import sampling
+from gkd_jax.models import base_model, distillation_model
 
 
-class GKDModel:
+class GKDModel(distillation_model.DistillationModel):
   """A student, a teacher, and the divergence between them.
 
-  The student's side keeps T5X's protocol. Parameters of the teacher are an
-  argument of the loss, never part of the student's.
+  The teacher's parameters are an argument of the loss, never part of the
+  student's.
 
   Args:
     student: the model that is trained.
     teacher: the frozen model, of the student's kind.
-    divergence: a name in `divergences`, "jsd" with `beta` 0 and 1 meaning
-      forward and reverse KL.
-    beta: of "jsd" and "normalized_jsd": a number in [0, 1] or a schedule.
-    skew_alpha: of the skew KLs.
+    divergence: see `DistillationModel`, as `beta`, `skew_alpha`,
+      `student_temperature`, `length_normalization` and `output_buckets`.
     student_data_fraction: λ in [0, 1], a number or a schedule.
-    student_data_granularity: "step": one coin per batch (paper, algorithm 1).
+    beta: see there.
+    skew_alpha: see there.
+    student_data_granularity: "step": one coin per batch (algorithm 1).
       "example": one coin per row.
     teacher_temperature: of the teacher's softmax (paper, tables A.1-A.4).
-    student_temperature: of the student's softmax in the loss.
+    student_temperature: see there.
     sampling_temperature: of the student's samples.
-    sampling_top_k: 0 for none.
-    sampling_top_p: 1.0 for none.
-    decode_slots: the student samples so many rows at a time, see
-      `decoding.sample`; None: the whole batch together.
-    length_normalization: "sequence" (the paper's 1/L_y) or "token".
-    loss_chunk_size: tokens of a chunk of `fused_loss`, on each device; 0 for
-      `losses.distillation_loss` on whole logits; None for the former with chunks
-      of 256 where a batch has more than 2^22 logits (B T V).
-    output_buckets: ascending lengths; T of the decoders and of the loss is the
-      first that holds the longest output of a (micro)batch, or the whole T where
-      none does. The results are those of the whole T to rounding, but for dropout
-      on the weights of the decoder's self-attention: its masks have the length of
-      a row, and so other numbers of the same law. Each length below T is another
-      branch of the compiled step. None: the whole T always.
+    sampling_top_k: keep the k likeliest tokens; 0 keeps all.
+    sampling_top_p: keep the likeliest tokens up to this mass; 1.0 keeps all.
+    decode_slots: rows that the student samples at a time, see `decoding.sample`;
+      None: the whole batch together.
+    length_normalization: see there.
+    loss_chunk_size: tokens per chunk of `losses.fused_distillation_loss`, on each
+      device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
+      256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
+    output_buckets: see there.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
   """
-
-  # Whether the loss of a subclass is a function of whole logits.
-  NEEDS_LOGITS = False
-  # How the names of the features `[B, T]` begin.
-  OF_OUTPUTS = ("decoder_",)
 
   def __init__(
     self,
@@ -95,15 +70,19 @@ class GKDModel:
     loss_chunk_size: int | None = None,
     output_buckets: Sequence[int] | None = None,
   ):
-    self.student = student
+    super().__init__(
+      student,
+      divergence,
+      beta=beta,
+      skew_alpha=skew_alpha,
+      student_temperature=student_temperature,
+      length_normalization=length_normalization,
+      output_buckets=output_buckets,
+    )
     self.teacher = teacher
-    self.divergence = divergence
-    self.beta = beta
-    self.skew_alpha = skew_alpha
     self.student_data_fraction = student_data_fraction
     self.student_data_granularity = student_data_granularity
     self.teacher_temperature = teacher_temperature
-    self.student_temperature = student_temperature
     self.sampling = {
       "temperature": sampling_temperature,
       "top_k": sampling_top_k,
@@ -111,137 +90,177 @@ class GKDModel:
       "suppress_ids": (decoding.PAD_ID,),
     }
     self.decode_slots = decode_slots
-    self.length_normalization = length_normalization
     self.loss_chunk_size = loss_chunk_size
-    self.output_buckets = tuple(output_buckets or ())
-    gkd_settings.check(self)
-    self._divergence_at(0)
+    distillation_model.check_pair(teacher, student)
+    self._check_settings()
 
-  @property
-  def config(self) -> Any:
-    """The student's sizes."""
-    return self.student.config
-
-  @property
-  def FEATURE_CONVERTER_CLS(self) -> Any:
-    """What the batches of training are made with: the student's."""
-    return self.student.FEATURE_CONVERTER_CLS
-
-  def _divergence_at(self, step) -> types.Divergence:
-    """The divergence at a step; only β may depend on it."""
-    if self.divergence in ("jsd", "normalized_jsd"):
-      if self.beta is None:
-        raise ValueError(
-          f"expected a β for the divergence {self.divergence!r}, got none;"
-          " set BETA"
-        )
-      name = {"jsd": "generalized_jsd"}.get(self.divergence, self.divergence)
-      beta = self.beta(step) if callable(self.beta) else self.beta
-      return divergences.get(name, beta=beta)
-    if self.beta is not None:
+  def _check_settings(self):
+    distillation_model.check_fraction(
+      "λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"
+    )
+    distillation_model.check_temperature(
+      "teacher_temperature", self.teacher_temperature
+    )
+    if self.sampling["temperature"] < 0:
       raise ValueError(
-        "expected no β for a divergence that has none, got BETA ="
-        f" {self.beta} with {self.divergence!r}; set DIVERGENCE = 'jsd' or"
-        " BETA = None"
+        "expected a sampling temperature of at least 0, got"
+        f" {self.sampling['temperature']}; set SAMPLING_TEMPERATURE"
       )
-    if self.divergence in ("skew_forward_kl", "skew_reverse_kl"):
-      return divergences.get(self.divergence, alpha=self.skew_alpha)
-    return divergences.get(self.divergence)
+    if self.student_data_granularity not in ("step", "example"):
+      raise ValueError(
+        "expected student_data_granularity 'step' or 'example', got"
+        f" {self.student_data_granularity!r}; set STUDENT_DATA_GRANULARITY"
+      )
+    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
+      raise ValueError(
+        "expected a loss_chunk_size of at least 0, got"
+        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
+      )
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Every source of outputs that a step of the run can have, by λ."""
+    fraction = self.student_data_fraction
+    if not callable(fraction) and fraction in (0, 1):
+      return (base_model.STUDENT if fraction else base_model.DATA,)
+    if self.student_data_granularity == "step":
+      return (base_model.DATA, base_model.STUDENT)
+    if callable(fraction):  # it may be 0 or 1 at some steps
+      return (base_model.DATA, base_model.STUDENT, base_model.MIXED)
+    return (base_model.MIXED,)
+
+  def source_of_step(self, seed: int, step: int) -> str:
+    """Returns whose outputs a step trains on: "data", "student" or "mixed".
+
+    The coin of algorithm 1 is drawn from (seed, step) on the host, so that every
+    host and every resumed run draws the same. `u < λ` with u in [0, 1): λ = 0
+    never samples, λ = 1 always does.
+
+    Args:
+      seed: of the run.
+      step: batches used so far.
+
+    Raises:
+      ValueError: a schedule left [0, 1].
+    """
+    fraction = schedules.host_value(self.student_data_fraction, step)
+    if not 0 <= fraction <= 1:
+      raise ValueError(
+        f"expected λ in [0, 1], got {fraction} at step {step};"
+        " set STUDENT_DATA_FRACTION"
+      )
+    if fraction in (0, 1):
+      return base_model.STUDENT if fraction else base_model.DATA
+    if self.student_data_granularity == "example":
+      return base_model.MIXED
+    u = np.random.default_rng([seed, step]).random()
+    return base_model.STUDENT if u < fraction else base_model.DATA
 
   def train_loss(
     self,
     params: Any,
     teacher_params: Any,
     batch: types.Batch,
-    *,
-    source: str,
+    inputs: types.StepInputs,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the GKD loss and its metrics; see `DistillationModel.train_loss`.
+
+    A row's sample depends on the step's key and on the row's id alone.
+    """
+    # Whose outputs: the dataset's, or the student's own samples.
+    keys = base_model.step_keys(inputs.key)
+    encoder_key, decoder_key = base_model.dropout_keys(
+      self.config.dropout_rate, keys.dropout, inputs.row_ids
+    )
+    with jax.named_scope("student"):
+      encoded = self.student.encode(params, batch, encoder_key)
+    sampled = {}
+    if inputs.source != base_model.DATA:
+      # Samples are drawn without dropout; at rate 0 one encoding serves both.
+      clean = encoded
+      if encoder_key is not None:
+        clean = self.student.encode(params, batch)
+      batch, sampled = self.with_samples(
+        params, clean, batch, inputs, teacher_params
+      )
+
+    # The teacher reads the same inputs and outputs.
+    with jax.named_scope("teacher"):
+      teacher = teacher_params, self.teacher.encode(teacher_params, batch)
+
+    # The divergence between both models' distributions of each output token.
+    student = self.student.decoder_params(params), encoded
+    loss, metrics = self.outputs_loss(
+      student, teacher, batch, inputs.step, decoder_key
+    )
+    return loss, metrics | sampled
+
+  def outputs_loss(
+    self,
+    student: types.Encoded,
+    teacher: types.Encoded,
+    batch: types.Batch,
     step: jax.Array,
-    key: jax.Array,
-    row_ids: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-    """The GKD loss: (loss_sum, weight_sum, metrics).
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the divergence on a batch's outputs and its metrics."""
+    chunk_size = self._chunk_size(batch)
+    if chunk_size == 0:
+      logits = self.both_logits(student, teacher, batch, dropout_key)
+      return self.divergence_loss(*logits, batch, step)
+    with jax.named_scope("student"):
+      student_hidden = self.student.decoder_hidden(*student, batch, dropout_key)
+    with jax.named_scope("teacher"):
+      teacher_hidden = self.teacher.decoder_hidden(*teacher, batch)
+    loss, weight, metrics = losses.fused_distillation_loss(
+      student_hidden,
+      self.student.output_head(student[0]),
+      teacher_hidden,
+      self.teacher.output_head(teacher[0]),
+      chunk_size=chunk_size,
+      **self._loss_settings(batch, step),
+    )
+    return loss, metrics | {"loss": (loss, weight)}
+
+  def both_logits(
+    self,
+    student: types.Encoded,
+    teacher: types.Encoded,
+    batch: types.Batch,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the teacher's logits, without a gradient, and the student's.
+
+    Arguments as of `outputs_loss`; `[B, T, V]` each.
+    """
+    with jax.named_scope("teacher"):
+      teacher_logits = self.teacher.decoder_logits(*teacher, batch)
+    with jax.named_scope("student"):
+      student_logits = self.student.decoder_logits(*student, batch, dropout_key)
+    return jax.lax.stop_gradient(teacher_logits), student_logits
+
+  def divergence_loss(
+    self,
+    teacher_logits: jax.Array,
+    student_logits: jax.Array,
+    batch: types.Batch,
+    step: jax.Array,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns `losses.distillation_loss` with the model's settings.
 
     Args:
-      params: the student's; the only argument that the loss is a function of.
-      teacher_params: the teacher's.
-      batch: T5X's features, `[B, ...]`.
-      source: whose outputs: "data", "student", or "mixed" (a coin per row).
+      teacher_logits: `[B, T, V]`.
+      student_logits: `[B, T, V]`.
+      batch: features, outputs included.
       step: `[]`, for schedules.
-      key: of this step; a row's sample depends on it and on the row alone.
-      row_ids: `[B]`, place of each row in the whole batch.
-
-    Returns:
-      Sum of the divergence in nats over sequences (of its mean over tokens) or
-      over tokens, the number of those, and metrics as (sum, weight).
     """
-    dropout_key, sample_key, coin_key = jax.random.split(key, 3)
-    encoder_key, decoder_key = base_model.dropout_keys(
-      self.student.config.dropout_rate, dropout_key, row_ids
+    loss, weight, metrics = losses.distillation_loss(
+      teacher_logits, student_logits, **self._loss_settings(batch, step)
     )
-    encoded = self.student.encode(params, batch, encoder_key)
-    metrics = {}
-    clean = encoded  # with dropout 0 the encoder runs once for both uses
-    if encoder_key is not None and source != base_model.DATA:
-      clean = self.student.encode(params, batch)
-    if source != base_model.DATA:
-      chosen = self._choose(source, step, coin_key, row_ids)
-      batch, metrics = self._with_samples(
-        params, clean, batch, chosen, sample_key, row_ids, teacher_params
-      )
-    of_teacher = teacher_params, self.teacher.encode(teacher_params, batch)
-    fixed = Fixed(batch, decoder_key, step, of_teacher)
-    loss, weight, aux = self._outputs_loss(params, encoded, fixed)
-    return loss, weight, aux | metrics
+    return loss, metrics | {"loss": (loss, weight)}
 
-  def _outputs_loss(self, params, encoded, fixed):
-    """The loss of a batch whose outputs are chosen: (loss, weight, metrics)."""
-    weights = self.student.loss_weights(fixed.batch)
-    lengths = length_buckets.lengths(self.output_buckets, weights.shape[1])
-    if len(lengths) == 1:
-      loss, (weight, aux) = self._loss_of_length(
-        *lengths, (params, encoded), fixed
-      )
-    else:
-      loss, (weight, aux) = length_buckets.loss(
-        self._loss_of_length,
-        lengths,
-        length_buckets.used_length(weights),
-        (self.student.decoder_params(params), encoded),
-        fixed,
-      )
-    return loss, weight, aux
-
-  def _loss_of_length(self, length, trained, fixed):
-    """See `length_buckets.LossOfLength`: the loss, and (weight, metrics)."""
-    params, encoded = trained
-    batch, decoder_key, step, of_teacher = fixed
-    teacher_params, encoded_by_teacher = of_teacher
-    batch = length_buckets.cut(batch, length, self.OF_OUTPUTS)
-    chunk = self._loss_chunk(batch)
-    run = self.student.decoder_hidden if chunk else self.student.decoder_logits
-    outputs = run(params, encoded, batch, decoder_key)
-    if chunk:
-      loss, weight, aux = losses.fused_distillation_loss(
-        outputs,
-        self.student.output_head(params),
-        self.teacher.decoder_hidden(teacher_params, encoded_by_teacher, batch),
-        self.teacher.output_head(teacher_params),
-        chunk_size=chunk,
-        **self._loss_settings(batch, step),
-      )
-    else:
-      teacher_logits = self.teacher.decoder_logits(
-        teacher_params, encoded_by_teacher, batch
-      )
-      loss, weight, aux = self._loss(
-        batch, jax.lax.stop_gradient(teacher_logits), outputs, step
-      )
-    return loss, (weight, aux)
-
-  def _loss_chunk(self, batch):
-    """Tokens of a chunk of the fused loss; 0 where logits are needed whole."""
-    if self.NEEDS_LOGITS:
-      return 0
+  def _chunk_size(self, batch):
+    """Returns tokens per chunk of the fused loss, 0 for whole logits."""
     if self.loss_chunk_size is not None:
       return self.loss_chunk_size
     logits = batch["decoder_target_tokens"].size * self.config.vocab_size
@@ -250,7 +269,7 @@ class GKDModel:
   def _loss_settings(self, batch, step):
     return {
       "weights": self.student.loss_weights(batch),
-      "divergence": self._divergence_at(step),
+      "divergence": self.divergence_at(step),
       "teacher_temperature": self.teacher_temperature,
       "student_temperature": self.student_temperature,
       "length_normalization": self.length_normalization,
@@ -258,136 +277,162 @@ class GKDModel:
       "num_real_tokens": self.student.num_real_tokens,
     }
 
-  def _loss(self, batch, teacher_logits, student_logits, step):
-    """The divergence on a batch whose outputs are chosen, and its metrics."""
-    return losses.distillation_loss(
-      teacher_logits, student_logits, **self._loss_settings(batch, step)
-    )
+  def with_samples(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    inputs: types.StepInputs,
+    teacher_params: Any = None,
+  ) -> tuple[dict[str, jax.Array], types.Metrics]:
+    """Returns the batch with outputs that the student samples, and metrics.
 
-  def _choose(self, source, step, key, row_ids):
-    """Which rows use the student's own output, `[B]` bool, or None for all."""
-    if source == base_model.STUDENT:
-      return None
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-    coins = jax.vmap(jax.random.uniform)(keys)
-    return coins < schedules.as_schedule(self.student_data_fraction)(step)
+    Samples are data: no gradient flows through them (paper, section 3).
 
-  def _with_samples(
-    self, params, encoded, batch, chosen, key, row_ids, teacher_params=None
-  ):
-    """The batch with the chosen rows' outputs sampled by the student."""
+    Args:
+      params: the student's.
+      encoded: its encoded inputs.
+      batch: features `[B, ...]`.
+      inputs: with source "student" every row is sampled; with "mixed" a row is
+        with probability λ.
+      teacher_params: the teacher's, for a `draw` that mixes it in.
+
+    Raises:
+      ValueError: a packed batch.
+    """
     base_model.check_unpacked(batch)
-    # Tokens are data: no gradient flows through sampling (paper, section 3).
-    tokens, weights, _ = self._sample(
-      *jax.lax.stop_gradient((params, encoded)),
-      batch,
-      key,
-      row_ids,
-      chosen,
-      teacher_params,
-    )
-    # A row of padding alone (the last batch of a data set) has no input.
+    keys = base_model.step_keys(inputs.key)
+    chosen = None
+    if inputs.source == base_model.MIXED:
+      chosen = self._coins(keys.coin, inputs)
+    with jax.named_scope("sample"):
+      tokens, weights, _ = self.draw(
+        *jax.lax.stop_gradient((params, encoded)),
+        batch,
+        keys.sample,
+        row_ids=inputs.row_ids,
+        chosen=chosen,
+        teacher_params=teacher_params,
+      )
+    # A row of padding alone (the last batch of a dataset) has no input.
     present = self.student.has_inputs(batch)
     weights = weights * present[:, None]
     used = present if chosen is None else present & chosen
-    rows = used.astype(jnp.float32)
     ended = jnp.any(tokens == base_model.EOS_ID, axis=1)
-    number = jnp.sum(rows)
-    metrics = {
-      "sampled_length": (jnp.sum(jnp.sum(weights, axis=1) * rows), number),
-      "sampled_eos": (jnp.sum(ended * rows), number),
-      "on_policy_share": (number, jnp.sum(present.astype(jnp.float32))),
-    }
+    metrics = _sample_metrics(weights, ended, used, present)
     new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:
       old = batch | {"decoder_loss_weights": self.student.loss_weights(batch)}
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
 
-  def _sample(
-    self, params, encoded, batch, key, row_ids, chosen, teacher_params=None
-  ):
-    """The student's output for each chosen row, as training draws it.
+  def _coins(self, key, inputs):
+    """Returns which rows are sampled, `[B]` bool, by a coin of each row's own."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(inputs.row_ids)
+    coins = jax.vmap(jax.random.uniform)(keys)
+    return coins < schedules.as_schedule(self.student_data_fraction)(
+      inputs.step
+    )
 
-    Here the teacher has no part in it; a subclass may mix it in.
+  def draw(
+    self,
+    params: Any,
+    encoded: types.PyTree,
+    batch: types.Batch,
+    key: jax.Array,
+    *,
+    row_ids: jax.Array | None = None,
+    chosen: jax.Array | None = None,
+    teacher_params: Any = None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Samples an output for each row, as training does.
+
+    Args:
+      params: the student's.
+      encoded: its encoded inputs.
+      batch: features `[B, ...]`; outputs in them are not read.
+      key: random key.
+      row_ids: `[B]`, see `decoding.sample`.
+      chosen: `[B]` bool, rows that need a sample; None for all.
+      teacher_params: not read here; a subclass may mix the teacher in.
 
     Returns:
-      See `types.TransformerModel.sample_outputs`.
+      Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
+      weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
+      `[B, T]` float32, nats, see `decoding.SampleResult`.
     """
     del teacher_params
-    slots = {} if self.decode_slots is None else {"slots": self.decode_slots}
-    return self.student.sample_outputs(
-      params,
-      encoded,
-      batch,
+    model, slots = self.student, self.decode_slots
+    step, cache, rows = model.start_decoding(
+      params, encoded, batch, slots=slots
+    )
+    return draw_outputs(
+      step,
+      cache,
       key,
+      batch,
       row_ids=row_ids,
       active=chosen,
+      slots=slots,
+      **rows,
       **self.sampling,
-      **slots,
     )
 
   def sample_batch(
     self, params: Any, batch: types.Batch, key: jax.Array
   ) -> jax.Array:
-    """The student's output for each row of a batch, int32 `[B, T]`.
+    """Samples an output for each row, int32 `[B, T]`, as training does.
 
     Args:
       params: the student's.
       batch: T5X's features, `[B, ...]`; T is the length of the targets.
-      key: of the samples.
+      key: random key.
     """
-    return self.sample_outputs(params, batch, key)[0]
+    return self.draw(params, self.student.encode(params, batch), batch, key)[0]
 
-  def sample_outputs(
-    self, params: Any, batch: types.Batch, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `sample_batch`, with weights and log-probs.
 
-    Args:
-      params: the student's.
-      batch: see `sample_batch`.
-      key: of the samples.
+def draw_outputs(
+  step: types.TokensToLogits,
+  cache: types.PyTree,
+  key: jax.Array,
+  batch: types.Batch,
+  *,
+  row_lengths: jax.Array | None = None,
+  **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Samples outputs of the batch's length; returns as `GKDModel.draw`.
 
-    Returns:
-      See `types.TransformerModel.sample_outputs`.
-    """
-    encoded = self.student.encode(params, batch)
-    row_ids = jnp.arange(batch["decoder_target_tokens"].shape[0])
-    return self._sample(params, encoded, batch, key, row_ids, None)
+  Args:
+    step: scores the next token.
+    cache: before the first token.
+    key: random key.
+    batch: whose targets say B and T.
+    row_lengths: `[B]`, see `decoding.sample`.
+    **options: of `decoding.sample`.
+  """
+  batch_size, length = batch["decoder_target_tokens"].shape
+  tokens, log_probs = decoding.sample(
+    step,
+    cache,
+    key,
+    batch_size=batch_size,
+    max_decode_length=length,
+    eos_id=base_model.EOS_ID,
+    row_lengths=row_lengths,
+    **options,
+  )
+  weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
+  if row_lengths is not None:
+    weights *= jnp.arange(length)[None] < row_lengths[:, None]
+  return tokens, weights, log_probs
 
-  # T5X's protocol, on the student.
 
-  def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """See `types.TransformerModel.get_initial_variables`."""
-    return self.student.get_initial_variables(rng, input_shapes, input_types)
-
-  def loss_fn(self, params, batch, dropout_rng):
-    """See `types.TransformerModel.loss_fn`: cross-entropy on the data."""
-    return self.student.loss_fn(params, batch, dropout_rng)
-
-  def eval_fn(self, params, batch):
-    """See `types.TransformerModel.eval_fn`."""
-    return self.student.eval_fn(params, batch)
-
-  def predict_batch(self, params, batch, rng=None):
-    """See `types.TransformerModel.predict_batch`."""
-    return self.student.predict_batch(params, batch, rng)
-
-  def predict_batch_with_aux(
-    self,
-    params,
-    batch,
-    rng=None,
-    decoder_params=None,
-    return_all_decodes=None,
-    num_decodes=None,
-  ):
-    """See `types.TransformerModel.predict_batch_with_aux`."""
-    return self.student.predict_batch_with_aux(
-      params, batch, rng, decoder_params, return_all_decodes, num_decodes
-    )
-
-  def score_batch(self, params, batch):
-    """See `types.TransformerModel.score_batch`."""
-    return self.student.score_batch(params, batch)
+def _sample_metrics(weights, ended, used, present):
+  """Returns metrics of samples as (sum, weight); `used` and `present` are `[B]` bool."""
+  rows = used.astype(jnp.float32)
+  number = jnp.sum(rows)
+  return {
+    "sampled_length": (jnp.sum(jnp.sum(weights, axis=1) * rows), number),
+    "sampled_eos": (jnp.sum(ended * rows), number),
+    "on_policy_share": (number, jnp.sum(present.astype(jnp.float32))),
+  }

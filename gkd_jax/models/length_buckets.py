@@ -1,9 +1,8 @@
-"""A loss computed over as many positions as the longest output of a batch needs.
+"""The loss at the shortest of a few lengths that holds a batch's longest output.
 
-A compiled program has one length, T, and most batches end before it. Here the
-program holds the loss at several lengths, and each run takes one branch. Its
-compilation and its text grow with the number of lengths; memory is that of the
-longest.
+A compiled program has one length T, but most batches end before it. Here the
+program contains the loss at several lengths and each step runs one of them.
+Compilation time grows with the number of lengths; memory is that of the longest.
 """
 
 import functools
@@ -14,9 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import types
-
-# (length, trained, fixed) -> (loss, aux); a gradient is taken of `trained` alone.
-LossOfLength = Callable[[int, Any, Any], tuple[jax.Array, Any]]
 
 
 def check(buckets: Sequence[int], setting: str) -> None:
@@ -30,7 +26,7 @@ def check(buckets: Sequence[int], setting: str) -> None:
 
 
 def lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
-  """The buckets that are shorter than the longest length, and that.
+  """Returns the buckets below the longest length, and that length.
 
   >>> lengths((64, 128, 256), 128)
   (64, 128)
@@ -43,7 +39,7 @@ def lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
 
 
 def used_length(weights: jax.Array) -> jax.Array:
-  """Positions up to the last one that counts in any row, `[]` int32.
+  """Returns the position after the last one that counts in any row, `[]` int32.
 
   >>> int(used_length(jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
   2
@@ -55,61 +51,87 @@ def used_length(weights: jax.Array) -> jax.Array:
   return jnp.max(jnp.where(counts, jnp.arange(1, counts.size + 1), 0))
 
 
-def cut(
-  batch: types.Batch, length: int, prefixes: tuple[str, ...]
-) -> dict[str, jax.Array]:
-  """A batch with the first positions of some features `[B, T, ...]`.
+def cut(batch: types.Batch, length: int) -> dict[str, jax.Array]:
+  """Returns a batch with the first positions of each target-length feature.
 
   Args:
-    batch: features.
-    length: how many positions are kept.
-    prefixes: of the names of the features that are cut.
+    batch: features; those of the encoder and those of shape `[B]` stay whole.
+    length: number of positions that are kept.
   """
   return {
-    name: x[:, :length] if name.startswith(prefixes) else x
+    name: x if name.startswith("encoder_") or x.ndim == 1 else x[:, :length]
     for name, x in batch.items()
   }
 
 
-def loss(
-  loss_of: LossOfLength,
+def bucketed(
+  outputs_loss: Callable[..., tuple[jax.Array, types.Metrics]],
+  buckets: Sequence[int],
+  student: types.TransformerModel,
+) -> Callable[..., tuple[jax.Array, types.Metrics]]:
+  """Wraps `DistillationModel.outputs_loss` to run at the shortest length that suffices.
+
+  Results are those of the full length to rounding, except for dropout on the
+  decoder's self-attention weights, whose masks have another shape.
+
+  Args:
+    outputs_loss: the loss at the batch's length.
+    buckets: ascending lengths; the batch's own is added.
+    student: says which positions count.
+  """
+
+  def loss(student_side, teacher_side, batch, step, dropout_key=None):
+    weights = student.loss_weights(batch)
+    fixed = teacher_side, batch, step, dropout_key
+
+    def at_length(length, trained, fixed):
+      teacher_side, batch, *rest = fixed
+      return outputs_loss(trained, teacher_side, cut(batch, length), *rest)
+
+    return shortest_loss(
+      at_length,
+      lengths(buckets, weights.shape[1]),
+      used_length(weights),
+      student_side,
+      fixed,
+    )
+
+  return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def shortest_loss(
+  loss_of: Callable[[int, Any, Any], tuple[jax.Array, Any]],
   lengths: tuple[int, ...],
   used: jax.Array,
   trained: types.PyTree,
   fixed: types.PyTree,
 ) -> tuple[jax.Array, Any]:
-  """The loss at the shortest length that suffices; one length is computed.
-
-  Value and gradient are formed together in one branch, and the backward pass
-  scales the gradient. (A gradient taken through the branches would keep what each
-  of them would need for it.)
+  """Computes a loss at the first length that is at least `used`.
 
   Args:
-    loss_of: the loss of its arguments cut to a length, and auxiliary results of
-      the same shapes at every length, which get no gradient.
-    lengths: ascending.
+    loss_of: `(length, trained, fixed) -> (loss, aux)`, of the same shapes at every
+      length; `aux` gets no gradient.
+    lengths: ascending; the last one serves all that is longer.
     used: `[]` int32, see `used_length`; on a mesh the same on all devices.
     trained: what the gradient is of.
-    fixed: what else the loss reads: arrays, keys included.
+    fixed: what else the loss reads.
 
   Returns:
-    The loss `[]`, and the auxiliary results.
+    The loss `[]` and `aux`.
   """
-  return _loss(loss_of, lengths, used, trained, fixed)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(loss_of, lengths, used, trained, fixed):
-  of = [functools.partial(loss_of, length) for length in lengths]
-  return jax.lax.switch(_place(lengths, used), of, trained, fixed)
+  branches = [functools.partial(loss_of, length) for length in lengths]
+  return jax.lax.switch(_bucket(lengths, used), branches, trained, fixed)
 
 
 def _loss_forward(loss_of, lengths, used, trained, fixed):
-  of = [
+  # Value and gradient in one branch: a gradient taken through the switch would
+  # keep the residuals of every branch.
+  branches = [
     jax.value_and_grad(functools.partial(loss_of, length), has_aux=True)
     for length in lengths
   ]
-  return jax.lax.switch(_place(lengths, used), of, trained, fixed)
+  return jax.lax.switch(_bucket(lengths, used), branches, trained, fixed)
 
 
 def _loss_backward(loss_of, lengths, gradient, d_results):
@@ -119,9 +141,9 @@ def _loss_backward(loss_of, lengths, gradient, d_results):
   return None, scaled, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+shortest_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _place(lengths, used):
-  """Of the shortest length that is at least `used`; the last one serves all."""
+def _bucket(lengths, used):
+  """Returns the index of the shortest length that is at least `used`."""
   return jnp.sum(used > jnp.array(lengths[:-1], jnp.int32))

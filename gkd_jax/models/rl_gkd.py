@@ -1,11 +1,11 @@
 """RL + GKD: a reward and a divergence on the student's own outputs.
 
-Equation 5 of the GKD paper (arXiv 2306.13649): maximise, over the student's
-outputs y, (1-α) E[r(y)] - α E[D(p ‖ q)(y)]. One update is two programs with the
-reward between them, which may be any code on the host: `roll_out` samples N
-outputs for each prompt, `training.RolloutBatches` has them judged, and `train_loss`
-reads the outputs and their advantages from the batch like any other features.
-One update per sample: there is no ratio to an older policy, and no clipping.
+Equation 5 of the GKD paper (arXiv 2306.13649) maximises
+(1-α) E[r(y)] - α E[D(p ‖ q)(y)] over the student's outputs y. An update is two
+programs with the reward between them, which may be any code on the host: `roll_out`
+samples N outputs for each prompt, `training.RolloutBatches` calls the reward, and
+`train_loss` reads outputs and advantages from the batch like any other feature.
+There is one update per sample, so no ratio to an older policy and no clipping.
 """
 
 from typing import Any
@@ -46,8 +46,6 @@ class RLGKDModel(gkd.GKDModel):
   Raises:
     ValueError: a setting is out of range, or settings do not go together.
   """
-
-  OF_OUTPUTS = (*gkd.GKDModel.OF_OUTPUTS, ADVANTAGES)
 
   def __init__(
     self,
@@ -91,11 +89,6 @@ class RLGKDModel(gkd.GKDModel):
         )
 
   @property
-  def NEEDS_LOGITS(self) -> bool:
-    """With a reward: of the log-probs of the outputs."""
-    return self.needs_rewards
-
-  @property
   def needs_rewards(self) -> bool:
     """Whether outputs are sampled and judged before the step."""
     return self.alpha != 1 or self.samples_per_prompt != 1
@@ -103,7 +96,7 @@ class RLGKDModel(gkd.GKDModel):
   def roll_out(
     self, params: Any, batch: types.Batch, key: jax.Array
   ) -> dict[str, jax.Array]:
-    """N outputs of the student for each prompt, which is encoded once.
+    """Samples N outputs of the student for each prompt, which is encoded once.
 
     Args:
       params: the student's.
@@ -115,36 +108,27 @@ class RLGKDModel(gkd.GKDModel):
     """
     n = self.samples_per_prompt
     encoded = decoding.repeat_rows(self.student.encode(params, batch), n)
-    wide = decoding.repeat_rows(dict(batch), n)
-    _, sample_key, _ = jax.random.split(key, 3)  # as in GKDModel.train_loss
-    row_ids = jnp.arange(wide["decoder_target_tokens"].shape[0])
-    features, _ = self._with_samples(
-      params, encoded, wide, None, sample_key, row_ids
-    )
-    return features
+    prompts = decoding.repeat_rows(dict(batch), n)
+    rows = jnp.arange(prompts["decoder_target_tokens"].shape[0])
+    # The step is read by schedules of λ alone, and here all rows are sampled.
+    inputs = types.StepInputs(base_model.STUDENT, jnp.int32(0), key, rows)
+    return self.with_samples(params, encoded, prompts, inputs)[0]
 
   def train_loss(
     self,
     params: Any,
     teacher_params: Any,
     batch: types.Batch,
-    *,
-    source: str,
-    step: jax.Array,
-    key: jax.Array,
-    row_ids: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-    """The loss of equation 5 on judged outputs: (loss_sum, weight_sum, metrics).
+    inputs: types.StepInputs,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the loss of equation 5 and its metrics; see `DistillationModel`.
 
     Args:
-      params: the student's; the only argument that the loss is a function of.
+      params: the student's.
       teacher_params: the teacher's.
       batch: features of `roll_out`, `rewards` `[B N]` and `advantages`
         `[B N, T]`; T5X's features where no rewards are needed.
-      source: "student".
-      step: `[]`, for schedules.
-      key: of this step.
-      row_ids: place of each row in the whole batch.
+      inputs: source "student", step, key and row ids.
 
     Raises:
       ValueError: a batch without rewards where they are needed.
@@ -153,50 +137,49 @@ class RLGKDModel(gkd.GKDModel):
       if ADVANTAGES not in batch:
         raise ValueError(
           "expected judged outputs, got a batch without advantages; use"
-          " rollouts.Batches"
+          " training.RolloutBatches"
         )
-      source = base_model.DATA  # the outputs are in the batch already
-    return super().train_loss(
-      params,
-      teacher_params,
-      batch,
-      source=source,
-      step=step,
-      key=key,
-      row_ids=row_ids,
-    )
+      # `roll_out` has put the samples into the batch.
+      inputs = inputs._replace(source=base_model.DATA)
+    return super().train_loss(params, teacher_params, batch, inputs)
 
-  def _loss(self, batch, teacher_logits, student_logits, step):
-    divergence, weight, aux = super()._loss(
-      batch, teacher_logits, student_logits, step
-    )
+  def outputs_loss(
+    self,
+    student: types.Encoded,
+    teacher: types.Encoded,
+    batch: types.Batch,
+    step: jax.Array,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the mix of policy gradient and divergence, and its metrics."""
     if not self.needs_rewards:
-      return divergence, weight, aux
+      return super().outputs_loss(student, teacher, batch, step, dropout_key)
+    logits = self.both_logits(student, teacher, batch, dropout_key)
+    divergence, metrics = self.divergence_loss(*logits, batch, step)
+    weight = metrics["loss"][1]
     weights = self.student.loss_weights(batch)
     targets = batch["decoder_target_tokens"]
-    law = decoding.sampling_log_probs(
-      student_logits,
+    log_probs = decoding.sampling_log_probs(
+      logits[1],
       weights,
       num_real_tokens=self.student.num_real_tokens,
       **self.sampling,
     )
     gradient, _, more = losses.policy_gradient_loss(
-      losses.target_log_probs(law, targets, weights),
+      losses.target_log_probs(log_probs, targets, weights),
       batch[ADVANTAGES],
       weights,
       length_normalization=self.length_normalization,
     )
-    rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    aux |= (
-      base_model.output_metrics(targets, weights)
-      | more
-      | {
-        "divergence": jax.lax.stop_gradient((divergence, weight)),
-        "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
-      }
-    )
     loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
-    return loss, weight, aux
+    rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
+    metrics |= base_model.output_metrics(targets, weights) | more
+    metrics |= {
+      "divergence": jax.lax.stop_gradient((divergence, weight)),
+      "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
+      "loss": (loss, weight),
+    }
+    return loss, metrics
 
 
 def check_on_policy(model: gkd.GKDModel):

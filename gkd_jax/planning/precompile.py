@@ -1,11 +1,10 @@
-"""Compiles a run's programs for devices that need not be there, and counts.
+"""`gkd precompile`: compiles a run's programs for devices, attached or not.
 
 The programs are those of `train.train`: the sampler, the teacher, and the step.
-Parameters, optimizer and batch are shapes with shardings and are never
-allocated; neither data nor checkpoints are read.
+Parameters, optimizer state and batch are abstract; neither data nor checkpoints
+are read.
 """
 
-import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from gkd_jax import (
   models,
   optimizers,
   partitioning,
-  train,
   training,
 )
 from gkd_jax.models import rl_gkd
@@ -38,19 +36,7 @@ TITLES = {
   models.MIXED: "training step on either, row by row",
 }
 # Arguments of `train.train` that the programs depend on.
-SETTINGS = (
-  "model",
-  "optimizer",
-  "task_feature_lengths",
-  "batch_size",
-  "seed",
-  "pack",
-  "num_microbatches",
-  "executor",
-  "num_partitions",
-  "num_slices",
-  "shard_params_over_data",
-)
+SETTINGS = ("model", "optimizer", "dataset", "partitioner", "seed")
 
 
 def precompile(
@@ -60,23 +46,17 @@ def precompile(
   devices: Sequence[Any],
   chip: topologies.Chip | None,
   topology: str,
-  task_feature_lengths: Mapping[str, int],
-  batch_size: int,
+  dataset: training.DatasetConfig,
+  partitioner: training.PartitionerConfig = training.PartitionerConfig(),
   seed: int = 0,
-  pack: bool = False,
-  num_microbatches: int = 1,
-  executor: str = "jit",
-  num_partitions: int = 1,
-  num_slices: int | None = None,
-  shard_params_over_data: bool = False,
   phases: Sequence[str] | None = None,
   output_path: str | None = None,
   about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-  """Compiles each phase, prints what it needs at once, and returns all of it.
+  """Compiles each phase, and prints and returns what it needs.
 
-  Sampling and teacher alone hold only what they read. Whether a run fits is said
-  by its training steps, whose arguments are all that the run keeps.
+  Sampling and teacher hold only what they read. The training steps show whether
+  a run fits: their arguments are all that the run keeps on its devices.
 
   Args:
     model: see `train.train`, as all that is not named here.
@@ -84,59 +64,42 @@ def precompile(
     devices: what to compile for, from `topologies.devices`.
     chip: what they are; None: no roofline.
     topology: their name, for the report.
-    task_feature_lengths: see `train.train`.
-    batch_size: see there.
+    dataset: lengths and batch size are read.
+    partitioner: with the executor "jit".
     seed: see there.
-    pack: see there.
-    num_microbatches: see there.
-    executor: only "jit".
-    num_partitions: see there.
-    num_slices: see there.
-    shard_params_over_data: see there.
     phases: some of `PHASES`; by default those that the model has.
     output_path: folder for `precompile.json`, rewritten after each phase, and
-      the programs' texts. A program that is there already is not compiled
-      again, but counted.
-    about: `title` and `command`, for the table of docs/scale.md; kept with the
-      figures.
+      the programs' texts. A program that is there already is counted, but not
+      compiled again.
+    about: `title` and `command`, for the table of docs/scale.md.
 
   Returns:
-    `{"topology", "mesh", ..., "phases": {phase: report}}`; see
-    `program_report.report` for the latter.
+    `{**about, "topology", "mesh", ..., "phases": {phase: report}}`; see
+    `program_report.report`.
 
   Raises:
-    ValueError: a setting that cannot be compiled, or an unknown phase.
+    ValueError: a setting cannot be compiled, or a phase is unknown.
   """
-  mesh = partitioning.make_mesh(num_partitions, devices, num_slices)
-  train.check_batch(batch_size, num_microbatches, mesh, executor)
-  chosen = chosen_phases(model, phases, executor)
+  chosen = chosen_phases(model, phases, partitioner.executor)
   programs = Programs(
-    model,
-    optimizer,
-    mesh,
-    task_feature_lengths,
-    batch_size,
-    seed=seed,
-    pack=pack,
-    num_microbatches=num_microbatches,
-    shard_params_over_data=shard_params_over_data,
+    model, optimizer, dataset, partitioner, seed=seed, devices=devices
   )
-  lengths = dict(task_feature_lengths)
+  mesh, lengths = dict(programs.mesh.shape), dict(dataset.task_feature_lengths)
   result = {
     **(about or {}),
     "versions": program_files.versions(),
     "topology": topology,
-    "mesh": dict(mesh.shape),
-    "batch_size": batch_size,
+    "mesh": mesh,
+    "batch_size": dataset.batch_size,
     "task_feature_lengths": lengths,
-    "num_microbatches": num_microbatches,
-    "shard_params_over_data": shard_params_over_data,
+    "num_microbatches": partitioner.num_microbatches,
+    "shard_params_over_data": partitioner.shard_params_over_data,
     "hbm_bytes": chip.hbm_bytes if chip else None,
     "phases": {},
   }
   print(
-    f"{topology}: {len(devices)} devices as {dict(mesh.shape)}, batch"
-    f" {batch_size}, lengths {lengths}",
+    f"{topology}: {len(devices)} devices as {mesh}, batch"
+    f" {dataset.batch_size}, lengths {lengths}",
     flush=True,
   )
   for phase in chosen:
@@ -149,74 +112,54 @@ def precompile(
 
 
 class Programs:
-  """The programs of a run, lowered for shapes with shardings.
+  """The programs of a run, lowered for abstract arrays.
 
   Args:
-    model: see `precompile`, as all that is not named here.
+    model: see `train.train`.
     optimizer: see there.
-    mesh: from `partitioning.make_mesh`.
-    lengths: `task_feature_lengths`.
-    batch_size: see there.
+    dataset: see there.
+    partitioner: see there.
     seed: see there.
-    pack: see there.
-    num_microbatches: see there.
-    shard_params_over_data: see there.
+    devices: what to compile for.
   """
 
   def __init__(
     self,
     model: Any,
     optimizer: optimizers.Optimizer,
-    mesh: Any,
-    lengths: Mapping[str, int],
-    batch_size: int,
+    dataset: training.DatasetConfig,
+    partitioner: training.PartitionerConfig,
     *,
     seed: int = 0,
-    pack: bool = False,
-    num_microbatches: int = 1,
-    shard_params_over_data: bool = False,
+    devices: Sequence[Any] | None = None,
   ):
-    self._model, self._mesh = model, mesh
-    self._length = lengths["targets"]
-    self._num_microbatches = num_microbatches
-    rules = partitioning.parameter_rules(shard_params_over_data)
-    shapes = partitioning.input_shapes(lengths)
-    state, shardings = training.abstract_state(
-      model.student, optimizer, shapes, mesh, rules
+    self._model = model
+    self._run = training.build(
+      model, optimizer, dataset, partitioner, seed=seed, devices=devices
     )
-    self._state = partitioning.with_shardings(state, shardings)
-    self._teacher = {}
-    if model.teacher is not None:
-      self._teacher = partitioning.with_shardings(
-        *partitioning.abstract_params(model.teacher, shapes, mesh, rules)
-      )
-    features = data.feature_lengths(model.FEATURE_CONVERTER_CLS, lengths, pack)
+    self.mesh = self._run.mesh
+    self._num_microbatches = partitioner.num_microbatches
+    self._length = dataset.task_feature_lengths["targets"]
+    features = data.feature_lengths(
+      model.FEATURE_CONVERTER_CLS, dataset.task_feature_lengths, dataset.pack
+    )
     self._batch = self._placed(
       {
-        name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        name: jax.ShapeDtypeStruct((dataset.batch_size, length), jnp.int32)
         for name, length in features.items()
       }
     )
     self._key = jax.eval_shape(lambda: jax.random.key(0))
-    self.rows = batch_size
+    self.rows = dataset.batch_size
     self._step_batch = self._batch
-    self._sampler = training.sampler(model, mesh)
-    if _judged(model):
-      self._roll_out(lengths)
-    step = functools.partial(
-      training.train_step,
-      model=model,
-      optimizer=optimizer,
-      seed=seed,
-      num_microbatches=num_microbatches,
-    )
-    self._step = training.JitExecutor(step, mesh, shardings)
+    if model.needs_rewards:
+      self._judge()
 
   @property
   def held_bytes(self) -> int:
-    """Bytes of a device that all arguments of a training step take."""
+    """Bytes that the arguments of a training step take on one device."""
     return program_report.held_bytes(
-      (self._state, self._teacher, self._step_batch)
+      (self._run.state, self._run.teacher, self._step_batch)
     )
 
   def report(
@@ -227,20 +170,20 @@ class Programs:
     folder: str | None = None,
     name: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, or finds it compiled, and counts.
+    """Compiles a phase, unless the folder has it, and counts.
 
     Args:
       phase: of `PHASES`.
       chip: see `precompile`.
       topology: see there.
-      folder: where compiled programs are kept, or None.
+      folder: of compiled programs, or None.
       name: of the program in the folder; the phase's by default.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
     """
     # A program is of the order of its devices, which its text does not say.
-    order = ",".join(str(device.id) for device in self._mesh.devices.flat)
+    order = ",".join(str(device.id) for device in self.mesh.devices.flat)
     target = f"{topology} {order}"
     program = _compile(*self.lower(phase), target, folder, name or phase)
     if program.text is None:
@@ -256,33 +199,39 @@ class Programs:
 
   def _loss_chunks(self):
     """Returns the most chunks that a device's part of the loss goes through."""
-    _, shards = meshes.rows(self._mesh.shape)
+    _, shards = meshes.rows(self.mesh.shape)
     tokens = self.rows * self._length // (self._num_microbatches * shards)
     size = getattr(self._model, "loss_chunk_size", None)
     return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
     """The phase's program, and its arguments."""
+    run = self._run
     if phase == SAMPLING:
-      arguments = self._state.params, self._batch, self._key
-      return self._sampler.lower(*arguments), arguments
+      arguments = run.state.params, self._batch, self._key
+      return self._sampler().lower(*arguments), arguments
     if phase == TEACHER:
-      arguments = self._teacher, self._batch
-      teacher = partitioning.jit(self._model.teacher.logits, self._mesh)
+      arguments = run.teacher, self._batch
+      teacher = partitioning.jit(self._model.teacher.logits, self.mesh)
       return teacher.lower(*arguments), arguments
     batch = self._batch if phase == models.DATA else self._step_batch
-    arguments = self._state, self._teacher, batch
-    return self._step.lower(*arguments, phase), arguments
+    arguments = run.state, run.teacher, batch
+    return run.step.lower(*arguments, source=phase), arguments
 
-  def _roll_out(self, lengths):
-    """Outputs that a reward judges come before the step, and are its batch."""
-    self._sampler = partitioning.jit(
+  def _sampler(self):
+    """Sampling as a program of its own, or the roll-outs that a reward judges."""
+    if not self._model.needs_rewards:
+      return partitioning.jit(self._model.sample_batch, self.mesh)
+    return partitioning.jit(
       self._model.roll_out,
-      self._mesh,
-      out_shardings=partitioning.batch_sharding(self._mesh),
+      self.mesh,
+      out_shardings=partitioning.batch_sharding(self.mesh),
     )
+
+  def _judge(self):
+    """Makes judged roll-outs the batch of the step."""
     outputs = jax.eval_shape(
-      self._model.roll_out, self._state.params, self._batch, self._key
+      self._model.roll_out, self._run.state.params, self._batch, self._key
     )
     shape = outputs["decoder_loss_weights"].shape
     self.rows = shape[0]
@@ -293,14 +242,14 @@ class Programs:
     self._step_batch = self._placed(outputs | judged)
 
   def _placed(self, batch):
-    sharding = partitioning.batch_sharding(self._mesh)
+    sharding = partitioning.batch_sharding(self.mesh)
     return partitioning.with_shardings(
       batch, {name: sharding for name in batch}
     )
 
 
 def _compile(lowered, arguments, target, folder, name):
-  """The program, compiled or as an earlier call left it in the folder."""
+  """Returns the compiled program, from the folder if it is there."""
   fingerprint = program_files.fingerprint(lowered, target)
   if folder:
     found = program_files.read(folder, name, fingerprint)
@@ -313,7 +262,7 @@ def _compile(lowered, arguments, target, folder, name):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    facts = program_report.of_too_large(error, arguments)
+    facts = program_report.out_of_memory_report(error, arguments)
   else:
     text = compiled.as_text()
     facts = {"memory": program_report.memory(compiled.memory_analysis())}
@@ -324,23 +273,19 @@ def _compile(lowered, arguments, target, folder, name):
   return program
 
 
-def _judged(model):
-  return isinstance(model, models.RLGKDModel) and model.needs_rewards
-
-
 def chosen_phases(
   model: Any, phases: Sequence[str] | None, executor: str
 ) -> tuple[str, ...]:
-  """Checks which programs of a run are asked for; None for all it has."""
+  """Returns the phases to compile, by default all that the run has."""
   if executor != "jit":
     raise ValueError(
-      f"expected the executor 'jit', got {executor!r}, which cannot be compiled"
-      " for devices that are not there; set EXECUTOR = 'jit'"
+      f"expected the executor 'jit', got {executor!r}, which needs attached"
+      " devices; set EXECUTOR = 'jit'"
     )
-  if isinstance(model, models.StoredTeacherModel):
+  if not model.features_have_known_shapes:
     raise ValueError(
-      "expected a model with a teacher or SFT, got stored laws, whose number"
-      " only the data know; set MODEL"
+      "expected a model with a teacher or SFT, got stored log-probs, whose"
+      " number only the data know; set MODEL"
     )
   possible = tuple(_phases(model))
   unknown = [phase for phase in phases or () if phase not in possible]
@@ -353,19 +298,9 @@ def chosen_phases(
 
 
 def _phases(model) -> Iterator[str]:
-  """Those that a run of the model has at some step."""
-  if model.teacher is None:
-    yield models.DATA
-    return
-  fraction = model.student_data_fraction
-  if isinstance(model, models.RLGKDModel):
-    fraction = 1.0  # always on-policy
-  if fraction != 0:
-    yield SAMPLING
-  yield TEACHER
-  if fraction != 1:
-    yield models.DATA
-  if fraction != 0:
-    yield models.STUDENT
-  if model.student_data_granularity == "example" and fraction not in (0, 1):
-    yield models.MIXED
+  """Yields the phases that a run of the model has at some step."""
+  if model.teacher is not None:
+    if model.sources != (models.DATA,):
+      yield SAMPLING
+    yield TEACHER
+  yield from model.sources

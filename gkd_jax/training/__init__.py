@@ -1,27 +1,29 @@
-"""TODO."""
+"""Training: one update of the student, and what surrounds it.
+
+trainer      the pure step; `jit` on a mesh, `pmap`
+train_state  parameters, optimizer state, counts
+runs         a run's mesh, abstract arrays and compiled step
+settings     groups of settings that gin binds
+rollouts     batches with sampled outputs and their rewards
+logs         metrics.jsonl, TensorBoard, progress, the compilation cache
+profiling    a trace of a few steps
+processes    several processes, and SIGTERM
+"""
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-  from gkd_jax.training.logs import (
-    TrainLog,
+  from gkd_jax.training.logs import TrainLog
+  from gkd_jax.training.processes import Stopped, StopSignal
+  from gkd_jax.training.profiling import Profiler
+  from gkd_jax.training.rollouts import RolloutBatches
+  from gkd_jax.training.runs import Run, build
+  from gkd_jax.training.settings import (
+    CheckpointConfig,
+    DatasetConfig,
+    EvalConfig,
+    LogConfig,
+    PartitionerConfig,
   )
-  from gkd_jax.training.processes import (
-    Stopped,
-    StopSignal,
-  )
-  from gkd_jax.training.rollouts import (
-    RolloutBatches,
-  )
-  from gkd_jax.training.train_state import (
-    TrainState,
-    abstract_state,
-    create,
-  )
-  from gkd_jax.training.trainer import (
-    JitExecutor,
-    PmapExecutor,
-    sampler,
-    source_of_step,
-    train_step,
-  )
+  from gkd_jax.training.train_state import TrainState, abstract_state, create
+  from gkd_jax.training.trainer import jit_step, pmap_step, train_step

@@ -1,9 +1,9 @@
-"""Batches whose outputs the student wrote and a reward judged.
+"""Training batches with student samples scored by a reward.
 
-Between two steps of RL + GKD (`models.RLGKDModel`): the batch's prompts go
-to the device, N outputs for each come back, the host decodes and judges them,
-and the outputs with their advantages are the next step's batch. Any other model's batches are those of the data,
-as they are.
+Before a step of RL + GKD (`models.RLGKDModel`) the batch's prompts go to the
+devices, N outputs for each come back, the host decodes and scores them, and the
+outputs with their advantages become the step's batch. Batches of other models are
+the data's.
 """
 
 import functools
@@ -15,22 +15,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import files, losses, models, partitioning
+from gkd_jax import files, losses, partitioning
 from gkd_jax.models import rl_gkd
 
 _FILE = "running_mean.json"
 
 
 class RolloutBatches:
-  """What a run trains on, step by step; its position can be saved.
+  """Iterator over training batches; its state can be saved.
 
-  With a running-mean baseline the mean is part of the position, so that a
-  resumed run goes on as if it had not stopped.
+  The running mean of a running-mean baseline is part of the state, so that a
+  resumed run continues as if it had not stopped.
 
   Args:
-    iterator: the data's batches, a `checkpoints.SavableIterator`.
-    model: what is trained.
-    task: whose vocabularies decode inputs and outputs.
+    iterator: batches of the data, a `checkpoints.SavableIterator`.
+    model: see `train.train`.
+    task: its vocabularies decode inputs and outputs.
     seed: of the run.
     mesh: see `partitioning.make_mesh`.
   """
@@ -45,7 +45,7 @@ class RolloutBatches:
       for name in ("inputs", "targets")
       if name in task.output_features
     }
-    self.judged = isinstance(model, models.RLGKDModel) and model.needs_rewards
+    self.judged = model.needs_rewards
     if self.judged:
       self._roll_out = partitioning.jit(
         model.roll_out,
@@ -63,14 +63,14 @@ class RolloutBatches:
     self._mean = losses.RunningMean()
 
   def next(self, step: int, params: Any) -> dict[str, np.ndarray]:
-    """This process's rows for a step.
+    """Returns this process's rows for a step.
 
     Args:
       step: updates made so far.
-      params: the student's, which the outputs are drawn with.
+      params: the student's, which samples the outputs.
 
     Raises:
-      ValueError: the reward gave something else than a number for each output.
+      ValueError: the reward did not return one number per output.
     """
     batch = next(self._iterator)
     if not self.judged:
@@ -83,7 +83,7 @@ class RolloutBatches:
     return outputs | self._judge(batch, outputs)
 
   def _judge(self, batch, outputs):
-    """Rewards `[B N]` and advantages `[B N, T]` of this process's outputs."""
+    """Returns rewards `[B N]` and advantages `[B N, T]` of this process's outputs."""
     n = self._model.samples_per_prompt
     judged = self._model.reward(*self._texts(batch, outputs))
     judged = np.asarray(judged, np.float32)
@@ -119,7 +119,7 @@ class RolloutBatches:
     }
 
   def _texts(self, batch, outputs):
-    """What a reward reads: decoded inputs, outputs and examples."""
+    """Returns a reward's arguments: decoded inputs, outputs and examples."""
     n = self._model.samples_per_prompt
     inputs = self._decode("inputs", prompts(batch))
     examples = [
@@ -137,13 +137,13 @@ class RolloutBatches:
     return [vocabulary.decode(row.tolist()) for row in rows]
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
-    """Writes the position into the folder `path`."""
+    """Writes the state into the folder `path`."""
     self._iterator.save_state(path)
     if self._keeps_mean and jax.process_index() == 0:
       files.write_json(os.path.join(path, _FILE), self._mean._asdict())
 
   def restore_state(self, path: str | os.PathLike[str]) -> None:
-    """Goes to the position that `save_state` wrote.
+    """Restores the state that `save_state` wrote.
 
     Raises:
       ValueError: a running mean is needed, and none was saved.
@@ -165,7 +165,7 @@ class RolloutBatches:
 
 
 def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-  """Each row's input tokens, of the encoder or of a decoder-only row.
+  """Returns each row's input tokens, of the encoder or of a decoder-only row.
 
   Args:
     batch: features `[B, ...]`.
@@ -180,7 +180,7 @@ def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-  """Each row's output tokens, those that the loss counts.
+  """Returns each row's output tokens, those that the loss counts.
 
   Args:
     batch: features `[B, ...]`.

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The train state: student parameters, optimizer state, counts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,9 @@ def abstract_state(
   mesh: Any,
   rules: Sequence[tuple[str, str | None]],
 ) -> tuple[Any, Any]:
-  """Shapes of the train state and its shardings; arguments as of `params`.
+  """Returns the abstract train state and its shardings.
+
+  Arguments are those of `partitioning.abstract_params`.
 
   Raises:
     ValueError: a student whose parameters are not float32.
@@ -42,9 +44,8 @@ def abstract_state(
 class TrainState:
   """Parameters and optimizer of the student; no random key and no teacher.
 
-  All randomness is derived from (seed, step), so that a state and a seed say
-  what comes next. The teacher is an argument of the step of its own: in the
-  optimizer or in a checkpoint it would only cost memory.
+  All randomness is derived from (seed, step). The teacher is a separate argument
+  of the step: in the state it would be in every checkpoint.
 
   Attributes:
     step: `[]` int32, batches used so far, skipped updates included.

@@ -1,51 +1,19 @@
-"""The pure training step, the coin of λ, and the two executors of the step.
+"""The pure training step, and its compilation under `jit` or `pmap`.
 
 The step takes (state, teacher parameters, batch). Under `jit` on a mesh, and
 under `pmap`, it is the same function and gives the same numbers.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from gkd_jax import models, optimizers, partitioning, schedules, types
+from gkd_jax import optimizers, partitioning, types
 from gkd_jax.training import train_state
-
-
-def source_of_step(model: Any, seed: int, step: int) -> str:
-  """Whose outputs a step trains on: "data", "student" or "mixed".
-
-  The coin of algorithm 1 is drawn from (seed, step) on the host, so that every
-  host and every resumed run draws the same. `u < λ` with u in [0, 1): λ = 0
-  never samples, λ = 1 always does.
-
-  Args:
-    model: `GKDModel`, or `EncoderDecoderModel` for SFT, which is all data.
-    seed: of the run.
-    step: batches used so far.
-
-  Raises:
-    ValueError: a schedule left [0, 1].
-  """
-  if model.teacher is None:
-    return models.DATA
-  fraction = schedules.host_value(model.student_data_fraction, step)
-  if not 0 <= fraction <= 1:
-    raise ValueError(
-      f"expected λ in [0, 1], got {fraction} at step {step};"
-      " set STUDENT_DATA_FRACTION"
-    )
-  if fraction in (0, 1):
-    return models.STUDENT if fraction else models.DATA
-  if model.student_data_granularity == "example":
-    return models.MIXED
-  u = np.random.default_rng([seed, step]).random()
-  return models.STUDENT if u < fraction else models.DATA
 
 
 def train_step(
@@ -60,7 +28,7 @@ def train_step(
   num_microbatches: int = 1,
   axis_name: str | None = None,
 ) -> tuple[train_state.TrainState, types.Metrics]:
-  """One update of the student.
+  """Updates the student once.
 
   Gradients of loss sums are added over microbatches and devices, and divided
   once by the whole batch's weight. A non-finite loss or gradient leaves
@@ -69,11 +37,11 @@ def train_step(
   Args:
     state: see `TrainState`.
     teacher_params: the teacher's parameters, or an empty dict for SFT.
-    batch: features `[B, ...]`; under `axis_name`, this device's share.
-    model: has `train_loss`.
+    batch: features `[B, ...]`; under `axis_name`, this device's rows.
+    model: has `train_loss`, see `models.DistillationModel`.
     optimizer: see `optimizers.Optimizer`.
     seed: of the run.
-    source: see `source_of_step`.
+    source: whose outputs, see `models.GKDModel.source_of_step`.
     num_microbatches: number of parts that the batch is split into.
     axis_name: of `pmap`, or None.
 
@@ -86,47 +54,42 @@ def train_step(
   if axis_name is not None:
     row_ids += rows * jax.lax.axis_index(axis_name)
 
-  def loss_fn(params, part, part_ids):
-    loss, weight, metrics = model.train_loss(
-      params,
-      teacher_params,
-      part,
-      source=source,
-      step=state.step,
-      key=key,
-      row_ids=part_ids,
+  # Sums over the batch: the loss, its gradient, its metrics.
+  inputs = types.StepInputs(source, state.step, key, row_ids)
+  gradient = jax.grad(model.train_loss, has_aux=True)
+  if num_microbatches == 1:
+    grads, metrics = gradient(state.params, teacher_params, batch, inputs)
+  else:
+    grads, metrics = _accumulate(
+      functools.partial(gradient, state.params, teacher_params),
+      batch,
+      inputs,
+      num_microbatches,
     )
-    return loss, metrics | {"loss": (loss, weight)}
-
-  grad_fn = jax.grad(loss_fn, has_aux=True)
-  grads, metrics = _accumulate(
-    grad_fn, state.params, batch, row_ids, num_microbatches
-  )
   if axis_name is not None:
     grads, metrics = jax.lax.psum((grads, metrics), axis_name)
-  weight = jnp.maximum(metrics["loss"][1], 1e-9)
-  # By multiplication, which XLA's CPU backend repeats wherever a gradient is read;
-  # it kept quotients, and the squares of the norm, as copies of all gradients.
-  share = 1 / weight
+
+  # Divided once. A product with the reciprocal is what XLA fuses into each use
+  # of a gradient; of quotients it keeps a copy of all gradients.
+  loss, weight = metrics["loss"]
+  share = 1 / jnp.maximum(weight, 1e-9)
   norm = optax.tree.norm(grads) * share
   grads = jax.tree.map(lambda g: g * share, grads)
-  finite = jnp.isfinite(metrics["loss"][0]) & jnp.isfinite(norm)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   rate = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
-  new_state = _update(state, grads, optimizer.transform, rate, finite)
+  with jax.named_scope("update"):
+    state = _update(state, grads, optimizer.transform, rate, finite)
   one = jnp.ones(())
-  metrics |= {
+  return state, metrics | {
     "gradient_norm": (norm, one),
     "learning_rate": (rate, one),
-    "skipped_updates": (new_state.skipped.astype(jnp.float32), one),
+    "skipped_updates": (state.skipped.astype(jnp.float32), one),
   }
-  return new_state, metrics
 
 
-def _accumulate(grad_fn, params, batch, row_ids, num_microbatches):
-  """Sums of gradients and metrics over microbatches."""
-  rows = row_ids.shape[0]
-  if num_microbatches == 1:
-    return grad_fn(params, batch, row_ids)
+def _accumulate(grad_fn, batch, inputs, num_microbatches):
+  """Returns gradients and metrics summed over microbatches."""
+  rows = inputs.row_ids.shape[0]
   if rows % num_microbatches:
     raise ValueError(
       f"expected NUM_MICROBATCHES to divide the {rows} rows of a batch, got"
@@ -136,18 +99,23 @@ def _accumulate(grad_fn, params, batch, row_ids, num_microbatches):
   split = lambda x: jnp.swapaxes(
     x.reshape(rows // num_microbatches, num_microbatches, *x.shape[1:]), 0, 1
   )
-  parts = jax.tree.map(split, (dict(batch), row_ids))
-  first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(grad_fn, params, *first)
+  parts = jax.tree.map(split, (dict(batch), inputs.row_ids))
+
+  def gradients(part):
+    batch, row_ids = part
+    return grad_fn(batch, inputs._replace(row_ids=row_ids))
+
+  shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   def body(total, part):
-    return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+    return jax.tree.map(jnp.add, total, gradients(part)), None
 
   return jax.lax.scan(body, zeros, parts)[0]
 
 
 def _update(state, grads, transform, rate, finite):
+  """Returns the next state; parameters and optimizer as before if not `finite`."""
   keep = functools.partial(jnp.where, finite)
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
@@ -162,70 +130,59 @@ def _update(state, grads, transform, rate, finite):
   )
 
 
-class JitExecutor:
-  """Runs the step as one compiled program on a data × model mesh.
+def jit_step(
+  step: Callable[..., Any], mesh: jax.sharding.Mesh, state_shardings: Any
+) -> Callable[..., Any]:
+  """Compiles the step as one program on a data × model mesh.
 
   Args:
-    step: `train_step` with everything bound but state, teacher, batch, source.
+    step: `train_step` with model, optimizer and settings bound.
     mesh: see `partitioning.make_mesh`.
     state_shardings: tree of shardings of the state.
+
+  Returns:
+    `(state, teacher_params, batch, source=...) -> (state, metrics)` under
+    `jax.jit`; the state is donated. The batch is `partitioning.put_batch`'s.
   """
-
-  def __init__(self, step: Callable, mesh: Any, state_shardings: Any):
-    self._step, self._shardings = step, state_shardings
-    self._mesh = mesh
-    self._compiled = functools.cache(self._compile)
-
-  def _compile(self, source):
-    return partitioning.jit(
-      functools.partial(self._step, source=source),
-      self._mesh,
-      # Teacher (argument 1) and batch are read again: only the state is given.
-      donate_argnums=(0,),
-      out_shardings=(self._shardings, None),
-    )
-
-  def put(self, batch: Mapping[str, np.ndarray]) -> types.Batch:
-    """Global arrays from this process's rows."""
-    return partitioning.put_batch(batch, self._mesh)
-
-  def lower(self, state, teacher_params, batch, source) -> jax.stages.Lowered:
-    """The step's program for shapes with shardings; nothing is allocated."""
-    return self._compiled(source).lower(state, teacher_params, batch)
-
-  def __call__(self, state, teacher_params, batch, source):
-    """Returns the new state and metrics."""
-    return self._compiled(source)(state, teacher_params, batch)
+  return partitioning.jit(
+    step,
+    mesh,
+    static_argnames=("source",),
+    # Teacher (argument 1) and batch are read again: only the state is donated.
+    donate_argnums=(0,),
+    out_shardings=(state_shardings, None),
+  )
 
 
-class PmapExecutor:
-  """Runs the step data-parallel under `pmap`; states look as under `jit`."""
+def pmap_step(
+  step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+  """Compiles the step data parallel under `pmap`; call it as `jit_step`'s.
 
-  def __init__(self, step: Callable, devices: Any = None):
-    self._step = step
-    self._devices = list(devices or jax.local_devices())
-    self._compiled = functools.cache(self._compile)
+  Args:
+    step: `train_step` with model, optimizer and settings bound.
+    devices: those of this process by default.
 
-  def _compile(self, source):
+  Returns:
+    `(state, teacher_params, batch, source=...) -> (state, metrics)` for a batch
+    `[B, ...]` of this process; states are whole, as under `jit_step`.
+  """
+  devices = list(devices or jax.local_devices())
+
+  @functools.cache
+  def compiled(source):
     return jax.pmap(
-      functools.partial(self._step, source=source, axis_name="data"),
+      functools.partial(step, source=source, axis_name="data"),
       axis_name="data",
       in_axes=(None, None, 0),
       out_axes=None,
-      devices=self._devices,
+      devices=devices,
     )
 
-  def put(self, batch: Mapping[str, np.ndarray]) -> types.Batch:
-    """Splits the rows over the devices: `[devices, B / devices, ...]`."""
-    n = len(self._devices)
-    return {k: v.reshape(n, -1, *v.shape[1:]) for k, v in batch.items()}
+  def run(state, teacher_params, batch, *, source):
+    split = lambda x: x.reshape(len(devices), -1, *x.shape[1:])
+    return compiled(source)(
+      state, teacher_params, jax.tree.map(split, dict(batch))
+    )
 
-  def __call__(self, state, teacher_params, batch, source):
-    """Returns the new state and metrics."""
-    return self._compiled(source)(state, teacher_params, batch)
-
-
-def sampler(model: Any, mesh: Any) -> Any:
-  """`model.sample_batch` under jit: sampling as a program of its own."""
-  # Looked up when it is called: a model without a teacher has no such method.
-  return partitioning.jit(lambda *args: model.sample_batch(*args), mesh)
+  return run

@@ -179,7 +179,7 @@ def test_losses_and_parameters_are_those_of_our_trainer(
   under_t5x.compile_train(toy_models.batch())
   for step in range(3):
     batch = toy_models.batch(seed=step)
-    source = training.source_of_step(ours, 7, step)
+    source = ours.source_of_step(7, step)
     sources.add(source)
     state, metrics = our_step(source)(state, teacher, batch)
     summary = _train(under_t5x, batch, step)
@@ -195,7 +195,7 @@ def test_losses_and_parameters_are_those_of_our_trainer(
   batches = [toy_models.batch(seed=step) for step in (3, 4)]
   under_t5x.train(iter(batches), 2).result()
   for step, batch in enumerate(batches, 3):
-    source = training.source_of_step(ours, 7, step)
+    source = ours.source_of_step(7, step)
     state, _ = our_step(source)(state, teacher, batch)
   assert under_t5x.train_state.step == 5
   _assert_same_trees(

@@ -19,29 +19,31 @@ ROWS, INPUTS, LENGTH, END, CHUNK = 8, 64, 128, 32, 128
 CASES = {"whole": None, "buckets": (32, 64)}
 
 
-def ending_early(model):
-  """The model, its samples ended after so many tokens."""
+def ending_early(*models_of_pair, **settings):
+  """A `GKDModel` whose samples all end after `END` tokens."""
   import jax.numpy as jnp
 
   from gkd_jax import models
   from gkd_jax.decoding import sampling
 
-  class EndingEarly(models.EncoderDecoderModel):
-    def sample_outputs(self, params, encoded, batch, key, **options):
-      samples = self.sample(
+  class EndingEarly(models.GKDModel):
+    def draw(self, params, encoded, batch, key, **rows):
+      tokens, log_probs = self.student.sample(
         params,
         encoded,
-        batch["encoder_input_tokens"],
+        batch,
         key,
-        max_decode_length=LENGTH,
+        row_ids=rows.get("row_ids"),
         row_lengths=jnp.full((ROWS,), END),
-        **options,
+        **self.sampling,
       )
-      tokens = samples.tokens.at[:, END - 1].set(models.EOS_ID)
+      tokens = tokens.at[:, END - 1].set(models.EOS_ID)
       weights = sampling.sequence_weights(tokens, models.EOS_ID)
-      return tokens, weights, samples.log_probs
+      return tokens, weights, log_probs
 
-  return EndingEarly(model.module)
+  model = EndingEarly(*models_of_pair, **settings)
+  model.sampling["suppress_ids"] = (0, 1)
+  return model
 
 
 def measure(case: str, options) -> dict:
@@ -50,19 +52,18 @@ def measure(case: str, options) -> dict:
   import jax
   import numpy as np
 
-  from gkd_jax import models, optimizers, partitioning, training
+  from gkd_jax import optimizers, partitioning, training
 
-  student = ending_early(t5_shapes.ours("small"))
+  student = t5_shapes.ours("small")
   teacher = t5_shapes.ours("base", scan_layers=True)
-  model = models.GKDModel(
+  model = ending_early(
     student,
     teacher,
-    "jsd",
+    divergence="jsd",
     beta=0.5,
     loss_chunk_size=CHUNK,
     output_buckets=CASES[case],
   )
-  model.sampling["suppress_ids"] = (0, 1)
   optimizer = optimizers.adamw(1e-4, weight_decay=0.01)
   teacher_params = t5_shapes.our_params(teacher, 1)
   create = lambda params: training.create(params, optimizer.transform)

@@ -37,6 +37,7 @@ def measure(case: str, options) -> dict:
   """Measures one way of decoding."""
   device = turns.jax_device()
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
   model = t5_shapes.ours("small")
@@ -51,13 +52,14 @@ def measure(case: str, options) -> dict:
 
   @jax.jit
   def sample(params, tokens, row_ids, row_lengths, key):
-    encoded = model.encode(params, {"encoder_input_tokens": tokens})
+    outputs = jnp.zeros((tokens.shape[0], LONG), jnp.int32)
+    batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": outputs}
+    encoded = model.encode(params, batch)
     return model.sample(
       params,
       encoded,
-      tokens,
+      batch,
       key,
-      max_decode_length=LONG,
       suppress_ids=(0, 1),
       row_ids=row_ids,
       row_lengths=row_lengths,

@@ -21,6 +21,7 @@ def ours(length: int, options) -> dict:
   """Measures our sampler."""
   device = turns.jax_device()
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
   model = t5_shapes.ours(options.size, options.dtype)
@@ -30,13 +31,14 @@ def ours(length: int, options) -> dict:
   )
 
   def sample(params, tokens, key):
-    encoded = model.encode(params, {"encoder_input_tokens": tokens})
+    outputs = jnp.zeros((tokens.shape[0], NEW), jnp.int32)
+    batch = {"encoder_input_tokens": tokens, "decoder_input_tokens": outputs}
+    encoded = model.encode(params, batch)
     return model.sample(
       params,
       encoded,
-      tokens,
+      batch,
       key,
-      max_decode_length=NEW,
       suppress_ids=(0, 1),
     ).tokens
 

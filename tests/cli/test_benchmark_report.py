@@ -55,16 +55,14 @@ def test_busy_share_by_hand():
 
 def test_outputs_of_the_buckets_benchmark_end_where_it_says():
   plain, params, _ = golden_t5x.model("t5_1_1_tiny")
-  model = buckets.ending_early(plain)
+  model = buckets.ending_early(plain, plain)
   inputs = np.full((buckets.ROWS, 3), 5, np.int32)
-  batch = {"encoder_input_tokens": inputs}
+  outputs = np.zeros((buckets.ROWS, buckets.LENGTH), np.int32)
+  batch = {"encoder_input_tokens": inputs, "decoder_input_tokens": outputs}
 
   @jax.jit
   def draw(params, key):
-    encoded = model.encode(params, batch)
-    return model.sample_outputs(
-      params, encoded, batch, key, suppress_ids=(0, 1)
-    )
+    return model.draw(params, plain.encode(params, batch), batch, key)
 
   tokens, weights, log_probs = draw(params, jax.random.key(0))
   assert tokens.shape == (buckets.ROWS, buckets.LENGTH) == log_probs.shape

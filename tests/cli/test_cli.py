@@ -357,7 +357,7 @@ def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
       LOG_PERIOD=1,
       CHECKPOINT_PERIOD=1,
     ),
-    "--gin.train.train.max_skipped_in_row=3",
+    "--gin.MAX_SKIPPED_IN_ROW=3",
   )
   assert done.returncode == 2
   assert "got 3 non-finite ones in a row up to step 4" in done.stderr

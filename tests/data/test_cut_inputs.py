@@ -60,9 +60,7 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
   model = toy_models.model(8)
   mesh = partitioning.make_mesh(devices=jax.devices()[:1])
   step, optimizer = toy_models.sgd_step(model, "data")
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, partitioning.replicated(mesh)
-  )
+  run = training.jit_step(step, mesh, partitioning.replicated(mesh))
 
   def metrics(*buckets):
     lengths = [3, 2, 5, 1, 6, 3]
@@ -70,13 +68,15 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
     state = toy_models.state(toy_models.params(model, 1), optimizer)
     state = jax.device_put(state, partitioning.replicated(mesh))
     for _ in lengths:
-      state, of_step = run(state, {}, run.put(next(batches)), "data")
+      state, of_step = run(
+        state, {}, partitioning.put_batch(next(batches), mesh), source="data"
+      )
       yield [of_step[k][0] for k in ("loss", "gradient_norm")]
 
   cut = [*metrics(3)]
-  assert run._compiled("data")._cache_size() == 2  # of 3 and 6 positions
+  assert run._cache_size() == 2  # of 3 and 6 positions
   whole = [*metrics(6)]
-  assert run._compiled("data")._cache_size() == 2
+  assert run._cache_size() == 2
   # Six steps of SGD at rate 1 add up: each starts where the last one ended.
   np.testing.assert_allclose(cut, whole, rtol=1e-4)
   assert np.ptp([loss for loss, _ in cut]) > 1

@@ -141,9 +141,8 @@ def test_on_policy_samples_hold_no_padding():
     lambda p, b: model.sample(
       p,
       model.encode(p, b),
-      b["encoder_input_tokens"],
+      b,
       jax.random.key(0),
-      max_decode_length=7,
       temperature=100.0,
     )
   )(params, batch)
@@ -209,15 +208,10 @@ def test_models_leave_padding_out_of_gkd_and_not_of_cross_entropy():
     toy_models.models.GKDModel(padded, plain)
   gkd = toy_models.models.GKDModel(padded, padded)
   teacher_params = toy_models.params(plain, 2)
-  loss, weight, _ = gkd.train_loss(
-    params,
-    teacher_params,
-    batch,
-    source="data",
-    step=jnp.int32(0),
-    key=jax.random.key(0),
-    row_ids=jnp.arange(8),
+  loss, metrics = gkd.train_loss(
+    params, teacher_params, batch, toy_models.inputs("data")
   )
+  weight = metrics["loss"][1]
   logits = [
     plain.logits(p, batch)[:, :, :REAL] for p in (teacher_params, params)
   ]

@@ -167,7 +167,7 @@ def test_errors_of_flags():
 
 SMOKE = """
 [macros]
-"train.train.final_eval_split" = "test"
+"FINAL_EVAL_SPLIT" = "test"
 [axes]
 BATCH_SIZE = [8]
 [stages.first]
@@ -182,7 +182,7 @@ gin_file = "experiments/smoke_teacher.gin"
     ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
     ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
     ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
-    ("final_eval_split", "eval_period", "set train.train.final_eval_split"),
+    ("final_eval_split", "eval_period", "set FINAL_EVAL_SPLIT"),
   ],
 )
 def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
@@ -242,7 +242,7 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
     "--output_dir=grid",
     "--gin.TRAIN_STEPS=2",
     "--gin.EVAL_NUM_EXAMPLES=8",
-    "--gin.train.train.final_eval_split='validation'",
+    "--gin.FINAL_EVAL_SPLIT='validation'",
   )
   done = command_line.gkd(*command, cwd=tmp_path)
   assert done.returncode == 0, done.stdout + done.stderr

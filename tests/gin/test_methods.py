@@ -33,7 +33,7 @@ ALONE = ("sft", "seqkd")  # no teacher in memory
 
 
 def kl(p, q):
-  """Of laws `[..., V]` in float64, zero probabilities excluded."""
+  """Of distributions `[..., V]` in float64, zero probabilities excluded."""
   return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
 
 
@@ -124,7 +124,7 @@ def params_of(model, seed):
   tree = jax.jit(
     lambda key: model.get_initial_variables(key, shapes)["params"]
   )(jax.random.key(seed))
-  # Larger, so that laws differ from token to token and samples end early.
+  # Larger, so that distributions differ from token to token and samples end early.
   return jax.tree.map(lambda x: 1.5 * x, tree)
 
 
@@ -192,9 +192,7 @@ def test_negative_log_likelihood(method, toys, tmp_path):
 def test_divergence_on_each_source(method, source, toys, tmp_path):
   model = gin_probe.parts_of(toys(method), tmp_path, **macros(method))["model"]
   if FRACTIONS[method] == (0.0 if source == "student" else 1.0):
-    assert all(
-      training.source_of_step(model, 0, step) != source for step in range(99)
-    )
+    assert all(model.source_of_step(0, step) != source for step in range(99))
     return
   params, teacher_params = (
     params_of(model.student, 1),
@@ -232,7 +230,7 @@ def test_divergence_on_each_source(method, source, toys, tmp_path):
 @pytest.mark.parametrize("method", FRACTIONS)
 def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
   model = gin_probe.parts_of(toys(method), tmp_path, **macros(method))["model"]
-  sources = [training.source_of_step(model, 0, step) for step in range(2000)]
+  sources = [model.source_of_step(0, step) for step in range(2000)]
   share = sources.count(models.STUDENT) / 2000
   # 0.5 has a standard deviation of 0.011; 0 and 1 are exact.
   if FRACTIONS[method] in (0, 1):
@@ -276,7 +274,7 @@ def test_two_steps_change_the_student(method, toys, tmp_path):
   )
   sources = []
   for step in range(2):
-    source = training.source_of_step(model, seed, step)
+    source = model.source_of_step(seed, step)
     sources.append(source)
     state, metrics = step_fn(state, teacher, next(batches), source=source)
     total, weight = metrics["loss"]

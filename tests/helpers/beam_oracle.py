@@ -1,11 +1,11 @@
 """Beam search as `beam_search` describes it, one prompt, float64 lists."""
 
 
-def best_outputs(law, length, alpha, num_decodes):
+def best_outputs(distribution, length, alpha, num_decodes):
   """The N best outputs, `(tokens, score)`, from the worst to the best.
 
   Args:
-    law: a prefix's tokens to the log-probs of the next token.
+    distribution: a prefix's tokens to the log-probs of the next token.
     length: T.
     alpha: exponent of the brevity penalty.
     num_decodes: N.
@@ -15,7 +15,7 @@ def best_outputs(law, length, alpha, num_decodes):
     found = [
       (lp + step, (*prefix, v))
       for prefix, lp in live
-      for v, step in enumerate(law(prefix))
+      for v, step in enumerate(distribution(prefix))
     ]
     found = sorted(found, reverse=True)[: 2 * num_decodes]
     penalty = ((5 + size) / 6) ** alpha

@@ -169,4 +169,8 @@ def _bucket(distance):
 
 def sampler(model):
   """The compiled sampler of a model, without PAD as on-policy training has it."""
-  return jax.jit(lambda *args: model.sample(*args, suppress_ids=(0,)))
+  return jax.jit(
+    lambda params, batch, key: model.sample(
+      params, (), batch, key, suppress_ids=(0,)
+    )
+  )

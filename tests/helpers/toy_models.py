@@ -1,12 +1,13 @@
 """A tiny student and teacher, and a batch of very different lengths."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import models, network, optimizers, training
+from gkd_jax import models, network, optimizers, training, types
 
 VOCAB = 16
 SHAPES = {"encoder_input_tokens": (1, 6), "decoder_input_tokens": (1, 7)}
@@ -80,18 +81,14 @@ def sgd_step(a_model, source, **kwargs):
 
   optimizer = optimizers.Optimizer(schedules.constant(1.0), optax.sgd(1.0))
 
-  def step(state, teacher_params, features):
-    return training.train_step(
-      state,
-      teacher_params,
-      features,
-      model=a_model,
-      optimizer=optimizer,
-      seed=0,
-      source=source,
-      **kwargs,
-    )
-
+  step = functools.partial(
+    training.train_step,
+    model=a_model,
+    optimizer=optimizer,
+    seed=0,
+    source=source,
+    **kwargs,
+  )
   return step, optimizer
 
 
@@ -129,3 +126,9 @@ def normal_params(model, seed):
   rng = np.random.default_rng(seed)
   normal = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)
   return jax.tree.map(normal, shapes)
+
+
+def inputs(source, rows=8, key=None):
+  """`types.StepInputs` of step 0 for the first rows of a batch."""
+  key = jax.random.key(0) if key is None else key
+  return types.StepInputs(source, jnp.int32(0), key, jnp.arange(rows))

@@ -317,10 +317,8 @@ def toy_gradient(chunk_size, source="student", microbatches=1, how="jit"):
   )
   state, batch = toy_models.state(student, optimizer), toy_models.batch()
   if how == "pmap":
-    run = training.PmapExecutor(
-      lambda s, t, b, source, axis_name: step(s, t, b), jax.devices()[:4]
-    )
-    new, metrics = run(state, teacher, run.put(batch), source)
+    run = training.pmap_step(step, jax.devices()[:4])
+    new, metrics = run(state, teacher, batch, source=source)
   else:
     new, metrics = jax.jit(step)(state, teacher, batch)
   return jax.tree.map(jnp.subtract, state.params, new.params), metrics
@@ -350,13 +348,7 @@ def test_the_step_uses_the_fused_loss_where_logits_are_large():
     text = str(
       jax.make_jaxpr(
         lambda p, t, b, model=model: model.train_loss(
-          p,
-          t,
-          b,
-          source="data",
-          step=0,
-          key=jax.random.key(0),
-          row_ids=jnp.arange(1),
+          p, t, b, toy_models.inputs("data", rows=1)
         )
       )(student, teacher, batch)
     )

@@ -161,6 +161,7 @@ def features(rows, length):
   prompt = batch["encoder_input_tokens"][5]
   return {
     "encoder_input_tokens": np.tile(prompt, (rows, 1)),
+    "decoder_input_tokens": np.zeros((rows, length), np.int32),
     "decoder_target_tokens": np.zeros((rows, length), np.int32),
   }
 
@@ -172,7 +173,9 @@ def draw(model, params, teacher, batch, key):
   def run(params, teacher, batch):
     rows = jnp.arange(batch["decoder_target_tokens"].shape[0])
     encoded = model.student.encode(params, batch)
-    return model._sample(params, encoded, batch, key, rows, None, teacher)
+    return model.draw(
+      params, encoded, batch, key, row_ids=rows, teacher_params=teacher
+    )
 
   return run(params, teacher, batch)
 

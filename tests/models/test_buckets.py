@@ -59,19 +59,13 @@ def with_short_samples():
 
 
 def results(model, params, teacher, batch, source="data", *, gradient=True):
-  """Value and (weight, metrics) of a loss, and its gradient; jitted."""
+  """Value and metrics of a loss, and its gradient; jitted."""
 
   def loss(params, batch):
-    loss, *aux = model.train_loss(
-      params,
-      teacher,
-      batch,
-      source=source,
-      step=jnp.zeros((), jnp.int32),
-      key=KEY,
-      row_ids=jnp.arange(len(batch["decoder_target_tokens"])),
+    rows = len(batch["decoder_target_tokens"])
+    return model.train_loss(
+      params, teacher, batch, toy_models.inputs(source, rows, KEY)
     )
-    return loss, aux
 
   run = jax.value_and_grad(loss, has_aux=True) if gradient else loss
   return jax.jit(run)(params, batch)
@@ -100,7 +94,9 @@ def test_the_shortest_length_that_suffices_is_computed(used):
     return length * jnp.sum((trained * fixed)[:length] ** 2), length * fixed[0]
 
   def loss(trained, used):
-    value, aux = length_buckets.loss(of_length, (2, 3, 5), used, trained, 2 * x)
+    value, aux = length_buckets.shortest_loss(
+      of_length, (2, 3, 5), used, trained, 2 * x
+    )
     return 10 * value, aux
 
   found = {0: 2, 1: 2, 2: 2, 3: 3, 4: 5, 5: 5}[used]
@@ -162,10 +158,10 @@ def minillm_case():
 
 def stored_case():
   make = functools.partial(models.StoredTeacherModel, toy_models.model(8))
-  law = np.random.default_rng(0).dirichlet(np.ones(4), (8, 7))
+  distribution = np.random.default_rng(0).dirichlet(np.ones(4), (8, 7))
   return make, {
     "top_k_ids": np.tile(np.int32([3, 5, 9]), (8, 7, 1)),
-    "top_k_log_probs": np.log(law).astype(np.float32),
+    "top_k_log_probs": np.log(distribution).astype(np.float32),
   }
 
 
@@ -188,8 +184,8 @@ def test_a_short_batch_is_computed_short():
   weights = (tokens > 0).astype(np.float32)
   as_data = batch | model.student.output_features(batch, tokens, weights)
   of = functools.partial(results, gradient=False)
-  got, (_, metrics) = of(model, student, teacher, batch, "student")
-  short, (_, of_short) = of(plain, student, teacher, cut(as_data, SHORT))
+  got, metrics = of(model, student, teacher, batch, "student")
+  short, of_short = of(plain, student, teacher, cut(as_data, SHORT))
   assert_close((got, {k: metrics[k] for k in of_short}), (short, of_short))
   whole, _ = of(plain, student, teacher, as_data)
   assert abs(got / whole - 1) > 1e-3
@@ -245,10 +241,10 @@ def test_a_mesh_changes_nothing():
   state = toy_models.state(student, optimizer)
   shardings = partitioning.state_shardings(state, shardings, mesh)
   state = jax.tree.map(jax.device_put, state, shardings)
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, shardings
+  run = training.jit_step(step, mesh, shardings)
+  new, metrics = run(
+    state, teacher, partitioning.put_batch(batch, mesh), source="student"
   )
-  new, metrics = run(state, teacher, run.put(batch), "student")
   gradient = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.params)
   assert optax.tree.norm(gradient) > 0.1
   assert_close((gradient, metrics), expected, 1e-5)
@@ -272,11 +268,11 @@ def test_branches_hold_no_encoder(dropout_rate, encodings):
     for e in jaxprs.equations(closed.jaxpr, "cond")
     if len(e.params["branches"]) == 3
   )
-  # Loss and weight, five metrics with weights, and gradients of what a decoder
-  # reads, the encoded inputs among it.
+  # The loss, six metrics with weights (the loss's own among them), and gradients
+  # of what a decoder reads, the encoded inputs among it.
   read = jax.tree.leaves(model.student.decoder_params(student))
   assert len(read) < len(jax.tree.leaves(student))
-  assert len(switch.outvars) == 2 + 2 * 5 + len(read) + 1
+  assert len(switch.outvars) == 1 + 2 * 6 + len(read) + 1
 
 
 def test_wrong_lengths():

@@ -117,11 +117,14 @@ def test_prefilled_decoding_equals_the_full_forward_pass(prefix_lm):
   assert all(np.logical_or(ends, full)) and any(ends) and not all(ends)
   forced = toy.rows(list(zip(prompts, outputs, strict=True)))
   logits = jax.jit(model.logits)(params, forced).at[:, :, 0].set(-jnp.inf)
-  law = np.asarray(jax.nn.log_softmax(logits))
+  distribution = np.asarray(jax.nn.log_softmax(logits))
   for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
     at = len(prompt) + np.arange(len(output))
     np.testing.assert_allclose(
-      log_probs[i, : len(output)], law[i, at, output], rtol=1e-4, atol=1e-5
+      log_probs[i, : len(output)],
+      distribution[i, at, output],
+      rtol=1e-4,
+      atol=1e-5,
     )
     assert not log_probs[i, len(output) :].any()
     assert not tokens[i, len(output) :].any()
@@ -184,9 +187,13 @@ def test_sampled_frequencies_follow_the_softmax(prefix_lm):
     rows = toy.rows([(prompt, o) for o in outputs], width=4)
     logits = np.asarray(model.logits(params, rows), np.float64)
     logits[:, :, 0] = -np.inf
-    law = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    distribution = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     expected = [
-      np.exp(sum(law[r, len(prompt) + t, token] for t, token in enumerate(o)))
+      np.exp(
+        sum(
+          distribution[r, len(prompt) + t, token] for t, token in enumerate(o)
+        )
+      )
       for r, o in enumerate(outputs)
     ]
     np.testing.assert_allclose(sum(expected), 1, rtol=1e-6)
@@ -273,10 +280,10 @@ def test_the_best_of_several_decodes_of_each_prompt():
     rows = toy.rows(list(zip(prompts, outputs, strict=True)))
     logits = np.array(model.logits(params, rows))
     logits[:, :, [0, 12, 13, 14, 15]] = -np.inf
-    law = np.asarray(jax.nn.log_softmax(logits))
+    distribution = np.asarray(jax.nn.log_softmax(logits))
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
       at = len(prompt) + np.arange(len(output))
-      expected = law[i, at, output].sum()
+      expected = distribution[i, at, output].sum()
       np.testing.assert_allclose(scores[i, n], expected, rtol=1e-4)
 
 
@@ -299,7 +306,7 @@ def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
   ended = set()
   for i, prompt in enumerate(prompts):
 
-    def law(output, prompt=prompt):
+    def distribution(output, prompt=prompt):
       row = toy.rows([(prompt, [*output, 2])])
       # As targets they only mark what counts, a token 0 of the output too.
       row["decoder_target_tokens"][0, : len(prompt) + len(output) + 1] = 2
@@ -308,7 +315,9 @@ def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
         np.float64,
       )
 
-    expected = beam_oracle.best_outputs(law, toy.WIDTH - len(prompt), 0.6, 3)
+    expected = beam_oracle.best_outputs(
+      distribution, toy.WIDTH - len(prompt), 0.6, 3
+    )
     empty = 3 - len(expected)
     np.testing.assert_array_equal(tokens[i, :empty], 0)
     for n, (output, score) in enumerate(expected, start=empty):

@@ -14,16 +14,12 @@ from gkd_jax.decoding import sampling
 
 
 def train_loss(model, params, teacher, batch, source="data"):
-  loss = jax.jit(model.train_loss, static_argnames="source")
-  return loss(
-    params,
-    teacher,
-    batch,
-    source=source,
-    step=0,
-    key=jax.random.key(5),
-    row_ids=jnp.arange(len(batch["decoder_target_tokens"])),
+  rows = len(batch["decoder_target_tokens"])
+  inputs = toy_models.inputs(source, rows, jax.random.key(5))
+  loss, metrics = jax.jit(lambda p, t, b: model.train_loss(p, t, b, inputs))(
+    params, teacher, batch
   )
+  return loss, metrics["loss"][1]
 
 
 @pytest.mark.parametrize("change", ["ones", "missing"])
@@ -83,9 +79,12 @@ def test_sampled_outputs_stand_after_their_prompts_and_end_the_weights():
   batch = toy.rows(pairs)
   batch["decoder_causal_attention"][8] = 0  # padding, as in a last batch
   batch = {k: jnp.asarray(v) for k, v in batch.items()}
-  args = student, (), batch, None, jax.random.key(2), jnp.arange(9)
-  new, metrics = jax.jit(model._with_samples)(*args)
-  result = toy.sampler(model.student)(student, batch, jax.random.key(2))
+  inputs = toy_models.inputs("student", 9, jax.random.key(2))
+  new, metrics = jax.jit(
+    lambda params, batch: model.with_samples(params, (), batch, inputs)
+  )(student, batch)
+  sample_key = jax.random.split(inputs.key, 3)[1]
+  result = toy.sampler(model.student)(student, batch, sample_key)
   tokens = np.asarray(result.tokens)
   outputs = [row[row > 0].tolist() for row in tokens[:8]] + [[]]
   assert len({len(o) for o in outputs}) > 3
@@ -105,11 +104,21 @@ def test_mixed_rows_use_their_own_source():
   model, student, _ = toy.gkd(student_data_fraction=0.5)
   batch = toy.batch()
   batch["decoder_loss_weights"] = (batch["decoder_target_tokens"] > 0) * 1
-  chosen = np.array([True, False] * 4)
-  key, row_ids = jax.random.key(2), jnp.arange(8)
-  replace = jax.jit(model._with_samples)
-  new, _ = replace(student, (), batch, jnp.asarray(chosen), key, row_ids)
-  alone, _ = replace(student, (), batch, None, key, row_ids)
+  inputs = toy_models.inputs("mixed", key=jax.random.key(2))
+  replace = jax.jit(
+    lambda source: model.with_samples(
+      student, (), batch, inputs._replace(source=source)
+    )[0],
+    static_argnums=0,
+  )
+  new, alone = replace("mixed"), replace("student")
+  # The coins, one by one.
+  coin_key = jax.random.split(inputs.key, 3)[2]
+  coins = [
+    jax.random.uniform(jax.random.fold_in(coin_key, i)) for i in range(8)
+  ]
+  chosen = np.array(coins) < 0.5
+  assert 0 < chosen.sum() < 8
   clean = toy.batch()
   for name in ("target_tokens", "input_tokens", "loss_weights"):
     name = f"decoder_{name}"

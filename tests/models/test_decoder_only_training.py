@@ -76,10 +76,10 @@ def test_meshes_change_nothing(source, partitions):
   state = toy_models.state(student, optimizer)
   state_shardings = partitioning.state_shardings(state, shardings, mesh)
   state = jax.tree.map(jax.device_put, state, state_shardings)
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, state_shardings
+  run = training.jit_step(step, mesh, state_shardings)
+  new, _ = run(
+    state, teacher, partitioning.put_batch(toy.batch(), mesh), source=source
   )
-  new, _ = run(state, teacher, run.put(toy.batch()), source)
   kernel = new.params["decoder"]["logits_dense"]["kernel"]
   assert kernel.addressable_shards[0].data.shape[1] == toy.VOCAB // partitions
   got = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.params)
@@ -90,20 +90,17 @@ def test_meshes_change_nothing(source, partitions):
 def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens(prefix_lm):
   model, student, teacher = toy.gkd(prefix_lm)
   pairs, batch = toy.pairs(), toy.batch()
-  common = {
-    "step": jnp.zeros((), jnp.int32),
-    "key": jax.random.key(5),
-    "row_ids": jnp.arange(8),
-  }
+  key = jax.random.key(5)
   loss = lambda p, b, source: model.train_loss(
-    p, teacher, b, source=source, **common
+    p, teacher, b, toy_models.inputs(source, key=key)
   )[0]
   gradient = jax.jit(jax.grad(loss), static_argnums=2)
   on_policy = gradient(student, batch, "student")
   tokens, _ = model.student.sample(
     student,
+    (),
     batch,
-    jax.random.split(common["key"], 3)[1],
+    jax.random.split(key, 3)[1],
     suppress_ids=(0,),
   )
   outputs = [row[row > 0].tolist() for row in np.asarray(tokens)]
@@ -118,15 +115,10 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens(prefix_lm):
 def test_loss_equals_the_formula_in_float64():
   model, student, teacher = toy.gkd(True, teacher_temperature=0.5)
   batch = toy.batch()
-  total, weight, _ = model.train_loss(
-    student,
-    teacher,
-    batch,
-    source="data",
-    step=0,
-    key=jax.random.key(0),
-    row_ids=jnp.arange(8),
+  total, metrics = model.train_loss(
+    student, teacher, batch, toy_models.inputs("data")
   )
+  weight = metrics["loss"][1]
   logs_ = []
   for m, p, t in ((model.teacher, teacher, 0.5), (model.student, student, 1.0)):
     z = toy.oracle(m.config, p, batch, prefix_lm=True) / t
@@ -140,7 +132,7 @@ def test_loss_equals_the_formula_in_float64():
 
 def test_lambda_zero_never_samples():
   model, student, teacher = wrapped(student_data_fraction=0.0)
-  sources = {training.source_of_step(model, 0, step) for step in range(200)}
+  sources = {model.source_of_step(0, step) for step in range(200)}
   assert sources == {"data"}
 
   def loops(source):
@@ -195,15 +187,10 @@ def test_a_causal_model_trains_on_targets_alone():
   assert batch["decoder_segment_ids"].max() > 1
   model = toy.model(vocab_size=24)
   params = toy.params(model, 0)
-  _, weight, _ = model.train_loss(
-    params,
-    {},
-    batch,
-    source="data",
-    step=0,
-    key=jax.random.key(0),
-    row_ids=jnp.arange(4),
+  _, metrics = model.train_loss(
+    params, {}, batch, toy_models.inputs("data", rows=4)
   )
+  weight = metrics["loss"][1]
   assert weight == (batch["decoder_target_tokens"] > 0).sum()
 
 

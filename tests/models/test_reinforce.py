@@ -76,7 +76,7 @@ def test_alpha_1_is_on_policy_gkd_to_the_bit():
   plain, _, _ = toy_models.gkd(divergence="jsd", beta=0.9)
   ends = []
   for m in (model, plain):
-    assert training.source_of_step(m, 0, 0) == "student"
+    assert m.source_of_step(0, 0) == "student"
     step, optimizer = toy_models.sgd_step(m, "student")
     state, run = toy_models.state(student, optimizer), jax.jit(step)
     for _ in range(3):
@@ -117,10 +117,9 @@ def test_prompts_are_encoded_once_and_outputs_are_independent():
   alone, _ = jax.jit(
     lambda params, key: model.student.sample(
       params,
-      model.student.encode(params, {"encoder_input_tokens": inputs}),
-      inputs,
+      model.student.encode(params, out),
+      out,
       key,
-      max_decode_length=7,
       suppress_ids=(0,),
     )
   )(student, jax.random.split(KEY, 3)[1])
@@ -137,14 +136,14 @@ def by_hand(model, params, teacher, batch, alpha):
   w = batch["decoder_loss_weights"].astype(np.float64)
   y = batch["decoder_target_tokens"]
 
-  def law(logits):
+  def distribution(logits):
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
   z = np.asarray(z, np.float64)
   scaled = z / model.sampling["temperature"]
   scaled[..., 0] = -np.inf  # PAD is never drawn
-  q = law(scaled)
+  q = distribution(scaled)
   one = np.eye(toy_models.VOCAB)[y]
   with np.errstate(divide="ignore"):
     log_q = np.where(w > 0, np.log(np.sum(q * one, -1)), 0.0)
@@ -153,8 +152,10 @@ def by_hand(model, params, teacher, batch, alpha):
   rl_slope = -(w * a)[..., None] * (one - q) / model.sampling["temperature"]
   # JSD(0.9), and the closed form of its derivative, (1-β) q (log q/m - KL(q ‖ m)).
   b = 0.9
-  p = law(np.asarray(jax.jit(model.teacher.logits)(teacher, batch), np.float64))
-  q = law(z)
+  p = distribution(
+    np.asarray(jax.jit(model.teacher.logits)(teacher, batch), np.float64)
+  )
+  q = distribution(z)
   m = b * p + (1 - b) * q
   kl = lambda x: np.sum(x * np.log(x / m), -1, keepdims=True)
   each = (b * kl(p) + (1 - b) * kl(q))[..., 0]
@@ -242,10 +243,10 @@ def test_a_mesh_changes_nothing():
   state_shardings = partitioning.state_shardings(state, shardings, mesh)
   state = jax.tree.map(jax.device_put, state, state_shardings)
   before = jax.tree.map(np.asarray, student)
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, state_shardings
+  run = training.jit_step(step, mesh, state_shardings)
+  new, _ = run(
+    state, teacher, partitioning.put_batch(batch, mesh), source="student"
   )
-  new, _ = run(state, teacher, run.put(batch), "student")
   got = jax.tree.map(lambda a, b: a - np.asarray(b), before, new.params)
   assert_same(got, expected)
 

@@ -1,6 +1,6 @@
-"""Training from stored laws against training with the teacher in memory.
+"""Training from stored log-probs against training with the teacher in memory.
 
-The whole way: laws written to shards, a task over them, seqio's converter, and
+End to end: log-probs written to shards, a task over them, seqio's converter, and
 the step; at k = V nothing may be lost.
 """
 
@@ -60,8 +60,8 @@ def _task():
 
 
 def stored_batches(task, folder, teacher, params, **settings):
-  """An iterator over the laws of a teacher, as training gets it."""
-  prefix = str(folder / "laws")
+  """Returns an iterator over a teacher's stored log-probs, as training has it."""
+  prefix = str(folder / "distributions")
   teacher_data.write(
     teacher,
     jax.tree.map(np.asarray, dict(params)),
@@ -90,7 +90,7 @@ def run(model, student_params, teacher_params, batches, steps=4):
       model=model,
       optimizer=optimizer,
       seed=0,
-      source=training.source_of_step(model, 0, 0),
+      source=model.source_of_step(0, 0),
       num_microbatches=2,
     )
   )
@@ -213,9 +213,7 @@ def test_what_cannot_be_stored_is_told():
     with pytest.raises(ValueError, match=message):
       make(**options)
   with pytest.raises(ValueError, match="expected source 'data'"):
-    make().train_loss(
-      {}, {}, {}, source=models.STUDENT, step=0, key=None, row_ids=None
-    )
+    make().train_loss({}, {}, {}, toy_models.inputs(models.STUDENT))
   other = toy_decoder_only.model(
     feature_converter_cls=seqio.PrefixLMFeatureConverter
   )

@@ -197,16 +197,14 @@ def train(scan, split):
       mesh,
       partitioning.parameter_rules(True),
     )
-    execute = training.JitExecutor(
-      lambda s, t, b, source: run(s, t, b), mesh, shardings
-    )
+    execute = training.jit_step(run, mesh, shardings)
     place = lambda x, like: jax.device_put(jnp.array(x), like.sharding)
     like = partitioning.with_shardings(abstract, shardings)
     new, metrics = execute(
       jax.tree.map(place, state, like),
       jax.tree.map(place, teacher, placed(model.teacher, mesh, True)),
-      execute.put(toy_models.batch()),
-      "student",
+      partitioning.put_batch(toy_models.batch(), mesh),
+      source="student",
     )
   else:
     new, metrics = jax.jit(run)(state, teacher, toy_models.batch())

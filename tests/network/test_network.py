@@ -87,9 +87,8 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
   tokens, log_probs = model.sample(
     params,
     encoded,
-    batch["encoder_input_tokens"],
+    batch,
     jax.random.key(3),
-    max_decode_length=10,
     suppress_ids=(0,),
   )
   forced = dict(batch)

@@ -37,7 +37,7 @@ def build(mesh, over_data=False, microbatches=1, **options):
     seed=0,
     num_microbatches=microbatches,
   )
-  run = training.JitExecutor(step, mesh, shardings)
+  run = training.jit_step(step, mesh, shardings)
   return (
     run,
     jax.device_put(state, shardings),
@@ -49,7 +49,12 @@ def gradient(mesh, source, **options):
   """The parameters' change under SGD, and metrics."""
   run, state, teacher = build(mesh, **options)
   before = jax.tree.map(np.array, state.params)
-  new, metrics = run(state, teacher, run.put(toy_models.batch()), source)
+  new, metrics = run(
+    state,
+    teacher,
+    partitioning.put_batch(toy_models.batch(), mesh),
+    source=source,
+  )
   return jax.tree.map(
     lambda a, b: a - np.asarray(b), before, new.params
   ), metrics
@@ -118,8 +123,8 @@ def test_only_sums_leave_a_slice():
     decode_slots=1,
     loss_chunk_size=5,
   )
-  batch = run.put(toy_models.batch())
-  text = run.lower(state, teacher, batch, "student").compile().as_text()
+  batch = partitioning.put_batch(toy_models.batch(), slices())
+  text = run.lower(state, teacher, batch, source="student").compile().as_text()
   kinds = {"all-gather": set(), "all-reduce": set()}
   for computation in hlo.parse(text).computations.values():
     for i in computation.values():

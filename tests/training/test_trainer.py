@@ -92,10 +92,13 @@ def test_meshes_change_nothing(source, partitions, over_data):
   before = jax.tree.map(np.asarray, student)
   state_shardings = partitioning.state_shardings(state, shardings, mesh)
   state = jax.tree.map(jax.device_put, state, state_shardings)
-  run = training.JitExecutor(
-    lambda s, t, b, source: step(s, t, b), mesh, state_shardings
+  run = training.jit_step(step, mesh, state_shardings)
+  new, _ = run(
+    state,
+    teacher,
+    partitioning.put_batch(toy_models.batch(), mesh),
+    source=source,
   )
-  new, _ = run(state, teacher, run.put(toy_models.batch()), source)
   if partitions > 1:
     kernel = new.params["decoder"]["logits_dense"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == 16 // partitions
@@ -113,10 +116,8 @@ def test_pmap_changes_nothing(source, microbatches):
     model, source, axis_name="data", num_microbatches=microbatches
   )
   state = toy_models.state(student, optimizer)
-  run = training.PmapExecutor(
-    lambda s, t, b, source, axis_name: step(s, t, b), jax.devices()[:4]
-  )
-  new, metrics = run(state, teacher, run.put(toy_models.batch()), source)
+  run = training.pmap_step(step, jax.devices()[:4])
+  new, metrics = run(state, teacher, toy_models.batch(), source=source)
   got = jax.tree.map(jnp.subtract, state.params, new.params)
   expected, expected_metrics = toy_steps.reference(source, "sequence")
   toy_steps.assert_same(got, expected)
@@ -128,13 +129,9 @@ def test_pmap_changes_nothing(source, microbatches):
 def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
   model, student, teacher = toy_models.gkd()
   batch = toy_models.batch()
-  common = {
-    "step": jnp.zeros((), jnp.int32),
-    "key": jax.random.key(5),
-    "row_ids": jnp.arange(8),
-  }
+  key = jax.random.key(5)
   loss = lambda p, b, source: model.train_loss(
-    p, teacher, b, source=source, **common
+    p, teacher, b, toy_models.inputs(source, key=key)
   )[0]
   on_policy = jax.jit(jax.grad(loss), static_argnums=2)(
     student, batch, "student"
@@ -142,9 +139,8 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
   tokens, _ = model.student.sample(
     student,
     model.student.encode(student, batch),
-    batch["encoder_input_tokens"],
-    jax.random.split(common["key"], 3)[1],
-    max_decode_length=7,
+    batch,
+    jax.random.split(key, 3)[1],
     suppress_ids=(0,),
   )
   lengths = np.asarray(sampling.sequence_weights(tokens)).sum(1)
@@ -163,15 +159,10 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
 def test_eos_is_trained_on_and_nothing_after_it():
   model, student, teacher = toy_models.gkd(length_normalization="token")
   batch = toy_models.batch()
-  _, weight, _ = model.train_loss(
-    student,
-    teacher,
-    batch,
-    source="data",
-    step=0,
-    key=jax.random.key(0),
-    row_ids=jnp.arange(8),
+  _, metrics = model.train_loss(
+    student, teacher, batch, toy_models.inputs("data")
   )
+  weight = metrics["loss"][1]
   ends = np.argmax(batch["decoder_target_tokens"] == 1, axis=1)
   assert weight == np.sum(ends + 1)
 
@@ -179,15 +170,10 @@ def test_eos_is_trained_on_and_nothing_after_it():
 def test_loss_equals_the_formula_in_float64():
   model, student, teacher = toy_models.gkd(teacher_temperature=0.5)
   batch = toy_models.batch()
-  total, weight, _ = model.train_loss(
-    student,
-    teacher,
-    batch,
-    source="data",
-    step=0,
-    key=jax.random.key(0),
-    row_ids=jnp.arange(8),
+  total, metrics = model.train_loss(
+    student, teacher, batch, toy_models.inputs("data")
   )
+  weight = metrics["loss"][1]
   logs = []
   for m, p, t in ((model.teacher, teacher, 0.5), (model.student, student, 1.0)):
     z = np.asarray(m.logits(p, batch), np.float64) / t
@@ -201,17 +187,15 @@ def test_loss_equals_the_formula_in_float64():
 def test_mixed_rows_use_their_own_source():
   model, student, _teacher = toy_models.gkd(student_data_fraction=0.5)
   batch = toy_models.batch()
-  chosen = np.asarray(
-    model._choose("mixed", 0, jax.random.key(1), jnp.arange(8))
-  )
+  inputs = toy_models.inputs("mixed", key=jax.random.key(1))
+  _, sample_key, coin_key = jax.random.split(inputs.key, 3)
+  coins = [
+    jax.random.uniform(jax.random.fold_in(coin_key, i)) for i in range(8)
+  ]
+  chosen = np.array(coins) < 0.5
   assert 0 < chosen.sum() < 8
-  new, metrics = model._with_samples(
-    student,
-    model.student.encode(student, batch),
-    batch,
-    jnp.asarray(chosen),
-    jax.random.key(2),
-    jnp.arange(8),
+  new, metrics = model.with_samples(
+    student, model.student.encode(student, batch), batch, inputs
   )
   targets = np.asarray(new["decoder_target_tokens"])
   np.testing.assert_array_equal(
@@ -220,9 +204,8 @@ def test_mixed_rows_use_their_own_source():
   alone, _ = model.student.sample(
     student,
     model.student.encode(student, batch),
-    batch["encoder_input_tokens"],
-    jax.random.key(2),
-    max_decode_length=7,
+    batch,
+    sample_key,
     suppress_ids=(0,),
   )
   np.testing.assert_array_equal(targets[chosen], np.asarray(alone)[chosen])
@@ -276,9 +259,10 @@ def test_schedules_of_beta_and_lambda_do_not_recompile():
 class _RootModel:
   """Loss sqrt(w): at w = 0 it is finite, and its gradient is infinite."""
 
-  def train_loss(self, params, teacher_params, batch, **kwargs):
-    del teacher_params, batch, kwargs
-    return jnp.sqrt(params["w"]), jnp.ones(()), {}
+  def train_loss(self, params, teacher_params, batch, inputs):
+    del teacher_params, batch, inputs
+    loss = jnp.sqrt(params["w"])
+    return loss, {"loss": (loss, jnp.ones(()))}
 
 
 @pytest.mark.parametrize(
@@ -303,17 +287,17 @@ def test_a_non_finite_update_is_skipped_and_counted(bad, loss_is_finite):
 
 def test_the_coin():
   model, *_ = toy_models.gkd(student_data_fraction=0.25)
-  draws = [training.source_of_step(model, 7, s) for s in range(2000)]
+  draws = [model.source_of_step(7, s) for s in range(2000)]
   assert abs(draws.count("student") / 2000 - 0.25) < 0.04
-  assert draws == [training.source_of_step(model, 7, s) for s in range(2000)]
+  assert draws == [model.source_of_step(7, s) for s in range(2000)]
   for fraction, source in ((0.0, "data"), (1.0, "student")):
     model, *_ = toy_models.gkd(student_data_fraction=fraction)
-    got = {training.source_of_step(model, 7, s) for s in range(500)}
+    got = {model.source_of_step(7, s) for s in range(500)}
     assert got == {source}
   model, *_ = toy_models.gkd(
     student_data_fraction=0.25, student_data_granularity="example"
   )
-  assert training.source_of_step(model, 7, 0) == "mixed"
+  assert model.source_of_step(7, 0) == "mixed"
 
 
 def test_fixed_data_steps_hold_no_decoding_loop():
@@ -360,15 +344,15 @@ def test_vocabularies_must_agree():
 class _MatrixModel:
   """A product of matrices; a gradient that is no number where x is none."""
 
-  def train_loss(self, params, teacher_params, batch, **kwargs):
-    del teacher_params, kwargs
+  def train_loss(self, params, teacher_params, batch, inputs):
+    del teacher_params, inputs
     y = batch["x"]
     for w in params:
       y = jnp.tanh(y @ w)
-    return jnp.sum(y * y), jnp.ones(()), {}
+    return jnp.sum(y * y), {"loss": (jnp.sum(y * y), jnp.ones(()))}
 
 
-def _matrix_step(optimizer, donate):
+def _matrix_step(optimizer):
   step = functools.partial(
     training.train_step,
     model=_MatrixModel(),
@@ -376,7 +360,7 @@ def _matrix_step(optimizer, donate):
     seed=0,
     source="data",
   )
-  return jax.jit(step, donate_argnums=(0,) if donate else ())
+  return jax.jit(step)
 
 
 def _matrices(n, x):
@@ -384,17 +368,6 @@ def _matrices(n, x):
   draw = np.random.default_rng(0).normal
   params = [jnp.asarray(draw(0, n**-0.5, (n, n)), jnp.float32) for _ in "abc"]
   return params, jax.tree.map(jnp.asarray, rows)
-
-
-def test_a_donated_state_is_not_copied():
-  optimizer = optimizers.adamw(1e-3, weight_decay=0.1)
-  params, batch = _matrices(256, np.ones((4, 256), np.float32))
-  state = training.create(params, optimizer.transform)
-  step = _matrix_step(optimizer, donate=True)
-  used = step.lower(state, {}, batch).compile().memory_analysis()
-  # Gradients, and one more matrix on the way; copies of the moments would be
-  # two more arrays for each parameter.
-  assert used.temp_size_in_bytes < 4.5 * params[0].nbytes
 
 
 @pytest.mark.parametrize(
@@ -409,8 +382,8 @@ def test_a_donated_state_is_not_copied():
 def test_updates_are_those_of_optax_and_a_skip_changes_nothing(optimizer):
   params, batch = _matrices(8, np.ones((4, 8), np.float32))
   bad = batch | {"x": batch["x"].at[0, 0].set(jnp.nan)}
-  step = _matrix_step(optimizer, donate=False)
-  loss = lambda p: _MatrixModel().train_loss(p, {}, batch)[0]
+  step = _matrix_step(optimizer)
+  loss = lambda p: _MatrixModel().train_loss(p, {}, batch, None)[0]
   state = training.create(params, optimizer.transform)
   # From the second step on moments hold something that a skip could lose.
   for features in (bad, batch, bad, batch):

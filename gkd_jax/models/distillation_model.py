@@ -1,0 +1,229 @@
+"""What all distilled students share: the divergence, its settings, T5X's protocol."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from gkd_jax import divergences, types
+from gkd_jax.models import base_model, length_buckets
+
+
+class DistillationModel:
+  """A student that is trained on a divergence from a teacher.
+
+  A subclass says where outputs come from (`train_loss`) and what is computed of
+  them (`outputs_loss`). Everything else of T5X's model protocol is the student's.
+
+  Args:
+    student: the model that is trained.
+    divergence: a name in `divergences`; "jsd" accepts β of 0 and 1 and means
+      forward and reverse KL by them, as the paper does.
+    beta: β of "jsd" and "normalized_jsd": a number in [0, 1] or a schedule.
+    skew_alpha: α of the skew KLs.
+    student_temperature: of the student's softmax in the loss.
+    length_normalization: "sequence" (the paper's 1/L_y) or "token".
+    output_buckets: ascending lengths; decoders and loss run at the first that
+      holds the longest output of a (micro)batch, or at the full length where
+      none does; see `length_buckets`. None: always at the full length.
+
+  Raises:
+    ValueError: a setting is out of range.
+  """
+
+  teacher: Any = None
+  needs_rewards = False
+  """Whether `roll_out` samples the outputs and a reward judges them before a step."""
+
+  features_have_known_shapes = True
+  """Whether TASK_FEATURE_LENGTHS says the shapes of all features of a batch."""
+
+  def __init__(
+    self,
+    student: types.TransformerModel,
+    divergence: str = "forward_kl",
+    *,
+    beta: float | types.Schedule | None = None,
+    skew_alpha: float = 0.1,
+    student_temperature: float = 1.0,
+    length_normalization: str = "sequence",
+    output_buckets: Sequence[int] | None = None,
+  ):
+    self.student = student
+    self.divergence = divergence
+    self.beta = beta
+    self.skew_alpha = skew_alpha
+    self.student_temperature = student_temperature
+    self.length_normalization = length_normalization
+    check_fraction("β", beta, "BETA")
+    check_temperature("student_temperature", student_temperature)
+    if length_normalization not in ("sequence", "token"):
+      raise ValueError(
+        "expected length normalisation 'sequence' or 'token', got"
+        f" {length_normalization!r}; set LENGTH_NORMALIZATION"
+      )
+    self.divergence_at(0)
+    if output_buckets:
+      length_buckets.check(output_buckets, "OUTPUT_BUCKETS")
+      self.outputs_loss = length_buckets.bucketed(
+        self.outputs_loss, output_buckets, student
+      )
+
+  @property
+  def config(self) -> Any:
+    """The student's sizes."""
+    return self.student.config
+
+  @property
+  def FEATURE_CONVERTER_CLS(self) -> Any:
+    """The seqio feature converter of training batches: the student's."""
+    return self.student.FEATURE_CONVERTER_CLS
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Every source of outputs that a step of the run can have."""
+    return (base_model.DATA,)
+
+  def source_of_step(self, seed: int, step: int) -> str:
+    """Returns whose outputs a step trains on: "data", "student" or "mixed".
+
+    Args:
+      seed: of the run.
+      step: batches used so far.
+    """
+    del seed, step
+    return base_model.DATA
+
+  def divergence_at(self, step: int | jax.Array) -> types.Divergence:
+    """Returns the divergence at a step; only β may depend on it.
+
+    Args:
+      step: `[]`.
+
+    Raises:
+      ValueError: a β is missing, or given to a divergence without one.
+    """
+    if self.divergence in ("jsd", "normalized_jsd"):
+      if self.beta is None:
+        raise ValueError(
+          f"expected a β for the divergence {self.divergence!r}, got none;"
+          " set BETA"
+        )
+      name = {"jsd": "generalized_jsd"}.get(self.divergence, self.divergence)
+      beta = self.beta(step) if callable(self.beta) else self.beta
+      return divergences.get(name, beta=beta)
+    if self.beta is not None:
+      raise ValueError(
+        "expected no β for a divergence that has none, got BETA ="
+        f" {self.beta} with {self.divergence!r}; set DIVERGENCE = 'jsd' or"
+        " BETA = None"
+      )
+    if self.divergence in ("skew_forward_kl", "skew_reverse_kl"):
+      return divergences.get(self.divergence, alpha=self.skew_alpha)
+    return divergences.get(self.divergence)
+
+  def train_loss(
+    self,
+    params: Any,
+    teacher_params: Any,
+    batch: types.Batch,
+    inputs: types.StepInputs,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the loss of a training step and its metrics.
+
+    Args:
+      params: the student's; the loss is differentiated by them alone.
+      teacher_params: the teacher's, or an empty dict.
+      batch: T5X's features, `[B, ...]`.
+      inputs: source of the outputs, step, key and row ids.
+
+    Returns:
+      The sum in nats over sequences (of each one's mean over tokens) or over
+      tokens, and metrics as (sum, weight). `metrics["loss"]` is that sum and
+      the number of sequences or tokens.
+    """
+    raise NotImplementedError
+
+  def outputs_loss(
+    self,
+    student: types.Encoded,
+    teacher: types.Encoded | None,
+    batch: types.Batch,
+    step: jax.Array,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[jax.Array, types.Metrics]:
+    """Returns the loss of the outputs that a batch holds, as `train_loss`.
+
+    Args:
+      student: the student's parameters and encoded inputs.
+      teacher: the teacher's, or None where there is none in memory.
+      batch: features, outputs included.
+      step: `[]`, for schedules.
+      dropout_key: of the student's decoder; None for no dropout.
+    """
+    raise NotImplementedError
+
+  # T5X's protocol, on the student.
+
+  def get_initial_variables(self, rng, input_shapes, input_types=None):
+    """See `types.TransformerModel.get_initial_variables`."""
+    return self.student.get_initial_variables(rng, input_shapes, input_types)
+
+  def loss_fn(self, params, batch, dropout_rng):
+    """Returns the cross-entropy on the data, as `BaseTransformerModel`."""
+    return self.student.loss_fn(params, batch, dropout_rng)
+
+  def eval_fn(self, params, batch):
+    """See `BaseTransformerModel.eval_fn`."""
+    return self.student.eval_fn(params, batch)
+
+  def predict_batch(self, params, batch, rng=None):
+    """See `BaseTransformerModel.predict_batch`."""
+    return self.student.predict_batch(params, batch, rng)
+
+  def predict_batch_with_aux(self, params, batch, rng=None, **options):
+    """See `BaseTransformerModel.predict_batch_with_aux`."""
+    return self.student.predict_batch_with_aux(params, batch, rng, **options)
+
+  def score_batch(self, params, batch):
+    """See `BaseTransformerModel.score_batch`."""
+    return self.student.score_batch(params, batch)
+
+
+def check_fraction(name: str, value: Any, setting: str) -> None:
+  """Raises a ValueError for a number outside of [0, 1]; schedules pass."""
+  if isinstance(value, (int, float)) and not 0 <= value <= 1:
+    raise ValueError(f"expected {name} in [0, 1], got {value}; set {setting}")
+
+
+def check_temperature(name: str, value: float) -> None:
+  """Raises a ValueError for a temperature of a loss that is not above 0."""
+  if value <= 0:
+    raise ValueError(
+      f"expected a {name} above 0, got {value}; set {name.upper()}"
+    )
+
+
+def check_pair(
+  teacher: types.TransformerModel, student: types.TransformerModel
+) -> None:
+  """Raises a ValueError unless teacher and student fit each other."""
+  kinds = teacher.FEATURE_CONVERTER_CLS, student.FEATURE_CONVERTER_CLS
+  if kinds[0] != kinds[1]:
+    raise ValueError(
+      "expected teacher and student that read the same features, got those of"
+      f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
+      " TEACHER_MODEL"
+    )
+  sizes = teacher.config.vocab_size, student.config.vocab_size
+  if sizes[0] != sizes[1]:
+    raise ValueError(
+      "expected teacher and student with one vocabulary, got vocab_size"
+      f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
+    )
+  real = teacher.num_real_tokens, student.num_real_tokens
+  if real[0] != real[1]:
+    raise ValueError(
+      "expected teacher and student with the same num_real_tokens, got"
+      f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
+    )

@@ -1,0 +1,66 @@
+"""A `jax.profiler` trace of a few training steps."""
+
+from typing import Any
+
+import jax
+
+
+class Profiler:
+  """Traces the steps of `PROFILE_STEPS` into a run's folder.
+
+  A context manager; the trace is written when its last step is done, or when the
+  run ends before it. TensorBoard's profile plugin and Perfetto show it, with the
+  step's parts as named scopes: sample, teacher, student, loss, update. Of several
+  processes each traces its own devices.
+
+  Args:
+    model_dir: of the run; the trace is in `plugins/profile` there.
+    steps: (first, last), counted from 1 as in the log; None traces nothing.
+
+  Raises:
+    ValueError: steps that are not two ascending numbers of at least 1.
+  """
+
+  def __init__(self, model_dir: str, steps: tuple[int, int] | None):
+    if steps is not None and not (
+      len(steps) == 2 and 1 <= steps[0] <= steps[1]
+    ):
+      raise ValueError(
+        "expected the first and the last step of a profile, such as (10, 13),"
+        f" got {steps}; set PROFILE_STEPS"
+      )
+    self._model_dir = model_dir
+    self._steps = steps
+    self._tracing = False
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *_):
+    self._stop()
+
+  def before(self, step: int) -> None:
+    """Starts the trace before its first step.
+
+    Args:
+      step: steps done so far.
+    """
+    if self._steps and not self._tracing and step + 1 == self._steps[0]:
+      jax.profiler.start_trace(self._model_dir)
+      self._tracing = True
+
+  def after(self, step: int, outputs: Any) -> None:
+    """Writes the trace after its last step.
+
+    Args:
+      step: steps done before this one.
+      outputs: arrays of the step, which is waited for.
+    """
+    if self._tracing and step + 1 == self._steps[1]:
+      jax.block_until_ready(outputs)
+      self._stop()
+
+  def _stop(self):
+    if self._tracing:
+      jax.profiler.stop_trace()
+      self._tracing = False

@@ -1,0 +1,111 @@
+"""What a run is made of before anything is allocated: mesh, shapes, the step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from gkd_jax import optimizers, partitioning
+from gkd_jax.training import settings, train_state, trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run's mesh, abstract arrays and compiled step.
+
+  Attributes:
+    mesh: see `partitioning.make_mesh`.
+    input_shapes: shapes that parameters are drawn with.
+    state: abstract `TrainState` with shardings.
+    teacher: the teacher's abstract parameters with shardings; {} without one.
+    step: `(state, teacher_params, batch, source=...) -> (state, metrics)`.
+    put: places a process's rows of a batch for `step`.
+  """
+
+  mesh: jax.sharding.Mesh
+  input_shapes: dict[str, tuple[int, int]]
+  state: Any
+  teacher: Any
+  step: Callable[..., Any]
+  put: Callable[..., Any]
+
+
+def build(
+  model: Any,
+  optimizer: optimizers.Optimizer,
+  dataset: settings.DatasetConfig,
+  partitioner: settings.PartitionerConfig,
+  *,
+  seed: int = 0,
+  devices: Sequence[Any] | None = None,
+) -> Run:
+  """Builds a run for these devices, which need not be there.
+
+  Args:
+    model: see `train.train`.
+    optimizer: see `optimizers.Optimizer`.
+    dataset: lengths and batch size are read.
+    partitioner: see `settings.PartitionerConfig`.
+    seed: of everything random.
+    devices: all of this machine by default.
+
+  Raises:
+    ValueError: settings that do not fit each other or the devices.
+  """
+  mesh = partitioning.make_mesh(
+    partitioner.num_partitions, devices, partitioner.num_slices
+  )
+  _check(dataset.batch_size, partitioner, mesh)
+  shapes = partitioning.input_shapes(dataset.task_feature_lengths)
+  rules = partitioning.parameter_rules(partitioner.shard_params_over_data)
+  state, shardings = train_state.abstract_state(
+    model.student, optimizer, shapes, mesh, rules
+  )
+  teacher = {}
+  if model.teacher is not None:
+    teacher = partitioning.with_shardings(
+      *partitioning.abstract_params(model.teacher, shapes, mesh, rules)
+    )
+  step = functools.partial(
+    trainer.train_step,
+    model=model,
+    optimizer=optimizer,
+    seed=seed,
+    num_microbatches=partitioner.num_microbatches,
+  )
+  if partitioner.executor == "pmap":
+    step, put = trainer.pmap_step(step), dict
+  else:
+    step = trainer.jit_step(step, mesh, shardings)
+    put = functools.partial(partitioning.put_batch, mesh=mesh)
+  return Run(
+    mesh,
+    shapes,
+    partitioning.with_shardings(state, shardings),
+    teacher,
+    step,
+    put,
+  )
+
+
+def _check(batch_size, partitioner, mesh):
+  """Raises a ValueError for a batch that the mesh or executor cannot take."""
+  executor, parts = partitioner.executor, partitioner.num_microbatches
+  data_axis = partitioning.row_shards(mesh)
+  if batch_size % (data_axis * parts):
+    raise ValueError(
+      f"expected BATCH_SIZE to be a multiple of {data_axis * parts}"
+      f" ({data_axis} data-parallel devices x {parts} microbatches),"
+      f" got {batch_size}; set BATCH_SIZE"
+    )
+  if executor not in ("jit", "pmap"):
+    raise ValueError(
+      f"expected an executor 'jit' or 'pmap', got {executor!r}; set EXECUTOR"
+    )
+  if executor == "pmap" and jax.process_count() > 1:
+    raise ValueError(
+      f"expected one process under pmap, got {jax.process_count()};"
+      " set EXECUTOR = 'jit'"
+    )
