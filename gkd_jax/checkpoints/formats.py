@@ -102,8 +102,8 @@ def open_params(
 ) -> dict[str, stored_arrays.StoredArray]:
   """Lists the parameters at `path` under our names, without reading them.
 
-  Of a checkpoint only the parameters are listed, not the optimizer. Scanned
-  layers, T5X's and ours, are split.
+  Only the parameters of a checkpoint are listed, not its optimizer state.
+  Scanned layers, T5X's and ours, are split.
 
   Args:
     path: a folder or a file, local or `gs://`.
@@ -113,8 +113,8 @@ def open_params(
     Parameter path, joined by "/", to array.
 
   Raises:
-    ValueError: if `path` holds none of the formats, or is damaged. Reading an
-      array raises it, too.
+    ValueError: if the checkpoint has none of the formats, or is damaged; also
+      raised when an array is read.
   """
   found = find(path, setting=setting)
   return t5x.split_scanned(

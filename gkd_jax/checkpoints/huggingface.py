@@ -237,16 +237,15 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
 def open_folder(
   folder: epath.Path, *, setting: str
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Lists a folder's parameters under our names; they are read later.
+  """Lists a folder's parameters under our names, without reading them.
 
   Args:
     folder: with `config.json` and safetensors.
     setting: what the user set the path with, for the messages.
 
   Raises:
-    ValueError: if the folder has other weights than safetensors, lacks a file,
-      or has parameters that are unmapped, missing, duplicated or of a wrong
-      shape: all of them are listed.
+    ValueError: if the folder has no safetensors or lacks a file, or lists all
+      parameters that are unmapped, missing, duplicated or of a wrong shape.
   """
   fields = _fields(folder, setting)
   config = _config(fields, folder, setting)

@@ -61,7 +61,7 @@ def orbax_arrays(
     Path in `tree`, joined by "/", to array.
 
   Raises:
-    ValueError: if the checkpoint is damaged; reading an array raises it, too.
+    ValueError: if the checkpoint is damaged; also raised when an array is read.
   """
   item = folder / "state"
   with errors.whole(folder, remedy):

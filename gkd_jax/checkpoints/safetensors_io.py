@@ -68,7 +68,7 @@ def save_safetensors(
     path: the folder to write.
     params: nested dict of arrays or `StoredArray`s.
     config: JSON-able network configuration.
-    dtype: what floating-point arrays are converted to; None keeps theirs.
+    dtype: dtype of the stored floating-point arrays; None keeps theirs.
 
   Raises:
     ValueError: if a parameter's name holds "/", or `config` is not JSON-able.
@@ -93,13 +93,13 @@ def write_file(
   arrays: Mapping[str, stored_arrays.StoredArray],
   metadata: Mapping[str, str],
 ) -> None:
-  """Writes one safetensors file, holding one array in memory at a time.
+  """Writes a safetensors file, with one array in memory at a time.
 
   Args:
     file: path of the file.
-    arrays: name to array; they are read in this order, wide dtypes first, so
-      that each begins at a multiple of its item size.
-    metadata: text to text, kept in the header.
+    arrays: name to array, written in this order but wide dtypes first, so that
+      each starts at a multiple of its item size.
+    metadata: text to text, stored in the header.
 
   Raises:
     ValueError: if the format has no name for an array's dtype.
@@ -125,7 +125,7 @@ def write_file(
     f.write(len(text).to_bytes(8, "little"))
     f.write(text)
     for _, array in ordered:
-      # The format stores the buffer as it lies: it has to be row-major.
+      # Row-major, as the format requires.
       flat = np.ascontiguousarray(array.read()).reshape(-1).view(np.uint8)
       for start in range(0, flat.size, _BLOCK_BYTES):
         f.write(flat[start : start + _BLOCK_BYTES].tobytes())
@@ -134,15 +134,15 @@ def write_file(
 def open_file(
   file: os.PathLike[str] | str, *, setting: str
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Lists the arrays of one safetensors file; they are read later.
+  """Lists the arrays of one safetensors file, without reading them.
 
   Args:
     file: path of the file.
     setting: what the user set the path with, for the messages.
 
   Raises:
-    ValueError: if the file is truncated or is not in the format; reading an
-      array raises it, too, if the file changed meanwhile.
+    ValueError: if the file is truncated or has another format; also raised when
+      an array is read, if the file has changed.
   """
   file = epath.Path(file)
   try:

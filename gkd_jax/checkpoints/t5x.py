@@ -52,7 +52,7 @@ def open_legacy(
     Path below `target`, joined by "/", to array.
 
   Raises:
-    ValueError: if the checkpoint is damaged; reading an array raises it, too.
+    ValueError: if the checkpoint is damaged; also raised when an array is read.
   """
   with errors.whole(folder, remedy):
     content = flax.serialization.msgpack_restore(
