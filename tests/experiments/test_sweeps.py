@@ -1,9 +1,11 @@
 """Grids: which cells there are, their settings, and one from end to end."""
 
 import csv
+import os
 import pathlib
+import subprocess
+import sys
 
-import command_line
 import pytest
 import sweep_folders
 
@@ -235,6 +237,16 @@ def _built_by(arguments):
 
 
 def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
+  def gkd(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "gkd_jax.main", *arguments],
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      check=False,
+    )
+
   command = (
     "sweep",
     "--gin_file=experiments/smoke_teacher.gin",
@@ -244,7 +256,7 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
     "--gin.EVAL_NUM_EXAMPLES=8",
     "--gin.FINAL_EVAL_SPLIT='validation'",
   )
-  done = command_line.gkd(*command, cwd=tmp_path)
+  done = gkd(*command)
   assert done.returncode == 0, done.stdout + done.stderr
   cell = tmp_path / "grid" / "train" / "BATCH-SIZE-8_seed0"
   assert (cell / "checkpoint_2").is_dir()
@@ -252,12 +264,10 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
     (row,) = csv.DictReader(f)
   assert row["BATCH_SIZE"] == "8" and row["steps"] == "2"
   written = (cell / "final.json").stat().st_mtime_ns
-  again = command_line.gkd(*command, cwd=tmp_path)
+  again = gkd(*command)
   assert "1 of 1 cells are finished already" in again.stdout
   assert (cell / "final.json").stat().st_mtime_ns == written
-  report = command_line.gkd(
-    "report", "--output_path=page", "grid", cwd=tmp_path
-  )
+  report = gkd("report", "--output_path=page", "grid")
   assert report.returncode == 0, report.stderr
   assert "greedy answer_accuracy" in report.stdout
   assert (tmp_path / "page" / "index.html").exists()
