@@ -37,14 +37,13 @@ def test_a_command_that_is_shown_makes_its_report(path):
   assert flags["title"] == report["title"]
   gin_utils.parse(flags["gin_file"], flags["gin_bindings"], [])
   found = gin_utils.bindings(train.train, precompile.SETTINGS)
-  searched = ("num_microbatches", "shard_params_over_data")
-  for name in (
-    *("batch_size", "task_feature_lengths"),
-    *(searched if mode == "precompile" else ()),
-  ):
-    assert found[name] == report[name], name
+  dataset, partitioner = found["dataset"], found["partitioner"]
+  for name in ("batch_size", "task_feature_lengths"):
+    assert getattr(dataset, name) == report[name], name
   if mode == "precompile":
-    assert found["num_partitions"] == report["mesh"]["model"]
+    for name in ("num_microbatches", "shard_params_over_data"):
+      assert getattr(partitioner, name) == report[name], name
+    assert partitioner.num_partitions == report["mesh"]["model"]
     asked = flags["phases"].split(",") if "phases" in flags else None
     phases = precompile.chosen_phases(found["model"], asked, "jit")
     assert list(phases) == list(report["phases"])
