@@ -108,7 +108,9 @@ def train(
     evaluator = make_evaluator(num_examples=evaluation.num_examples)
     scores: dict[str, float] = {}
     with (
-      training.TrainLog(model_dir, start, train_steps) as log,
+      training.TrainLog(
+        model_dir, start, train_steps, wandb_project=logging.wandb_project
+      ) as log,
       training.Profiler(model_dir, logging.profile_steps) as profiler,
       training.StopSignal() as stop,
     ):
