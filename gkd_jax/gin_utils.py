@@ -1,4 +1,4 @@
-"""Finding, parsing and checking gin files."""
+"""Finds, parses and checks gin files."""
 
 import copy
 import difflib
@@ -18,7 +18,7 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
 def shipped_gin() -> str:
-  """The folder of shipped gin files, in an install or in a checkout."""
+  """Returns the folder of shipped gin files, installed or in a checkout."""
   inside = os.path.join(_PACKAGE, "gin")
   return (
     inside if os.path.isdir(inside) else os.path.join(_PACKAGE, "..", "gin")
@@ -49,7 +49,8 @@ def parse(
       lambda path: files.absolute(path).is_file(),
     )
   ]
-  folders = [os.getcwd(), *search_paths, shipped_gin()]
+  expanded = map(os.path.expanduser, search_paths)
+  folders = [os.getcwd(), *expanded, shipped_gin()]
   for folder in reversed(folders):
     gin.add_config_file_search_path(folder)
   gin_files = [os.path.expanduser(name) for name in gin_files]
@@ -112,22 +113,22 @@ def _find(name: str, folders: Sequence[str]) -> str | None:
 
 
 def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
-  """What the configuration binds to some of a function's arguments.
+  """Returns the configured values of some of a function's arguments.
 
-  The other arguments are not built, and so their macros need no values.
+  The other arguments are not built, so that their macros need no values.
 
   Args:
     function: such as `train.train`.
-    names: arguments; those that are not bound are left out.
+    names: of the arguments; unbound ones are left out.
 
   Raises:
-    ValueError: one of the arguments has no value, and must have one.
+    ValueError: if a required argument has no value.
   """
   bound = gin.get_bindings(function, resolve_references=False)
-  # Gin's references are built when they are copied, as `get_bindings` does too.
+  # Copying builds gin's references, as in `get_bindings`.
   try:
     found = copy.deepcopy({k: v for k, v in bound.items() if k in names})
-  except Exception as error:  # of what was built without its settings
+  except Exception as error:  # raised by what lacks its settings
     missing = _without_value() - {
       str(v)[1:] for k, v in bound.items() if k not in names
     }
@@ -157,7 +158,7 @@ def save():
     folder = gin.query_parameter("%MODEL_DIR")
   except ValueError:
     return  # `train` was bound without the macro
-  # `gin.REQUIRED` is no folder; `train` will say that it is missing.
+  # `train` raises an error for `gin.REQUIRED`.
   if isinstance(folder, str) and folder:
     files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
 

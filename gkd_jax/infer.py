@@ -1,9 +1,9 @@
-"""Batch prediction and evaluation from a checkpoint."""
+"""Decodes and evaluates from a checkpoint: `gkd infer` and `gkd eval`."""
 
-import functools
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,78 +13,101 @@ from gkd_jax.evaluation import evaluate, measurements, teacher_data
 from gkd_jax.tasks import text_metrics
 
 
-def infer(
-  model: Any,
-  *,
-  checkpoint_path: str,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
-  output_path: str,
-  mixture_or_task_module: str | None = None,
-  split: str = "test",
-  batch_size: int = 256,
-  num_examples: int | None = None,
-  temperature: float = 0.0,
-  use_cached_tasks: bool = False,
-  seed: int = 0,
-  shards: evaluation.Shards | None = None,
-) -> None:
-  """Decodes a split of a task and writes the outputs, unscored.
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+  """What to decode: a split of a task, with the model of a checkpoint.
 
-  Args:
-    model: the model, or a `GKDModel`, whose student is used.
+  Attributes:
+    model: the model, or a `GKDModel`, whose student decodes.
     checkpoint_path: see `checkpoints.load_params`.
     mixture_or_task_name: seqio task or mixture.
     task_feature_lengths: seqio feature to length in tokens.
-    output_path: file of lines `{"inputs", "prediction", "score"}`: texts as the
-      vocabulary decodes them, and the output's log-prob in nats, summed over
-      its tokens. With `shards`, prefix of theirs.
     mixture_or_task_module: Python module that registers the task.
     split: name of the split.
     batch_size: rows decoded at a time.
-    num_examples: at most so many of each task, None for all.
-    temperature: 0 is greedy, or as the model's `decode_fn` has it.
+    num_examples: maximum number of examples of each task, None for all.
+    temperature: 0 decodes greedily, or with the model's `decode_fn`.
     use_cached_tasks: read seqio's cache.
     seed: of sampling.
-    shards: write TFRecord shards, resumably, in place of JSONL: data to train
-      on (`teacher_data`).
+  """
+
+  model: Any
+  checkpoint_path: str
+  mixture_or_task_name: str
+  task_feature_lengths: Mapping[str, int]
+  mixture_or_task_module: str | None = None
+  split: str = "test"
+  batch_size: int = 256
+  num_examples: int | None = None
+  temperature: float = 0.0
+  use_cached_tasks: bool = False
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.temperature < 0:
+      raise ValueError(
+        f"expected a temperature of at least 0, got {self.temperature};"
+        " set SAMPLING_TEMPERATURE"
+      )
+
+  def load_task(self) -> Any:
+    """Returns the seqio task or mixture."""
+    return data.load_task(
+      self.mixture_or_task_name, self.mixture_or_task_module
+    )
+
+  def load_params(self) -> Any:
+    """Reads the parameters into host memory, in the network's dtypes."""
+    return checkpoints.load_params(
+      self.checkpoint_path,
+      setting="CHECKPOINT_PATH",
+      like=partitioning.host_params(self.model.student),
+    )
+
+
+def infer(
+  settings: DecodeSettings,
+  *,
+  output_path: str,
+  shards: evaluation.Shards | None = None,
+) -> None:
+  """Decodes a split of a task and writes the outputs, without scoring them.
+
+  Args:
+    settings: what to decode.
+    output_path: file of JSON lines `{"inputs", "prediction", "score"}`: texts
+      decoded by the vocabulary, and the log-prob of the output in nats, summed
+      over its tokens. With `shards`, the prefix of their paths.
+    shards: write TFRecord shards to train on instead (see `teacher_data`); an
+      interrupted call is continued by the next.
 
   Raises:
-    ValueError: a wrong setting.
+    ValueError: if a setting is wrong.
   """
+  output_path = os.fspath(files.absolute(output_path))
   if shards is not None:
-    _check_prefix(output_path)
-    _check_temperature(temperature)
-    output_path = os.fspath(files.absolute(output_path))
+    if output_path.endswith(".jsonl"):
+      raise ValueError(
+        f"expected a prefix of shards, got the name of a file {output_path!r};"
+        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+      )
     total = teacher_data.write(
-      model.student,
-      _load(model.student, checkpoint_path),
-      data.load_task(mixture_or_task_name, mixture_or_task_module),
-      task_feature_lengths,
+      settings.model.student,
+      settings.load_params(),
+      settings.load_task(),
+      settings.task_feature_lengths,
       output_path,
       shards,
-      split=split,
-      batch_size=batch_size,
-      num_examples=num_examples,
-      temperature=temperature,
-      use_cached=use_cached_tasks,
-      seed=seed,
+      split=settings.split,
+      batch_size=settings.batch_size,
+      num_examples=settings.num_examples,
+      temperature=settings.temperature,
+      use_cached=settings.use_cached_tasks,
+      seed=settings.seed,
     )
     print(f"outputs for {total:,} examples are in {output_path}", flush=True)
     return
-  _, results = _predict(
-    model,
-    checkpoint_path,
-    mixture_or_task_name,
-    mixture_or_task_module,
-    task_feature_lengths,
-    split=split,
-    batch_size=batch_size,
-    num_examples=num_examples,
-    use_cached=use_cached_tasks,
-    temperature=temperature,
-    seed=seed,
-  )
+  results = _Decoder(settings).predict(settings.seed)
   rows = [
     {"inputs": text, "prediction": output, "score": score}
     for result in results.values()
@@ -92,139 +115,117 @@ def infer(
       result.inputs, result.outputs, result.scores, strict=True
     )
   ]
-  _write(output_path, rows)
+  if jax.process_index() == 0:
+    files.write_json_lines(output_path, rows)
   print(f"wrote {len(rows):,} outputs to {output_path}", flush=True)
 
 
 def evaluate_checkpoint(
-  model: Any,
+  settings: DecodeSettings,
   *,
-  checkpoint_path: str,
-  mixture_or_task_name: str,
-  task_feature_lengths: Mapping[str, int],
   eval_output_dir: str,
-  mixture_or_task_module: str | None = None,
-  split: str = "validation",
-  batch_size: int = 256,
-  num_examples: int | None = None,
-  temperature: float = 0.0,
-  use_cached_tasks: bool = False,
-  seed: int = 0,
   num_samples: int = 1,
   instruments: bool = False,
   teacher_checkpoint_path: str | None = None,
 ) -> Mapping[str, float]:
   """Decodes a split and scores it with the task's metrics.
 
-  Writes `EVAL_OUTPUT_DIR/metrics.json` and `predictions.jsonl`: input, target
-  and prediction as the metrics saw them, the prediction's log-prob, and
-  `statistics`, what the example adds to each metric (`comparisons` reads them).
-  With several samples the first is the prediction, `samples` holds all, and the
-  statistics are their means, so that runs of other numbers can be compared. With
-  `instruments` also `by_position.json`.
+  Writes into `eval_output_dir`:
+    metrics.json: the returned metrics.
+    predictions.jsonl: for each example input, target and prediction as the
+      metrics receive them, the log-prob of the prediction in nats, and
+      `statistics`, the terms that the example adds to each metric (read by
+      `compare`). With several samples the first one is the prediction,
+      `samples` has all, and the statistics are their means, so that runs with
+      different numbers of samples can be compared.
+    by_position.json: with `instruments`, see `measurements.measure`.
 
   Args:
-    model: the model, or a `GKDModel`, whose student is used.
-    checkpoint_path: see `checkpoints.load_params`.
-    mixture_or_task_name: seqio task or mixture.
-    task_feature_lengths: seqio feature to length in tokens.
+    settings: what to decode.
     eval_output_dir: folder for the results.
-    mixture_or_task_module: Python module that registers the task.
-    split: name of the split.
-    batch_size: rows decoded at a time.
-    num_examples: at most so many of each task, None for all.
-    temperature: 0 is greedy, or as the model's `decode_fn` has it.
-    use_cached_tasks: read seqio's cache.
-    seed: of sampling.
-    num_samples: outputs for each input, drawn independently. The metrics are
-      then those of all outputs together, and `self_bleu` says how alike the
-      outputs of an input are (`text_metrics.self_bleu`).
-    instruments: measure calibration, and with a `GKDModel` the distance to its
-      teacher; see `measurements.measure`.
-    teacher_checkpoint_path: of the instruments; see `checkpoints.load_params`.
+    num_samples: independent samples for each input. The metrics are computed
+      over all samples, and `self_bleu` measures how similar the samples of an
+      input are (`text_metrics.self_bleu`).
+    instruments: measure calibration, and with a `GKDModel` the divergence from
+      its teacher; see `measurements.measure`.
+    teacher_checkpoint_path: the teacher's parameters for these; see
+      `checkpoints.load_params`.
 
   Returns:
-    The metrics, those of seqio's `metric_fns`, and what else was asked for.
+    Name to value: the task's metrics, and the other measurements asked for.
+
+  Raises:
+    ValueError: if a setting is wrong.
   """
   if num_samples < 1:
     raise ValueError(
       f"expected at least 1 sample, got {num_samples}; set NUM_SAMPLES"
     )
-  run, results = _predict(
-    model,
-    checkpoint_path,
-    mixture_or_task_name,
-    mixture_or_task_module,
-    task_feature_lengths,
-    split=split,
-    batch_size=batch_size,
-    num_examples=num_examples,
-    use_cached=use_cached_tasks,
-    temperature=temperature,
-    seed=seed,
-  )
-  samples = [results, *map(run.predict, _more_seeds(seed, num_samples))]
-  scores, rows = _scores_and_rows(run.evaluator, samples)
-  write = functools.partial(_write_in, eval_output_dir)
-  write("predictions.jsonl", rows)
+  model, seed = settings.model, settings.seed
+  decoder = _Decoder(settings)
+  samples = [
+    decoder.predict(x) for x in (seed, *_more_seeds(seed, num_samples))
+  ]
+  scores, rows = _scores_and_rows(decoder.evaluator, samples)
+  tables = None
   if instruments:
     teacher_params = None
     if model.teacher is not None:
       teacher_params = measurements.load_teacher(
-        model, teacher_checkpoint_path, run.mesh
+        model, teacher_checkpoint_path, decoder.mesh
       )
     measured, tables = measurements.measure(
-      run.evaluator, run.mesh, model, run.params, teacher_params, seed=seed
+      decoder.evaluator,
+      decoder.mesh,
+      model,
+      decoder.params,
+      teacher_params,
+      seed=seed,
     )
     scores |= measured
-    write("by_position.json", [tables])
-  write("metrics.json", [scores])
+  if jax.process_index() == 0:
+    folder = files.absolute(eval_output_dir)
+    files.write_json_lines(folder / "predictions.jsonl", rows)
+    if tables is not None:
+      files.write_json(folder / "by_position.json", tables, indent=None)
+    files.write_json(folder / "metrics.json", scores, indent=None)
   shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
-  print(f"{len(rows):,} examples of {split}: {shown}", flush=True)
+  print(f"{len(rows):,} examples of {settings.split}: {shown}", flush=True)
   return scores
 
 
-def _predict(
-  model, checkpoint_path, name, module, lengths, *, temperature, seed, **options
-):
-  """The evaluator of a split, and the model's outputs on it."""
-  _check_temperature(temperature)
-  mesh = partitioning.make_mesh()
-  evaluator = evaluation.Evaluator(
-    data.load_task(name, module),
-    lengths,
-    mesh=mesh,
-    converter=model.student.FEATURE_CONVERTER_CLS,
-    **options,
-  )
-  params = jax.device_put(
-    _load(model.student, checkpoint_path), partitioning.replicated(mesh)
-  )
-  options = {"temperature": temperature} if temperature else None
-  predict = lambda seed: evaluator.predict(
-    model.student, params, seed=seed, decoder_params=options
-  )
-  return _Run(evaluator, params, mesh, predict), predict(seed)
+class _Decoder:
+  """The evaluator of a split, and the parameters on its mesh."""
 
+  def __init__(self, settings: DecodeSettings):
+    self._settings = settings
+    self.mesh = partitioning.make_mesh()
+    self.evaluator = evaluation.Evaluator(
+      settings.load_task(),
+      settings.task_feature_lengths,
+      settings.batch_size,
+      self.mesh,
+      converter=settings.model.student.FEATURE_CONVERTER_CLS,
+      split=settings.split,
+      num_examples=settings.num_examples,
+      use_cached=settings.use_cached_tasks,
+    )
+    self.params = jax.device_put(
+      settings.load_params(), partitioning.replicated(self.mesh)
+    )
 
-def _load(model, path):
-  """Parameters on the host, in the types of the network."""
-  return checkpoints.load_params(
-    path, setting="CHECKPOINT_PATH", like=partitioning.host_params(model)
-  )
-
-
-class _Run(NamedTuple):
-  """What decoded a split, to go on with: `predict` takes another seed."""
-
-  evaluator: evaluation.Evaluator
-  params: Any
-  mesh: Any
-  predict: Callable[[int], Mapping[str, evaluate.Predictions]]
+  def predict(self, seed: int) -> Mapping[str, evaluate.Predictions]:
+    temperature = self._settings.temperature
+    return self.evaluator.predict(
+      self._settings.model.student,
+      self.params,
+      seed=seed,
+      decoder_params={"temperature": temperature} if temperature else None,
+    )
 
 
 def _more_seeds(seed: int, number: int) -> list[int]:
-  """Seeds of the second to the last sample, of a stream of this seed's own."""
+  """Returns the seeds of the second to the last sample."""
   return [
     int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
     for i in range(1, number)
@@ -232,7 +233,7 @@ def _more_seeds(seed: int, number: int) -> list[int]:
 
 
 def _scores_and_rows(evaluator, samples):
-  """The metrics, and `predictions.jsonl`, of one or more outputs each."""
+  """Returns the metrics, and the rows of `predictions.jsonl`."""
   pooled = {
     name: evaluate.pool([sample[name] for sample in samples])
     for name in samples[0]
@@ -263,30 +264,3 @@ def _scores_and_rows(evaluator, samples):
       }
       rows.append(row)
   return scores, rows
-
-
-def _write_in(folder: str, name: str, rows: Sequence[Mapping[str, Any]]):
-  _write(os.path.join(folder, name), rows)
-
-
-def _check_prefix(path):
-  if path.endswith(".jsonl"):
-    raise ValueError(
-      f"expected a prefix of shards, got the name of a file {path!r};"
-      " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
-    )
-
-
-def _check_temperature(temperature):
-  if temperature < 0:
-    raise ValueError(
-      f"expected a temperature of at least 0, got {temperature};"
-      " set SAMPLING_TEMPERATURE"
-    )
-
-
-def _write(path: str, rows: Sequence[Mapping[str, Any]]):
-  """One line of JSON for each row; complete or not there at all."""
-  if jax.process_index():
-    return
-  files.write_json_lines(path, rows)

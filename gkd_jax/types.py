@@ -300,12 +300,12 @@ class Reward(Protocol):
 
 
 class Divergence(Protocol):
-  """A divergence D(p ‖ q) between two next-token laws, position by position."""
+  """A divergence D(p ‖ q) between two next-token distributions, by position."""
 
   def __call__(
     self, teacher_log_probs: jax.Array, student_log_probs: jax.Array, /
   ) -> jax.Array:
-    """Measures how far the student's law is from the teacher's.
+    """Returns the divergence of the student from the teacher.
 
     Args:
       teacher_log_probs: `[..., V]` log p, normalised, in nats.

@@ -1,8 +1,8 @@
 """Tasks whose train split is a teacher's outputs in shards (`teacher_shards`).
 
-Token ids go through as they are: the inputs tokenized as the original task
-does, the targets as the teacher wrote them, and its stored laws, if any, beside
-them. All other splits, and the metrics, are the original task's.
+Token ids are not changed: inputs are tokenized as in the original task, targets
+are what the teacher wrote, with its top-k log-probs if they are stored. All
+other splits and the metrics are those of the original task.
 """
 
 import functools
@@ -17,7 +17,7 @@ from gkd_jax.tasks import teacher_outputs, teacher_shards
 
 
 class ShardsSource(seqio.DataSource):
-  """Train from shards; the other splits as the original task's source has them."""
+  """Train split from shards; the other splits from the original task's source."""
 
   def __init__(self, prefix: str, original_task: str):
     """Makes the source; no file is read yet.

@@ -1,20 +1,21 @@
 """The files of a teacher's outputs: TFRecord shards and their manifest.
 
-`PREFIX-00000-of-00008` and so on hold one `tf.train.Example` for each output;
-`PREFIX-manifest.json` says how they were made. A file is whole or not there.
+`PREFIX-00000-of-00008` etc. contain one `tf.train.Example` per output, and
+`PREFIX-manifest.json` the settings they were made with. Files are written whole
+or not at all, on a local disk or in a bucket.
 
-| feature                | holds                                             |
+| feature                | content                                           |
 |------------------------|---------------------------------------------------|
 | `inputs`, `targets`    | token ids as the teacher read and wrote them; an  |
-|                        | output that was cut at the length has no EOS      |
-| `*_pretokenized`       | their texts, as the vocabularies decode them      |
+|                        | output of maximum length may have no EOS          |
+| `*_pretokenized`       | their texts, decoded by the vocabularies          |
 | `score`                | log-prob of the output in nats, or a beam's score |
-| `example_index`        | place of the example in the split                 |
-| `sample_number`        | 0 to N - 1, of the N outputs of an input          |
-| `top_k_ids`            | optional: the teacher's k likeliest tokens at     |
-|                        | each target, `[targets, k]`, raw bytes            |
-| `top_k_log_probs`      | their log-probs, and behind them that of all      |
-|                        | other tokens, `[targets, k + 1]`, raw bytes       |
+| `example_index`        | index of the example in the split                 |
+| `sample_number`        | 0 to N - 1 for the N outputs of an input          |
+| `top_k_ids`            | optional: the teacher's top k tokens at each      |
+|                        | target, `[targets, k]`, raw bytes                 |
+| `top_k_log_probs`      | their log-probs and that of all other tokens      |
+|                        | together, `[targets, k + 1]`, raw bytes           |
 """
 
 import json
@@ -30,11 +31,13 @@ FORMAT = "gkd_jax teacher outputs 1"
 _TOKENS = ("inputs", "targets")
 _TEXTS = ("inputs_pretokenized", "targets_pretokenized")
 _NUMBERS = ("example_index", "sample_number")
-_LAWS = ("top_k_ids", "top_k_log_probs")
+_TOP_K = ("top_k_ids", "top_k_log_probs")
+# The key of the manifest with the dtypes of the top-k features.
+STORAGE = "top_k_storage"
 
 
 def shard_paths(prefix: str, num_shards: int) -> list[str]:
-  """The paths of all shards.
+  """Returns the paths of all shards.
 
   >>> shard_paths("out/xsum", 2)
   ['out/xsum-00000-of-00002', 'out/xsum-00001-of-00002']
@@ -43,15 +46,15 @@ def shard_paths(prefix: str, num_shards: int) -> list[str]:
 
 
 def manifest_path(prefix: str) -> str:
-  """The path of the manifest."""
+  """Returns the path of the manifest."""
   return f"{prefix}-manifest.json"
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
-  """The manifest, or None where there is none.
+  """Reads the manifest; None if there is none.
 
   Raises:
-    ValueError: the file is something else.
+    ValueError: if the file is not a manifest.
   """
   path = manifest_path(prefix)
   if not tf.io.gfile.exists(path):
@@ -68,6 +71,9 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
       f"expected a manifest of format {FORMAT!r}, got {text[:80]!r} in {path};"
       " set the path to a prefix of shards that `gkd infer` wrote"
     )
+  # Before version 0.2 the fourth key had another name.
+  (key,) = manifest.keys() - {"format", "settings", "num_examples"}
+  manifest[STORAGE] = manifest.pop(key)
   return manifest
 
 
@@ -76,8 +82,8 @@ def write_manifest(prefix: str, manifest: Mapping[str, Any]):
 
   Args:
     prefix: of the paths; folders are made.
-    manifest: `settings`, `num_examples`, and `laws`: None, or the storage of
-      the stored laws, `{"top_k", "ids", "log_probs"}` with numpy's dtype names.
+    manifest: `settings`, `num_examples`, and `STORAGE`: None, or
+      `{"top_k", "ids", "log_probs"}`, k and the dtype names of the two features.
   """
   tf.io.gfile.makedirs(os.path.dirname(prefix) or ".")
   text = json.dumps({"format": FORMAT} | dict(manifest), indent=2)
@@ -94,8 +100,8 @@ def write_shard(path: str, records: Iterable[Mapping[str, Any]]):
 
   Args:
     path: one of `shard_paths`.
-    records: feature to value, see the table; arrays of the stored laws have the
-      dtypes of the manifest.
+    records: feature to value, see the table; the top-k arrays have the dtypes of
+      the manifest.
   """
 
   def write(temporary):
@@ -109,11 +115,11 @@ def write_shard(path: str, records: Iterable[Mapping[str, Any]]):
 def record_parser(
   manifest: Mapping[str, Any],
 ) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-  """What reads one record of the manifest's shards.
+  """Returns a parser of the records of a manifest's shards.
 
   Returns:
-    From a serialized example `[]` to its features: tokens int32, stored laws
-    int32 and float32 whatever their storage.
+    A function from a serialized example `[]` to its features: tokens and top-k
+    ids int32, log-probs float32, whatever dtypes are stored.
   """
   spec = {
     **{k: tf.io.VarLenFeature(tf.int64) for k in _TOKENS},
@@ -121,18 +127,18 @@ def record_parser(
     **{k: tf.io.FixedLenFeature([], tf.int64) for k in _NUMBERS},
     "score": tf.io.FixedLenFeature([], tf.float32),
   }
-  laws = manifest["laws"]
-  if laws:
-    spec |= {k: tf.io.FixedLenFeature([], tf.string) for k in _LAWS}
+  storage = manifest[STORAGE]
+  if storage:
+    spec |= {k: tf.io.FixedLenFeature([], tf.string) for k in _TOP_K}
 
   def parse(serialized):
     features = dict(tf.io.parse_single_example(serialized, spec))
     for name in _TOKENS:
       features[name] = tf.cast(tf.sparse.to_dense(features[name]), tf.int32)
-    if laws:
+    if storage:
       for name, stored, dtype, width in (
-        (_LAWS[0], laws["ids"], tf.int32, laws["top_k"]),
-        (_LAWS[1], laws["log_probs"], tf.float32, laws["top_k"] + 1),
+        (_TOP_K[0], storage["ids"], tf.int32, storage["top_k"]),
+        (_TOP_K[1], storage["log_probs"], tf.float32, storage["top_k"] + 1),
       ):
         flat = tf.io.decode_raw(features[name], tf.as_dtype(stored))
         features[name] = tf.cast(tf.reshape(flat, [-1, width]), dtype)
@@ -144,7 +150,7 @@ def record_parser(
 def _serialized(record):
   features = {}
   for name, value in record.items():
-    if name in _LAWS:
+    if name in _TOP_K:
       # `decode_raw` reads little-endian.
       value = np.asarray(value)
       raw = value.astype(value.dtype.newbyteorder("<")).tobytes()
@@ -166,8 +172,12 @@ def _bytes(value):
 
 
 def _whole(path: str, write: Callable[[str], None]):
-  """Writes beside the path, and gives the file its name when it is whole."""
-  # What a process left that was killed while it wrote this file.
+  """Writes a temporary file and renames it.
+
+  In a bucket too: a `TFRecordWriter` that is interrupted by an exception uploads
+  what it has.
+  """
+  # Left by a process that was killed while it wrote this file.
   for left in tf.io.gfile.glob(f"{path}.tmp-*"):
     tf.io.gfile.remove(left)
   temporary = f"{path}.tmp-{os.getpid()}"
@@ -180,19 +190,19 @@ def _whole(path: str, write: Callable[[str], None]):
 
 
 def check_shards(prefix: str) -> tuple[dict[str, Any], Sequence[str]]:
-  """The manifest and the shards, which must all be there.
+  """Returns the manifest and the paths of the shards, which all exist.
 
   Args:
     prefix: of the paths.
 
   Raises:
-    ValueError: no manifest, or a shard is missing.
+    ValueError: if there is no manifest, or a shard is missing.
   """
   manifest = read_manifest(prefix)
   if manifest is None:
     raise ValueError(
-      f"expected shards of a teacher's outputs, got {prefix!r}, beside which"
-      f" there is no {manifest_path(prefix)}; set TEACHER_DATA_PATH"
+      f"expected shards of a teacher's outputs, got {prefix!r} without"
+      f" {manifest_path(prefix)}; set TEACHER_DATA_PATH"
     )
   paths = shard_paths(prefix, manifest["settings"]["NUM_SHARDS"])
   missing = [p for p in paths if not tf.io.gfile.exists(p)]

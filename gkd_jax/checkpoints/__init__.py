@@ -1,4 +1,13 @@
-"""TODO."""
+"""Checkpoints: files to parameters and back.
+
+checkpointer    a run's `MODEL_DIR/checkpoint_<step>`, by Orbax
+formats         load_params, load_config, load_model, load_placed from any format
+parameters      names, shapes and counts of a configuration's parameters
+stored_arrays   arrays that are read lazily, cast, quantized or stacked
+orbax_arrays, safetensors_io, huggingface, t5x   one storage format each
+export          `gkd import` and `gkd export`
+errors          damaged checkpoints, and those of another model
+"""
 
 from etils import epy
 
@@ -7,7 +16,6 @@ with epy.lazy_api_imports(globals()):
     Checkpointer,
     SavableIterator,
     has_checkpoint,
-    load_placed,
     recorded_data_shards,
   )
   from gkd_jax.checkpoints.errors import (
@@ -17,6 +25,7 @@ with epy.lazy_api_imports(globals()):
     load_config,
     load_model,
     load_params,
+    load_placed,
   )
   from gkd_jax.checkpoints.safetensors_io import (
     save_safetensors,

@@ -1,17 +1,15 @@
-"""Checkpoints of a run, by Orbax.
+"""Checkpoints of a training run, by Orbax.
 
 A run writes `MODEL_DIR/checkpoint_<step>` with four items:
 
   state/    the train state: step, parameters, optimizer (Orbax, OCDBT)
-  dataset/  the data iterator, `shard_<i>-of-<n>/` for each shard of the data
+  dataset/  position of the data, `shard_<i>-of-<n>/` for each shard
   config/   `config.json`, the network configuration
-  metrics/  `metrics`, JSON, what the best checkpoint is chosen by
+  metrics/  `metrics`, JSON, for choosing the best checkpoint
 
-A checkpoint is written under a temporary name and renamed when all of it is on
-disk, and an old one is renamed away before it is deleted: what carries the
-final name is whole, wherever a kill came.
-
-The data iterator's position as an item of an Orbax checkpoint.
+A checkpoint is written under a temporary name and renamed when it is complete,
+and an old one is renamed before it is deleted: a folder with a final name is
+complete, even after a killed process.
 """
 
 import dataclasses
@@ -26,30 +24,30 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax import files, partitioning
+from gkd_jax import files
 from gkd_jax.checkpoints import errors, formats, orbax_arrays, safetensors_io
 
 
 class SavableIterator(Protocol):
-  """A data iterator that writes its position to a folder and reads it back.
+  """A data iterator that can write its position to a folder and restore it.
 
-  The folder exists, is empty, is that of all processes, and is renamed after
-  `save_state` returns: two processes must not write one file, and files must not
-  refer to it by an absolute path.
+  The folder exists, is empty, is shared by all processes, and is renamed after
+  `save_state`: two processes must not write the same file, and files must not
+  contain its absolute path.
   """
 
   def save_state(self, path: str) -> None:
-    """Writes the position, from which `next` goes on."""
+    """Writes the position."""
 
   def restore_state(self, path: str) -> None:
-    """Goes to the position that `save_state` wrote."""
+    """Restores a position that `save_state` wrote."""
 
 
 class IteratorHandler(ocp.CheckpointHandler):
-  """Lets a `SavableIterator` write into Orbax's temporary folder.
+  """Orbax's handler of a `SavableIterator`.
 
-  It is a synchronous handler, so `save` returns when the iterator has written:
-  the position on disk is that of the step, though the arrays follow later.
+  It is synchronous: `save` returns when the iterator has written its position at
+  this step, although the arrays are written later.
   """
 
   def save(self, directory: epath.Path, args: "IteratorArgs") -> None:
@@ -64,7 +62,7 @@ class IteratorHandler(ocp.CheckpointHandler):
 )
 @dataclasses.dataclass
 class IteratorArgs(ocp.args.CheckpointArgs):
-  """The iterator whose position is saved or restored."""
+  """Arguments of `IteratorHandler`: the iterator to save or restore."""
 
   iterator: SavableIterator
 
@@ -76,39 +74,13 @@ PyTree = Any
 Path = os.PathLike[str] | str
 
 
-def load_placed(
-  path: Path | None, shapes: PyTree, shardings: PyTree, *, setting: str, of: str
-) -> PyTree:
-  """Reads the parameters of a model that is not trained onto its devices.
-
-  Args:
-    path: see `load_params`.
-    shapes: nested dict of anything with a `shape` and a `dtype`.
-    shardings: of the same structure.
-    setting: what the user set the path with, for the messages.
-    of: what the model is, such as "teacher", for the message.
-
-  Returns:
-    Nested dict of `jax.Array`s of these types.
-
-  Raises:
-    ValueError: no path, or as `load_params`.
-  """
-  if not path:
-    raise ValueError(
-      f"expected a checkpoint of the {of}, got none; set {setting}"
-    )
-  like = partitioning.with_shardings(shapes, shardings)
-  return formats.load_params(path, setting=setting, like=like)
-
-
 def has_checkpoint(model_dir: Path) -> bool:
-  """Whether a run's folder holds a whole checkpoint, without opening any."""
+  """Returns whether a run's folder has a complete checkpoint."""
   return bool(formats.find_steps(files.absolute(model_dir)))
 
 
 def recorded_data_shards(model_dir: Path) -> int | None:
-  """Returns how many shards of data a run reads, from its newest checkpoint.
+  """Returns the number of data shards of a run, from its newest checkpoint.
 
   Args:
     model_dir: the run's folder.
@@ -117,7 +89,7 @@ def recorded_data_shards(model_dir: Path) -> int | None:
     The n of `dataset/shard_<i>-of-<n>/`; None before the first checkpoint.
 
   Raises:
-    ValueError: the checkpoint holds no position of the data.
+    ValueError: if the checkpoint has no position of the data.
   """
   steps = formats.find_steps(files.absolute(model_dir))
   if not steps:
@@ -135,10 +107,10 @@ def recorded_data_shards(model_dir: Path) -> int | None:
 
 
 class Checkpointer:
-  """The checkpoints of one training run, for the process that writes them.
+  """The checkpoints of a training run, for the run itself.
 
-  Opening it removes what a killed process left half written, so only the run
-  itself opens one; everybody else reads with `load_params`.
+  Opening it removes incomplete checkpoints, so other programs should read with
+  `load_params`.
   """
 
   def __init__(
@@ -151,20 +123,20 @@ class Checkpointer:
     keep_best: int = 1,
     async_save: bool = True,
   ):
-    """Opens `model_dir`, which is created if it is not there.
+    """Opens `model_dir`, which is created if it does not exist.
 
     Args:
       model_dir: the run's folder.
-      keep: how many of the newest checkpoints stay; None keeps all.
-      best_metric: name of the metric, of those given to `save`, that the best
-        checkpoints are chosen by; None keeps no best.
+      keep: number of newest checkpoints to keep; None keeps all.
+      best_metric: metric, of those given to `save`, by which the best
+        checkpoints are chosen; None keeps no best ones.
       best_mode: "max" or "min".
-      keep_best: how many of the best stay beside the newest.
-      async_save: True returns from `save` when the arrays are copied, and
-        writes in the background.
+      keep_best: number of best checkpoints to keep besides the newest.
+      async_save: whether `save` returns when the arrays are copied, and writes
+        in the background.
 
     Raises:
-      ValueError: if an argument is out of its range.
+      ValueError: if an argument is out of range.
     """
     if keep is not None and keep < 1:
       raise ValueError(f"expected keep of at least 1, got {keep}; set keep")
@@ -190,13 +162,13 @@ class Checkpointer:
     self._empty_trash()
 
   def latest_step(self) -> int | None:
-    """Returns the newest step (one being written counts), None without any."""
+    """Returns the newest step, including one being written, or None."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """Returns the step with the best metric, the later one of equals.
+    """Returns the step with the best metric, the last of equal ones.
 
-    None without a `best_metric`, or where no checkpoint has a finite one.
+    Returns None without `best_metric`, or if no checkpoint has a finite value.
     """
     if self._best_metric is None:
       return None
@@ -217,25 +189,25 @@ class Checkpointer:
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
   ) -> bool:
-    """Saves, unless there is a checkpoint of this step.
+    """Saves a checkpoint, unless there is one of this step.
 
-    It waits for the save before and for what that one replaced to be deleted.
-    When it returns, `state` may be donated and the iterator may go on. Errors
-    of the background write are raised by the next `save`, `wait` or `close`.
+    Waits for the previous save. Afterwards `state` may be donated and the
+    iterator may continue. Errors of the background write are raised by the next
+    `save`, `wait` or `close`.
 
     Args:
-      step: the step that `state` has reached.
-      state: a tree of arrays and numbers with the fields `step`, `params` and
-        `opt_state`; the teacher's parameters do not belong in it.
-      dataset_iterator: saved with it, at its present position.
-      metrics: name to value; None where none were computed at this step.
+      step: the step of `state`.
+      state: tree of arrays and numbers with the fields `step`, `params` and
+        `opt_state`, without the teacher's parameters.
+      dataset_iterator: saved at its current position.
+      metrics: name to value; None if none were computed at this step.
       config: JSON-able network configuration.
 
     Returns:
-      False if there is a checkpoint of this step, which then stays as it is.
+      False if there is a checkpoint of this step, which is not changed.
 
     Raises:
-      ValueError: if there is a newer checkpoint, or `metrics` lack
+      ValueError: if there is a newer checkpoint, or `metrics` do not contain
         `best_metric`.
     """
     newest = self.latest_step()
@@ -262,7 +234,7 @@ class Checkpointer:
     return self._manager.save(
       step,
       args=ocp.args.Composite(**items),
-      # Never None: Orbax would keep a checkpoint without metrics for ever.
+      # Not None: Orbax would never delete a checkpoint without metrics.
       metrics={name: float(value) for name, value in (metrics or {}).items()},
       force=True,
     )
@@ -273,22 +245,22 @@ class Checkpointer:
     abstract_state: PyTree,
     dataset_iterator: SavableIterator | None = None,
   ) -> PyTree:
-    """Reads the state of one step, and puts the iterator where it was.
+    """Reads the state of a step, and restores the iterator's position.
 
     Args:
       step: one of the steps in the folder.
-      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or a state:
-        the arrays take its structure, shapes, dtypes and shardings. A leaf
-        without a sharding goes to the first device.
-      dataset_iterator: is moved to the saved position.
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, or a state,
+        for structure, shapes, dtypes and shardings of the arrays. A leaf without
+        a sharding is placed on the first device.
+      dataset_iterator: moved to the saved position.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: if the step is not there, is damaged, was saved without an
-        iterator where one is asked for, or has other parameters or another
-        optimizer.
+      ValueError: if there is no checkpoint of the step, if it is damaged, was
+        saved without an iterator but one is given, or has other parameters or
+        another optimizer.
     """
     self.wait()
     folder = self._folder / f"{_PREFIX}_{step}"
@@ -325,12 +297,12 @@ class Checkpointer:
       return self._manager.restore(step, args=ocp.args.Composite(**items)).state
 
   def wait(self) -> None:
-    """Returns when the last save is on disk, or raises its error."""
+    """Waits until the last save is complete, or raises its error."""
     self._manager.wait_until_finished()
     self._empty_trash()
 
   def close(self) -> None:
-    """Waits, and ends the background threads."""
+    """Waits for the last save and ends the background threads."""
     self.wait()
     self._manager.close()
 
@@ -350,14 +322,13 @@ class Checkpointer:
         todelete_subdir=_TRASH,
         save_root_metadata=False,
         enable_async_checkpointing=async_save,
-        # The iterator writes before `save` returns, so its folder has to be
-        # there by then.
+        # The iterator writes before `save` returns, into its folder.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
     )
 
   def _score(self, metrics: Mapping[str, float]) -> float:
-    """The number, higher is better, that checkpoints are ordered by."""
+    """Returns the number by which checkpoints are ordered, higher is better."""
     value = self._sign * metrics.get(self._best_metric or "", math.nan)
     return -math.inf if math.isnan(value) else value
 
@@ -372,6 +343,6 @@ def _abstract(leaf: Any) -> Any:
     return leaf
   sharding = leaf.sharding
   if sharding is None:
-    # Orbax would take the saved sharding, whose devices may not be here.
+    # Orbax would use the saved sharding, whose devices may not exist here.
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,9 +1,9 @@
-"""What is said, in one sentence, of a checkpoint that cannot be used."""
+"""Errors about checkpoints that are damaged or do not match the model."""
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,19 +19,38 @@ def check_matches(
   setting: str,
   path: os.PathLike[str] | str,
 ) -> None:
-  """Compares names and shapes before anything is compiled.
+  """Checks names and shapes of a checkpoint before anything is compiled.
 
   Args:
-    params: tree of arrays that was read, or of their descriptions.
-    expected_shapes: tree of anything with a `shape`, as `jax.eval_shape` makes.
+    params: tree of arrays, or of anything with a `shape`.
+    expected_shapes: tree of anything with a `shape`, as from `jax.eval_shape`.
     setting: what to change, for the message.
-    path: where `params` come from, for the message.
+    path: of the checkpoint, for the message.
 
   Raises:
-    ValueError: with the first five missing, unexpected and misshapen names.
+    ValueError: with the first five missing, unexpected and wrong-shaped names.
   """
   got, expected = _shapes(params), _shapes(expected_shapes)
-  differences = {
+  found = differences(got, expected)
+  if any(found.values()):
+    raise ValueError(
+      f"expected {len(expected)} arrays of the configured model, got"
+      f" {len(got)} with other names or shapes in {os.fspath(path)}"
+      f" ({_summary(found, limit=5)}); set {setting} to a checkpoint of this"
+      " model, or configure the model that wrote it"
+    )
+
+
+def differences(
+  got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[str]]:
+  """Returns missing, unexpected and wrong-shaped names, by kind.
+
+  Args:
+    got: name to shape.
+    expected: name to shape.
+  """
+  return {
     "missing": [name for name in expected if name not in got],
     "unexpected": [name for name in got if name not in expected],
     "wrong shape": [
@@ -40,34 +59,47 @@ def check_matches(
       if name in got and got[name] != expected[name]
     ],
   }
-  if any(differences.values()):
-    listing = "; ".join(
-      f"{len(names)} {kind}: {_first(names)}"
-      for kind, names in differences.items()
-      if names
-    )
+
+
+def raise_if_any(
+  problems: Mapping[str, list[str]],
+  *,
+  expected: str,
+  setting: str,
+  path: os.PathLike[str] | str,
+) -> None:
+  """Raises an error that lists all names with a problem, if there are any.
+
+  Args:
+    problems: kind of problem to names.
+    expected: what was expected, for the message.
+    setting: what to change, for the message.
+    path: of the checkpoint, for the message.
+
+  Raises:
+    ValueError: if there is any name.
+  """
+  if any(problems.values()):
     raise ValueError(
-      f"expected {len(expected)} arrays of the configured model, got"
-      f" {len(got)} with other names or shapes in {os.fspath(path)}"
-      f" ({listing}); set {setting} to a checkpoint of this model, or"
-      " configure the model that wrote it"
+      f"expected {expected}, got {_summary(problems)} in {os.fspath(path)}; set"
+      f" {setting} to a whole checkpoint of a T5"
     )
 
 
 @contextlib.contextmanager
 def whole(folder: os.PathLike[str] | str, remedy: str) -> Iterator[None]:
-  """Turns an error in its block into one that `folder` cannot be read.
+  """Converts errors in its block to one about a damaged checkpoint.
 
-  Orbax, tensorstore and TensorFlow share no class of errors over missing,
-  truncated or damaged files: Orbax even raises a plain `Exception`. What JAX
-  raises, as when memory runs out, says nothing about the files.
+  Orbax, tensorstore and TensorFlow have no common class of errors for missing,
+  truncated or damaged files; Orbax even raises a plain `Exception`. JAX's
+  errors, such as running out of memory, are not about the files.
 
   Args:
     folder: the checkpoint that the block reads.
     remedy: what to do, for the message.
 
   Raises:
-    ValueError: instead of the error in the block.
+    ValueError: instead of an error in the block.
   """
   try:
     yield
@@ -83,14 +115,25 @@ def whole(folder: os.PathLike[str] | str, remedy: str) -> Iterator[None]:
 
 
 def listing(folder: os.PathLike[str] | str) -> str:
-  """Returns the first names in a folder that may not be there."""
+  """Returns the first names in a folder, which may not exist."""
   place = epath.Path(folder)
   names = sorted(p.name for p in place.iterdir()) if place.exists() else []
   return _first(names) if names else "nothing"
 
 
-def _first(names: list[str], limit: int = 5) -> str:
-  return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _summary(
+  problems: Mapping[str, list[str]], limit: int | None = None
+) -> str:
+  return "; ".join(
+    f"{len(names)} {kind}: {_first(names, limit)}"
+    for kind, names in problems.items()
+    if names
+  )
+
+
+def _first(names: list[str], limit: int | None = 5) -> str:
+  cut = limit is not None and len(names) > limit
+  return ", ".join(names[:limit]) + (", ..." if cut else "")
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

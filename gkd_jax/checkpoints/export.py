@@ -1,8 +1,10 @@
-"""Import and export: any checkpoint that is read, in the format that is asked.
+"""Converts checkpoints: `gkd import` and `gkd export`.
+
+Formats that are written; those that are read are listed in `formats`.
 
 gkd  a folder with `model.safetensors` and `config.json`
 t5x  `checkpoint_<step>` in T5X's Orbax layout
-hf   a folder for `transformers`, with the student's card
+hf   a folder for `transformers`, with a model card
 """
 
 import json
@@ -37,14 +39,14 @@ def import_checkpoint(
   Args:
     checkpoint_path: see `formats.open_params`.
     output_path: the folder to write.
-    dtype: what floating-point arrays are stored in; None keeps theirs.
+    dtype: dtype of the stored floating-point arrays; None keeps theirs.
 
   Returns:
-    The configuration that was read, or, for T5X's formats, which carry none,
-    inferred from the parameters.
+    The configuration. It is inferred from the parameters for T5X's formats,
+    which have none.
 
   Raises:
-    ValueError: if the checkpoint is not read, or not a T5's.
+    ValueError: if the checkpoint cannot be read, or is not a T5.
   """
   flat, config, _ = _open(checkpoint_path)
   safetensors_io.save_safetensors(
@@ -66,22 +68,23 @@ def export_checkpoint(
   extra_ids: int = 100,
   card: Callable[..., str] | None = None,
 ) -> None:
-  """Writes a checkpoint in another program's format, or in ours.
+  """Writes a checkpoint in one of `FORMATS`.
 
   Args:
     checkpoint_path: see `formats.open_params`.
     output_path: the folder to write.
-    format: of `FORMATS`.
-    dtype: what floating-point arrays are stored in; None keeps theirs.
-    vocabulary_path: for "hf", the SentencePiece model to write the tokenizer's
-      files from; None writes none.
-    extra_ids: for "hf", sentinels that the vocabulary has after its pieces.
+    format: one of `FORMATS`.
+    dtype: dtype of the stored floating-point arrays; None keeps theirs.
+    vocabulary_path: for "hf", the SentencePiece model of the tokenizer's files;
+      None writes no tokenizer.
+    extra_ids: for "hf", number of sentinels after the vocabulary's pieces.
     card: for "hf", returns the text of README.md; called with the keywords
       `name` (of the model), `num_parameters`, `model_dir` (the run's folder, or
       None) and `step` (or None). None writes no README.md.
 
   Raises:
-    ValueError: if the checkpoint is not read, or, but for "gkd", not a T5's.
+    ValueError: if the checkpoint cannot be read or, except for "gkd", is not a
+      T5.
   """
   if format not in FORMATS:
     raise ValueError(
@@ -118,7 +121,7 @@ def export_checkpoint(
 
 
 def _open(path):
-  """Parameters that fit their configuration, it, and what was found."""
+  """Returns parameters, their configuration, and `formats.Found`."""
   found = formats.find(path, setting=_SETTING)
   flat = formats.open_params(path, setting=_SETTING)
   fields = formats.load_config(path, setting=_SETTING)
@@ -131,7 +134,7 @@ def _open(path):
 
 
 def _step(checkpoint: epath.Path) -> int | None:
-  """The step in a checkpoint's name, or None for a folder without one."""
+  """Returns the step in a checkpoint's name, or None."""
   match = re.fullmatch(rf"{formats.PREFIX}_(\d+)", checkpoint.name)
   return int(match[1]) if match else None
 
@@ -151,7 +154,7 @@ def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
     texts |= _tokenizer(extra_ids)
   contents = {
     safetensors_io.WEIGHTS_FILE: lambda file: safetensors_io.write_file(
-      # transformers refuses a file that does not say what it was written for.
+      # transformers refuses a file without the program it was written for.
       file,
       theirs,
       {"format": "pt"},
@@ -177,7 +180,7 @@ def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
 
 
 def _tokenizer(extra_ids: int) -> dict[str, dict]:
-  """The files beside `spiece.model` that transformers' T5Tokenizer reads."""
+  """Returns the files that transformers' T5Tokenizer reads with spiece.model."""
   special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
   sentinels = [f"<extra_id_{i}>" for i in range(extra_ids)]
   return {
@@ -196,7 +199,7 @@ def _tokenizer(extra_ids: int) -> dict[str, dict]:
 
 
 def config_fields(config: network.T5Config) -> dict:
-  """JSON-able fields of a configuration."""
+  """Returns the fields of a configuration as JSON-able values."""
   return {
     **vars(config),
     "dtype": str(config.dtype),

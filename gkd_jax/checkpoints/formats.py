@@ -1,15 +1,15 @@
-"""Parameters and configurations from whatever a path holds.
+"""Reads parameters and configurations in any known format.
 
-  orbax        a run's MODEL_DIR, its newest `checkpoint_<step>`, or one of
-               them; ours and T5X's
+  orbax        a run's MODEL_DIR (its newest checkpoint), or one
+               `checkpoint_<step>`; ours and T5X's
   t5x          the same in T5X's legacy layout: a msgpack file `checkpoint`
-               beside zarr folders
+               and zarr folders
   gkd          our export: `model.safetensors` and `config.json`
   safetensors  one such file
-  huggingface  a model's folder: `config.json` and safetensors, in one file or
-               in several with an index
+  huggingface  the folder of a model: `config.json` and safetensors, in one file
+               or in several with an index
 
-Nothing is ever unpickled.
+Pickle files are never read.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from gkd_jax import files, network
+from gkd_jax import files, network, partitioning
 from gkd_jax.checkpoints import (
   errors,
   huggingface,
@@ -46,14 +46,14 @@ Path = os.PathLike[str] | str
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What a path holds: the format's name, and the folder or file that is meant."""
+  """The name of a format, and the path of the checkpoint."""
 
   format: str
   path: epath.Path
 
 
 def find_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
-  """Step to folder of a run's whole checkpoints; empty if there is no folder."""
+  """Returns step to folder of a run's complete checkpoints."""
   if not model_dir.is_dir():
     return {}
   step_format = ocp.path.step.standard_name_format(step_prefix=PREFIX)
@@ -61,11 +61,10 @@ def find_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
 
 
 def find(path: Path, *, setting: str = SETTINGS) -> Found:
-  """Finds out what `path` holds.
+  """Finds the format of the checkpoint at `path`.
 
   Raises:
-    ValueError: if it is none of the formats, or a checkpoint that was still
-      being written.
+    ValueError: if it has none of the formats, or is incomplete.
   """
   place = files.absolute(path)
   if place.is_file() and place.name.endswith(".safetensors"):
@@ -103,8 +102,8 @@ def open_params(
 ) -> dict[str, stored_arrays.StoredArray]:
   """Lists the parameters at `path` under our names, without reading them.
 
-  Of a checkpoint only the parameters are listed, not the optimizer. Scanned
-  layers, T5X's and ours, are split.
+  Only the parameters of a checkpoint are listed, not its optimizer state.
+  Scanned layers, T5X's and ours, are split.
 
   Args:
     path: a folder or a file, local or `gs://`.
@@ -114,8 +113,8 @@ def open_params(
     Parameter path, joined by "/", to array.
 
   Raises:
-    ValueError: if `path` holds none of the formats, or is damaged. Reading an
-      array raises it, too.
+    ValueError: if the checkpoint has none of the formats, or is damaged; also
+      raised when an array is read.
   """
   found = find(path, setting=setting)
   return t5x.split_scanned(
@@ -124,7 +123,7 @@ def open_params(
 
 
 def _open(found: Found, setting: str) -> dict[str, stored_arrays.StoredArray]:
-  """The parameters of each format, scanned layers as they are stored."""
+  """Opens the parameters of a format, with scanned layers as stored."""
   if found.format == "safetensors":
     return safetensors_io.open_file(found.path, setting=setting)
   if found.format == "gkd":
@@ -153,26 +152,26 @@ def load_params(
   dtype: str | None = "float32",
   like: PyTree | None = None,
 ) -> PyTree:
-  """Reads parameters, whatever of the known formats `path` holds.
+  """Reads parameters in any known format.
 
   Args:
     path: a folder or a file, local or `gs://`.
     setting: what the user set the path with, for the messages.
-    dtype: what floating-point arrays are converted to (the network's parameters
-      are float32, however a file stores them); None keeps the file's. Not read
-      with `like`.
+    dtype: dtype of the returned floating-point arrays (the network's parameters
+      are float32, whatever a file stores); None keeps the file's. Ignored with
+      `like`.
     like: nested dict of `jax.ShapeDtypeStruct`s, whose names and shapes are
-      compared before anything is read. Arrays are converted to its types, see
-      `stored_weights`, and layers joined where it has the stacks of a scanned
-      network. With shardings the parameters are read onto devices: each process
-      then reads what its devices hold, one array at a time.
+      compared before anything is read. Arrays are converted to its dtypes (see
+      `stored_arrays.converted`), and layers are stacked for a scanned network.
+      With shardings each process reads onto its devices only what these hold,
+      one array at a time.
 
   Returns:
     Nested dict of numpy arrays, or of `jax.Array`s with shardings.
 
   Raises:
-    ValueError: if `path` holds none of the formats, is damaged, or has other
-      names or shapes than `like`.
+    ValueError: if the checkpoint has none of the formats, is damaged, or has
+      other names or shapes than `like`.
   """
   flat = open_params(path, setting=setting)
   if like is None:
@@ -188,18 +187,44 @@ def load_params(
   return stored_arrays.place_tree(flat, shardings)
 
 
+def load_placed(
+  path: Path | None, shapes: PyTree, shardings: PyTree, *, setting: str, of: str
+) -> PyTree:
+  """Reads parameters onto devices, for a model that is not trained.
+
+  Args:
+    path: see `load_params`.
+    shapes: nested dict of anything with a `shape` and a `dtype`.
+    shardings: nested dict of shardings.
+    setting: what the user set the path with, for the messages.
+    of: the role of the model, such as "teacher", for the message.
+
+  Returns:
+    Nested dict of `jax.Array`s with these shapes, dtypes and shardings.
+
+  Raises:
+    ValueError: if there is no path, or as `load_params`.
+  """
+  if not path:
+    raise ValueError(
+      f"expected a checkpoint of the {of}, got none; set {setting}"
+    )
+  like = partitioning.with_shardings(shapes, shardings)
+  return load_params(path, setting=setting, like=like)
+
+
 def load_config(
   path: Path, *, setting: str = SETTINGS
 ) -> dict[str, Any] | None:
-  """Reads the network configuration stored beside the parameters.
+  """Reads the network configuration stored with the parameters.
 
   Args:
     path: as for `load_params`.
     setting: what the user set the path with, for the message.
 
   Returns:
-    The fields of `network.T5Config` that were saved, or None if none were, as
-    in T5X's formats.
+    The saved fields of `network.T5Config`, or None if there are none, as in
+    T5X's formats.
 
   Raises:
     ValueError: as `load_params`.
@@ -230,11 +255,11 @@ def load_model(
     dtype: as for `load_params`.
 
   Returns:
-    The configuration, and a nested dict of numpy arrays that fit it.
+    The configuration, and a nested dict of numpy arrays.
 
   Raises:
-    ValueError: as `load_params`; if the format carries no configuration (T5X's
-      do not); or if the parameters are not those of the configuration.
+    ValueError: as `load_params`; if there is no configuration (as in T5X's
+      formats); or if the parameters do not fit it.
   """
   config = load_config(path, setting=setting)
   if not config:
@@ -252,10 +277,10 @@ def load_model(
 def network_config(
   config: dict[str, Any], *, path: Path, setting: str
 ) -> network.T5Config:
-  """Fields of a configuration that was saved -> configuration.
+  """Makes a configuration from its saved fields.
 
   Raises:
-    ValueError: if there are other fields.
+    ValueError: if there are unknown fields.
   """
   known = {field.name for field in dataclasses.fields(network.T5Config)}
   other = sorted(set(config) - known)

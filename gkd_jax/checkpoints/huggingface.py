@@ -50,7 +50,7 @@ _DEFAULTS = {
     "tie_word_embeddings": False,
   },
 }
-# What our network has, and a configuration may not change.
+# Fixed in our network.
 _FIXED = {
   "relative_attention_num_buckets": 32,
   "relative_attention_max_distance": 128,
@@ -83,7 +83,7 @@ _SUBLAYERS = {
     ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
   ),
 }
-# Copies of the embedding that some files hold beside it, or instead of it.
+# Copies of the embedding that some files have besides it, or instead of it.
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
 # In the first T5 checkpoints; nothing ever read it.
@@ -93,7 +93,7 @@ _UNUSED = (
 
 
 def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
-  """Our parameter path to their name, and whether it is transposed."""
+  """Returns our parameter path to (their name, whether it is transposed)."""
   table = {"token_embedder/embedding": (EMBEDDING, False)}
   depths = {
     "encoder": config.num_encoder_layers,
@@ -134,13 +134,13 @@ def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
   """Reads `config.json`.
 
   Raises:
-    ValueError: if it is no T5's, or of one that our network does not compute.
+    ValueError: if it is not a T5 that our network computes.
   """
   return _config(_fields(folder, setting), folder, setting)
 
 
 def _fields(folder, setting):
-  """The fields of `config.json`, with those that it leaves out."""
+  """Returns the fields of `config.json`, defaults filled in."""
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
@@ -153,7 +153,7 @@ def _fields(folder, setting):
 
 
 def _config(fields, folder, setting):
-  """Our configuration of these fields; see `read_config`."""
+  """Makes our configuration from their fields; see `read_config`."""
   file = folder / safetensors_io.CONFIG_FILE
   other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
   if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
@@ -180,11 +180,11 @@ def _config(fields, folder, setting):
 
 
 def _scales_logits(fields):
-  """Whether logits are divided by sqrt(D), as T5 1.0 has it with its tied head.
+  """Returns whether logits are divided by sqrt(D), as with T5 1.0's tied head.
 
-  Up to version 4 that is what `tie_word_embeddings` says. Version 5 always writes
-  that it ties, meaning an `lm_head` that is absent or equal to the embedding; it
-  has a field for the division, and never divides in mT5.
+  Up to version 4 `tie_word_embeddings` means that. Version 5 always sets it, for
+  an `lm_head` that is absent or equal to the embedding; it has another field for
+  the division, and never divides in mT5.
   """
   if "scale_decoder_outputs" in fields:
     return bool(fields["scale_decoder_outputs"])
@@ -195,14 +195,14 @@ def _scales_logits(fields):
 
 
 def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
-  """The content of `config.json`.
+  """Returns the content of `config.json`.
 
   Args:
     config: our configuration.
-    dtype: of the parameters that are written.
+    dtype: of the parameters.
 
   Raises:
-    ValueError: if Hugging Face's T5 has no such feed-forward block.
+    ValueError: if Hugging Face's T5 does not have this feed-forward block.
   """
   names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
   activations = tuple(config.mlp_activations)
@@ -237,16 +237,15 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
 def open_folder(
   folder: epath.Path, *, setting: str
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Lists a folder's parameters under our names; they are read later.
+  """Lists a folder's parameters under our names, without reading them.
 
   Args:
     folder: with `config.json` and safetensors.
     setting: what the user set the path with, for the messages.
 
   Raises:
-    ValueError: if the folder has other weights than safetensors, lacks a file,
-      or has parameters that are unmapped, missing, duplicated or of a wrong
-      shape: all of them are listed.
+    ValueError: if the folder has no safetensors or lacks a file, or lists all
+      parameters that are unmapped, missing, duplicated or of a wrong shape.
   """
   fields = _fields(folder, setting)
   config = _config(fields, folder, setting)
@@ -261,7 +260,7 @@ def open_folder(
     fields["tie_word_embeddings"] and not config.logits_via_embedding
   )
   if ties_undivided and EMBEDDING in theirs:
-    # Logits of the embedding that are not divided: ours has a head for those.
+    # Tied logits without the division: our network has a separate head.
     theirs.setdefault(_HEAD, theirs[EMBEDDING])
   wanted = {name: ours for ours, (name, _) in table.items()}
   known = {*wanted, *copies, _UNUSED}
@@ -271,7 +270,7 @@ def open_folder(
     if name in theirs
   }
   shapes = parameters.shapes(config)
-  parameters.raise_if_any(
+  errors.raise_if_any(
     {
       "missing": [name for name in wanted if name not in theirs],
       "unmapped": [name for name in theirs if name not in known],
@@ -293,10 +292,10 @@ def open_folder(
 def rename(
   flat: Mapping[str, stored_arrays.StoredArray], config: network.T5Config
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Our parameters under Hugging Face's names, in their orientation.
+  """Renames and transposes parameters for Hugging Face.
 
   Args:
-    flat: our path to array; has to fit `config`.
+    flat: our path to array; must fit `config`.
     config: of the network.
   """
   return {
@@ -310,7 +309,7 @@ def _theirs(shape, entry):
 
 
 def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
-  """The arrays of one file, or of all files that the index names."""
+  """Opens the arrays of one file, or of all files in the index."""
   whole = folder / safetensors_io.WEIGHTS_FILE
   index = folder / INDEX_FILE
   if not index.exists():
@@ -345,7 +344,7 @@ def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
     shard = safetensors_io.open_file(folder / name, setting=setting)
     repeated += [key for key in shard if key in arrays]
     arrays |= shard
-  parameters.raise_if_any(
+  errors.raise_if_any(
     {
       "in several files": repeated,
       "missing": [key for key in places if key not in arrays],
@@ -358,7 +357,7 @@ def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
 
 
 def _different(theirs, copies, rows: int = 4096) -> list[str]:
-  """The copies of the embedding that are not equal to it, bit for bit."""
+  """Returns the copies of the embedding that differ from it in any bit."""
   wrong = []
   original = theirs.get(EMBEDDING)
   for name in copies:

@@ -24,7 +24,7 @@ from gkd_jax.checkpoints import errors, stored_arrays
 
 
 def kvstore(folder: os.PathLike[str] | str) -> dict[str, Any]:
-  """Tensorstore's name for a folder, local or `gs://bucket/path`."""
+  """Returns tensorstore's spec of a folder, local or `gs://bucket/path`."""
   path = os.fspath(folder)
   if path.startswith("gs://"):
     bucket, _, rest = path.removeprefix("gs://").partition("/")
@@ -33,10 +33,10 @@ def kvstore(folder: os.PathLike[str] | str) -> dict[str, Any]:
 
 
 def saved_tree(folder: epath.Path, remedy: str) -> dict[str, Any]:
-  """The tree of descriptions of what Orbax stored in `folder/state`.
+  """Reads the tree of descriptions of the arrays in `folder/state`.
 
   Raises:
-    ValueError: if that is damaged.
+    ValueError: if the checkpoint is damaged.
   """
   # Not by `ocp.Checkpointer`, which warns that an item lacks the metadata of a
   # whole checkpoint.
@@ -61,7 +61,7 @@ def orbax_arrays(
     Path in `tree`, joined by "/", to array.
 
   Raises:
-    ValueError: if the checkpoint is damaged; reading an array raises it, too.
+    ValueError: if the checkpoint is damaged; also raised when an array is read.
   """
   item = folder / "state"
   with errors.whole(folder, remedy):
@@ -95,13 +95,13 @@ def stored(
   folder: epath.Path,
   remedy: str,
 ) -> stored_arrays.StoredArray:
-  """An array that tensorstore reads.
+  """Makes a lazily read array of tensorstore.
 
   Args:
     spec: tensorstore's.
-    shape: what it has to have.
-    dtype: what it has to have.
-    folder: the checkpoint that it belongs to, for the message.
+    shape: the expected shape.
+    dtype: the expected dtype.
+    folder: of the checkpoint, for the message.
     remedy: what to do if it is damaged, for the message.
   """
 
@@ -123,8 +123,8 @@ def stored(
 def _check_chunks(array: ts.TensorStore) -> None:
   """Raises if a chunk of a zarr array is missing.
 
-  Tensorstore reads a missing chunk as zeros. Without a fill value every chunk
-  is written, zeros included, so that a missing one is a lost file.
+  Tensorstore reads a missing chunk as zeros. Without a fill value all chunks are
+  written, including zeros, so that a missing one is a lost file.
   """
   if array.fill_value is not None or array.kvstore is None:
     return

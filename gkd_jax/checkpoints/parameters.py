@@ -1,7 +1,7 @@
-"""The parameters that a configuration has: names, shapes, logical axes.
+"""Names, shapes, logical axes and counts of a configuration's parameters.
 
-Everything that reads or writes a checkpoint of another program compares with
-this table, which is the network's own, traced without allocating anything.
+They come from the network itself, traced abstractly (no array is allocated).
+Readers and writers of other programs' checkpoints compare with them.
 """
 
 import dataclasses
@@ -16,11 +16,12 @@ import numpy as np
 from flax import traverse_util
 
 from gkd_jax import network, partitioning
+from gkd_jax.checkpoints import errors
 from gkd_jax.network import projections
 
 
 def count_array_elements(params: Any) -> int:
-  """Number of parameters of a tree of arrays or shapes, without scales of int8."""
+  """Counts the parameters of a tree of arrays or shapes, but no int8 scales."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return sum(
     int(np.prod(x.shape))
@@ -32,28 +33,26 @@ def count_array_elements(params: Any) -> int:
 
 
 def held_bytes_per_device(params: Any) -> int:
-  """Bytes that one device holds of a tree of placed arrays."""
+  """Returns the bytes on one device of a tree of `jax.Array`s."""
   return sum(
     x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)
   )
 
 
 def shapes(config: network.T5Config) -> dict[str, tuple[int, ...]]:
-  """Parameter path, joined by "/", to shape."""
+  """Returns parameter path, joined by "/", to shape."""
   params = traverse_util.flatten_dict(_variables(config)["params"], sep="/")
   return {name: leaf.shape for name, leaf in params.items()}
 
 
 def logical_axes(config: network.T5Config) -> dict[str, tuple[str, ...]]:
-  """Parameter path, joined by "/", to the logical names of its axes."""
+  """Returns parameter path, joined by "/", to the names of its axes."""
   return partitioning.logical_axes(_variables(config)["params_axes"])
 
 
 def count(config: network.T5Config) -> int:
-  """Number of parameters."""
-  return sum(
-    leaf.size for leaf in jax.tree.leaves(_variables(config)["params"])
-  )
+  """Counts the parameters of a configuration."""
+  return count_array_elements(_variables(config)["params"])
 
 
 def check(
@@ -63,77 +62,42 @@ def check(
   setting: str,
   path: os.PathLike[str] | str,
 ) -> None:
-  """Compares names and shapes with those of a configuration.
+  """Checks names and shapes against those of a configuration.
 
   Args:
     arrays: path to anything with a `shape`.
-    config: what the parameters have to fit.
+    config: the configuration.
     setting: what to change, for the message.
-    path: where the arrays come from, for the message.
+    path: of the checkpoint, for the message.
 
   Raises:
-    ValueError: that lists every missing, unexpected and wrong-shaped name.
+    ValueError: with all missing, unexpected and wrong-shaped names.
   """
   expected = shapes(config)
-  raise_if_any(
-    {
-      "missing": [name for name in expected if name not in arrays],
-      "unexpected": [name for name in arrays if name not in expected],
-      "wrong shape": [
-        f"{name} (expected {shape}, got {tuple(arrays[name].shape)})"
-        for name, shape in expected.items()
-        if name in arrays and tuple(arrays[name].shape) != shape
-      ],
-    },
+  got = {name: tuple(array.shape) for name, array in arrays.items()}
+  errors.raise_if_any(
+    errors.differences(got, expected),
     expected=f"the {len(expected)} parameters of its configuration",
     setting=setting,
     path=path,
   )
 
 
-def raise_if_any(
-  problems: Mapping[str, list[str]],
-  *,
-  expected: str,
-  setting: str,
-  path: os.PathLike[str] | str,
-) -> None:
-  """Raises a ValueError with all names, if there are any.
-
-  Args:
-    problems: kind of problem to the names that have it.
-    expected: for the message.
-    setting: what to change, for the message.
-    path: where the names come from, for the message.
-  """
-  if not any(problems.values()):
-    return
-  listing = "; ".join(
-    f"{len(names)} {kind}: {', '.join(names)}"
-    for kind, names in problems.items()
-    if names
-  )
-  raise ValueError(
-    f"expected {expected}, got {listing} in {os.fspath(path)}; set {setting} to"
-    " a whole checkpoint of a T5"
-  )
-
-
 def infer_config(
   arrays: Mapping[str, Any], *, setting: str, path: os.PathLike[str] | str
 ) -> network.T5Config:
-  """The configuration whose parameters these are, from names and shapes.
+  """Infers a configuration from the names and shapes of its parameters.
 
-  All sizes follow. The activations do not: one input projection means T5 1.0's
-  ReLU, two mean T5 1.1's gated GELU, as in every published T5.
+  They determine all sizes but not the activations: one input projection is taken
+  for T5 1.0's ReLU, two for T5 1.1's gated GELU, as in every published T5.
 
   Args:
     arrays: path to anything with a `shape`.
     setting: what to change, for the message.
-    path: where the arrays come from, for the message.
+    path: of the checkpoint, for the message.
 
   Raises:
-    ValueError: if they are not a T5's parameters.
+    ValueError: if they are not the parameters of a T5.
   """
   try:
     embedding = arrays["token_embedder/embedding"].shape

@@ -1,13 +1,13 @@
-"""Parameters as safetensors: a folder with `model.safetensors`, `config.json`.
+"""Reads and writes safetensors, as `model.safetensors` with a `config.json`.
 
-A parameter is named by its path in the tree, joined by "/". `config.json` is
-the JSON network configuration with one key more, `"format": "gkd_jax"`.
+A parameter's name is its path in the tree, joined by "/". `config.json` is the
+network configuration with an additional key `"format": "gkd_jax"`.
 
-A file is eight bytes, the little-endian length of the header; the header, JSON
-from name to dtype, shape and range of bytes; then the arrays without gaps. It
-is read and written here array by array: the library reads only local files and
-no bfloat16 into numpy, maps the whole file into memory, and writes only what
-is all in memory.
+A file consists of the little-endian length of the header in eight bytes; the
+header, JSON from name to dtype, shape and range of bytes; and the arrays without
+gaps. It is read and written array by array here, because the `safetensors`
+library reads only local files and no bfloat16 into numpy, maps the whole file
+into memory, and writes only tensors that are all in memory.
 
 Reference: the format's description,
 https://huggingface.co/docs/safetensors
@@ -46,10 +46,10 @@ _DTYPES = {
   "U64": np.dtype("<u8"),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# Far above any real header (the library's own limit): a file of another format
-# is not read as if its first bytes were a length.
+# The library's limit, far above any real header: the first bytes of a file of
+# another format are not taken for a length.
 _MAX_HEADER_BYTES = 100_000_000
-# Written at a time, so that an array is not copied whole.
+# Bytes written at a time, to avoid a copy of a whole array.
 _BLOCK_BYTES = 2**26
 
 
@@ -60,15 +60,15 @@ def save_safetensors(
   *,
   dtype: str | None = None,
 ) -> None:
-  """Writes the folder `path` with the parameters and their configuration.
+  """Writes parameters and their configuration as a folder.
 
-  See `files.write_folder` for what a reader meets meanwhile.
+  See `files.write_folder` for what readers see meanwhile.
 
   Args:
     path: the folder to write.
     params: nested dict of arrays or `StoredArray`s.
     config: JSON-able network configuration.
-    dtype: what floating-point arrays are converted to; None keeps theirs.
+    dtype: dtype of the stored floating-point arrays; None keeps theirs.
 
   Raises:
     ValueError: if a parameter's name holds "/", or `config` is not JSON-able.
@@ -93,13 +93,13 @@ def write_file(
   arrays: Mapping[str, stored_arrays.StoredArray],
   metadata: Mapping[str, str],
 ) -> None:
-  """Writes one safetensors file, holding one array in memory at a time.
+  """Writes a safetensors file, with one array in memory at a time.
 
   Args:
     file: path of the file.
-    arrays: name to array; they are read in this order, wide dtypes first, so
-      that each begins at a multiple of its item size.
-    metadata: text to text, kept in the header.
+    arrays: name to array, written in this order but wide dtypes first, so that
+      each starts at a multiple of its item size.
+    metadata: text to text, stored in the header.
 
   Raises:
     ValueError: if the format has no name for an array's dtype.
@@ -125,7 +125,7 @@ def write_file(
     f.write(len(text).to_bytes(8, "little"))
     f.write(text)
     for _, array in ordered:
-      # The format stores the buffer as it lies: it has to be row-major.
+      # Row-major, as the format requires.
       flat = np.ascontiguousarray(array.read()).reshape(-1).view(np.uint8)
       for start in range(0, flat.size, _BLOCK_BYTES):
         f.write(flat[start : start + _BLOCK_BYTES].tobytes())
@@ -134,15 +134,15 @@ def write_file(
 def open_file(
   file: os.PathLike[str] | str, *, setting: str
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Lists the arrays of one safetensors file; they are read later.
+  """Lists the arrays of one safetensors file, without reading them.
 
   Args:
     file: path of the file.
     setting: what the user set the path with, for the messages.
 
   Raises:
-    ValueError: if the file is truncated or is not in the format; reading an
-      array raises it, too, if the file changed meanwhile.
+    ValueError: if the file is truncated or has another format; also raised when
+      an array is read, if the file has changed.
   """
   file = epath.Path(file)
   try:
@@ -214,7 +214,7 @@ def read_json(file: os.PathLike[str] | str, *, setting: str) -> dict[str, Any]:
 
 
 def _read_header(file: epath.Path) -> tuple[dict[str, Any], int]:
-  """The header's entries, and where the arrays begin."""
+  """Returns the header's entries, and the offset of the arrays."""
   size = file.stat().length
   with file.open("rb") as f:
     length = int.from_bytes(f.read(8), "little")
@@ -256,7 +256,7 @@ def _stored(file, name, entry, start, setting) -> stored_arrays.StoredArray:
 
 
 def _fetch(file, name, shape, dtype, begin, setting, index) -> np.ndarray:
-  """Reads the rows that `index` touches; the rest of it is cut in memory."""
+  """Reads the rows of `index`; its other axes are cut in memory."""
   first, last = 0, 1
   row = math.prod(shape[1:])
   if shape:

@@ -1,20 +1,14 @@
-"""Arrays of a checkpoint, read when they are needed, whole or in part.
+"""Arrays of a checkpoint that are read lazily, whole or in part.
 
-A reader of a format lists what its files hold without reading it; what is
-renamed, transposed or converted stays unread; whoever places or writes the
-arrays reads them one at a time. So an import holds one array in memory, and a
-host that needs a slice reads that slice.
+A reader of a format lists the arrays of its files. Renaming, transposing and
+converting them reads nothing; arrays are read one at a time when they are placed
+or written. So an import has one array in memory, and a host that needs a slice
+reads that slice. The same holds for conversion to a network's dtypes (int8
+included, see `network.projections`).
 
-A checkpoint's matrices, converted as they are read to the types of a network.
-
-See `projections` for the types. One matrix is in memory in float32 at a time, of
-which a network keeps a quarter in int8.
-
-Arrays of single layers, and stacks of them, as a checkpoint's names tell them.
-
-A checkpoint is read under the names of an unrolled network, one array for each
-layer: `t5x.split_scanned` takes stacks apart. A scanned network (see
-`layer_loops`) has them joined again, when they are read.
+Readers use the names of an unrolled network, one array for each layer:
+`t5x.split_scanned` splits stacks, and `joined_stacks` joins them for a scanned
+network (see `network.layer_loops`).
 """
 
 import dataclasses
@@ -35,12 +29,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-  """One array that has not been read.
+  """An array that is not read yet.
 
   Attributes:
     shape: of the whole array.
-    dtype: of what is read.
-    fetch: reads the part that an `Index` means.
+    dtype: of the array when read.
+    fetch: reads the part at an `Index`.
   """
 
   shape: tuple[int, ...]
@@ -49,26 +43,26 @@ class StoredArray:
 
   @property
   def nbytes(self) -> int:
-    """Size when read."""
+    """Returns the size in bytes when read."""
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
   def read(self, index: Index | None = None) -> np.ndarray:
-    """Reads all of it, or the part that `index` (one slice per axis) means."""
+    """Reads the array, or the part at `index` (one slice per axis)."""
     whole = (slice(None),) * len(self.shape)
     return self.fetch(whole if index is None else index)
 
   def transpose(self) -> "StoredArray":
-    """A matrix's transpose."""
+    """Returns the transpose of a matrix."""
     return StoredArray(
       self.shape[::-1], self.dtype, lambda index: self.fetch(index[::-1]).T
     )
 
   def cast(self, dtype: str | None, name: str) -> "StoredArray":
-    """Converts a floating-point array; any other, and for None, is itself.
+    """Converts a floating-point array; returns other arrays unchanged.
 
     Args:
-      dtype: name of a floating-point type, "float32", "bfloat16", "float16".
-      name: for the message of an overflow.
+      dtype: "float32", "bfloat16", "float16", or None to change nothing.
+      name: of the array, for the message of an overflow.
     """
     if (
       dtype is None
@@ -84,7 +78,7 @@ class StoredArray:
 
 
 def from_array(array: Any) -> StoredArray:
-  """Wraps an array that is in memory."""
+  """Wraps an array in memory."""
   return StoredArray(
     tuple(np.shape(array)),
     np.dtype(getattr(array, "dtype", None) or np.asarray(array).dtype),
@@ -93,10 +87,10 @@ def from_array(array: Any) -> StoredArray:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, StoredArray]:
-  """Nested dict of arrays or stored arrays -> path, joined by "/", to them.
+  """Flattens a nested dict of arrays; paths are joined by "/".
 
   Raises:
-    ValueError: if a name holds "/".
+    ValueError: if a name contains "/".
   """
   flat = traverse_util.flatten_dict(dict(tree))
   for names in flat:
@@ -111,7 +105,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, StoredArray]:
 
 
 def unflatten(flat: Mapping[str, StoredArray]) -> dict[str, Any]:
-  """Path, joined by "/", to array -> nested dict of them, unread."""
+  """Makes a nested dict of paths joined by "/", without reading arrays."""
   return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
@@ -120,8 +114,8 @@ def read_tree(
 ) -> dict[str, Any]:
   """Reads all arrays into a nested dict of numpy.
 
-  The largest come first: decoding one takes up to its size again, which then
-  lies below the end's peak. Equal ones keep the order of `flat`.
+  The largest are read first: decoding an array takes up to its size once more,
+  which is then below the peak at the end.
 
   Args:
     flat: path to array.
@@ -136,11 +130,11 @@ def read_tree(
 def place_tree(
   flat: Mapping[str, StoredArray], shardings: Any
 ) -> dict[str, Any]:
-  """Reads arrays onto devices; each process reads what its devices hold.
+  """Reads arrays onto devices; each process reads the parts of its devices.
 
   Args:
     flat: path to array.
-    shardings: nested dict of `jax.sharding.Sharding`, of the same structure.
+    shardings: nested dict of `jax.sharding.Sharding`.
 
   Returns:
     Nested dict of `jax.Array`.
@@ -151,7 +145,7 @@ def place_tree(
     parts: dict[Any, np.ndarray] = {}
 
     def part(index, x=x, parts=parts):
-      # Devices that hold copies ask for the same part.
+      # Devices with replicas ask for the same part.
       key = tuple((s.start, s.stop) for s in index)
       if key not in parts:
         parts[key] = x.read(index)
@@ -175,19 +169,19 @@ def _convert(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   return y
 
 
-_BLOCK = 2**22  # numbers that are rounded at a time
+_BLOCK = 2**22  # numbers rounded at a time
 
 
 def converted(
   flat: Mapping[str, StoredArray], like: Mapping[str, Any]
 ) -> dict[str, StoredArray]:
-  """Arrays in the types of a network, unread; scales come beside what has them.
+  """Converts arrays to the dtypes of a network, lazily; adds scales of int8.
 
-  Those that the network does not have stay as they are.
+  Arrays that the network does not have are not changed.
 
   Args:
     flat: path, of an unrolled network, to array.
-    like: path that the network has, scanned or not, to anything with a `dtype`.
+    like: path of the network, scanned or not, to anything with a `dtype`.
   """
   result = {}
   for name, array in flat.items():
@@ -204,16 +198,16 @@ def converted(
 
 
 class _Int8:
-  """One matrix in steps of 1/127 of the largest number of each column, or row.
+  """A matrix in int8 with one scale per column, or row: its maximum / 127.
 
-  As `losses.quantize_head`. A part of it needs the largest number of whole
-  columns: those are read first, once for each range of columns that is asked
-  for, and with the part itself where that has them whole.
+  Equal to `losses.quantize_head`. A part of it needs the maxima of whole
+  columns: these are read first, once for each range of columns, unless the part
+  itself has whole columns.
 
   Args:
-    array: float32, unread.
-    axis: that has scales.
-    name: for the message.
+    array: float32, not read yet.
+    axis: the axis with scales.
+    name: of the array, for the message.
   """
 
   def __init__(self, array: StoredArray, axis: int, name: str):
@@ -223,8 +217,8 @@ class _Int8:
   def arrays(
     self,
   ) -> tuple[StoredArray, StoredArray]:
-    """The int8 matrix and its float32 scales."""
-    if len(self._array.shape) != 2:  # of another model, as the reader will say
+    """Returns the int8 matrix and its float32 scales."""
+    if len(self._array.shape) != 2:  # another model's; `check_matches` raises
       return self._array, self._array
     shape = self._array.shape
     of_scales = (shape[self._axis],)
@@ -243,7 +237,7 @@ class _Int8:
     scales = np.expand_dims(self._of(columns, whole), 1 - self._axis)
     steps = np.where(scales > 0, scales, np.float32(1))
     values = np.empty(part.shape, np.int8)
-    # By blocks of rows: no second float32 copy.
+    # By blocks of rows, to avoid a second float32 copy.
     size = max(1, _BLOCK // max(1, part.shape[1]))
     for i in range(0, part.shape[0], size):
       of_block = steps if self._axis else steps[i : i + size]
@@ -251,7 +245,7 @@ class _Int8:
     return values
 
   def _of(self, columns, whole=None):
-    """Scales of a range of columns; `whole` is what was read of them, if it was."""
+    """Returns scales of a range of columns; `whole` is their content, if read."""
     start, stop, _ = columns.indices(self._array.shape[self._axis])
     if (start, stop) not in self._scales:
       if whole is None:
@@ -272,11 +266,11 @@ _LAYER = re.compile(rf"(.+)/{layer_loops.NAME}_(\d+)/(.+)")
 
 
 def place_in_stack(name: str, names: Collection[str]) -> str:
-  """The stack that a layer's array belongs to; any other's own name.
+  """Returns the path of a layer's stack, or `name` if there is none.
 
   Args:
-    name: path, of an unrolled network.
-    names: paths that the network has.
+    name: path in an unrolled network.
+    names: paths of the network.
   """
   match = _LAYER.fullmatch(name)
   stack = match and f"{match[1]}/{layer_loops.NAME}/{match[3]}"
@@ -286,13 +280,13 @@ def place_in_stack(name: str, names: Collection[str]) -> str:
 def joined_stacks(
   flat: Mapping[str, StoredArray], names: Collection[str]
 ) -> dict[str, StoredArray]:
-  """Joins the layers' arrays where a network has stacks; others stay.
+  """Joins the layers' arrays for which a network has stacks, lazily.
 
-  So do layers that make no stack, since one is missing or has another shape.
+  Layers are not joined if one is missing or has another shape.
 
   Args:
     flat: path, of an unrolled network, to array.
-    names: paths that the network has.
+    names: paths of the network.
   """
   result, stacks = {}, {}
   for name, array in flat.items():
@@ -312,7 +306,7 @@ def joined_stacks(
 
 
 def _stack(layers) -> StoredArray:
-  """Layers along a first axis; a part of it reads those layers alone."""
+  """Stacks layers along a first axis; a part reads only its layers."""
 
   def fetch(index):
     return np.stack([layer.fetch(index[1:]) for layer in layers[index[0]]])

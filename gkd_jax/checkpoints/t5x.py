@@ -1,4 +1,4 @@
-"""T5X's checkpoints, both ways.
+"""Reads and writes T5X's checkpoints.
 
 T5X's legacy layout is a folder `checkpoint_<step>` with a msgpack file
 `checkpoint`, the tree of the optimizer, whose large leaves are tensorstore
@@ -6,9 +6,9 @@ specs of zarr folders beside it (`target.decoder.decoder_norm.scale`). Its Orbax
 layout is a folder `checkpoint_<step>` with an item `state`: `target`, the
 parameters; `state/step`; `state/param_states`, the optimizer.
 
-With scanned layers (T5X's scalable T5) the layers of a stack lie in one array,
-their axis the second, and heads have an axis of their own. In our checkpoints of
-a scanned network (`layer_loops`) their axis is the first.
+With scanned layers (T5X's scalable T5) the layers of a stack are one array with
+the layers on the second axis, and heads have an axis. In our checkpoints of a
+scanned network (`network.layer_loops`) layers are on the first axis.
 
 Reference: T5X, Roberts et al. 2022 (arXiv 2203.17189).
 """
@@ -42,7 +42,7 @@ _MIN_SIZE_TO_FACTOR = 128
 def open_legacy(
   folder: epath.Path, remedy: str
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Lists the parameters of a legacy checkpoint; they are read later.
+  """Lists the parameters of a legacy checkpoint, without reading them.
 
   Args:
     folder: `checkpoint_<step>`.
@@ -52,7 +52,7 @@ def open_legacy(
     Path below `target`, joined by "/", to array.
 
   Raises:
-    ValueError: if the checkpoint is damaged; reading an array raises it, too.
+    ValueError: if the checkpoint is damaged; also raised when an array is read.
   """
   with errors.whole(folder, remedy):
     content = flax.serialization.msgpack_restore(
@@ -76,16 +76,16 @@ def split_scanned(
   path: os.PathLike[str] | str,
   setting: str,
 ) -> dict[str, stored_arrays.StoredArray]:
-  """Gives each layer of a scanned stack its own arrays; others stay.
+  """Splits scanned stacks into the arrays of each layer.
 
   Args:
     flat: path to array.
-    path: where they come from, for the message.
+    path: of the checkpoint, for the message.
     setting: what to change, for the message.
 
   Raises:
-    ValueError: if the layers have relative position biases of their own, which
-      a T5 shares.
+    ValueError: when an array is read, if the relative position biases of the
+      layers differ, which a T5 shares.
   """
   split, latest = {}, _Latest()
   for name, array in flat.items():
@@ -107,9 +107,9 @@ def split_scanned(
 
 
 class _Latest:
-  """Keeps the last array that was read, until another is asked for.
+  """Cache of the last array that was read.
 
-  All layers of a stack lie in the same chunks: each would decode them again.
+  All layers of a stack are in the same chunks: each would decode them again.
   """
 
   def __init__(self):
@@ -124,7 +124,7 @@ class _Latest:
 
 
 def _one_layer(array, rest, layer, axis, latest) -> stored_arrays.StoredArray:
-  """The matrix or vector of one layer, with heads joined as ours are."""
+  """Returns the matrix or vector of one layer, with joined heads."""
   shape = array.shape[:axis] + array.shape[axis + 1 :]
   if len(shape) == 3:
     # [D, H, K] of a projection to heads, [H, K, D] of the one from them.
@@ -145,7 +145,7 @@ def _one_layer(array, rest, layer, axis, latest) -> stored_arrays.StoredArray:
 
 
 def _shared(array, name, path, setting) -> stored_arrays.StoredArray:
-  """The bias `[H, buckets]` of a scanned stack, the same in all its layers."""
+  """Returns the bias `[H, buckets]` that the layers of a stack share."""
   shape = array.shape[:_SCAN_AXIS] + array.shape[_SCAN_AXIS + 1 :]
 
   def fetch(index):
@@ -165,7 +165,7 @@ def _shared(array, name, path, setting) -> stored_arrays.StoredArray:
 
 
 def _is_spec(leaf: Any) -> bool:
-  """Whether a leaf of the msgpack tree is a tensorstore spec."""
+  """Returns whether a leaf of the msgpack tree is a tensorstore spec."""
   return isinstance(leaf, dict) and {"driver", "metadata"} <= set(leaf)
 
 
@@ -196,18 +196,18 @@ def save_orbax(
 ) -> None:
   """Writes `path/checkpoint_<step>` in T5X's Orbax layout, for T5X to restore.
 
-  The optimizer's state is that of T5X's Adafactor before its first step (the
-  optimizer of its T5 configurations), so that T5X trains on from here, too.
+  The optimizer state is that of T5X's Adafactor (the optimizer of its T5
+  configurations) before its first step, so that T5X can continue training.
 
   Args:
-    path: the folder that T5X takes as MODEL_DIR; created if it is not there.
-    flat: path to array; floating-point arrays are written as they are.
+    path: T5X's MODEL_DIR; created if it does not exist.
+    flat: path to array; dtypes are not changed.
     config: of the network.
-    step: T5X's step, the checkpoint's name.
+    step: T5X's step, in the checkpoint's name.
 
   Raises:
-    ValueError: if the parameters are not those of `config`, or there is a
-      checkpoint of this step.
+    ValueError: if the parameters do not fit `config`, or there is a checkpoint
+      of this step.
   """
   folder = files.absolute(path)
   target = folder / f"{LEGACY_FILE}_{step}"

@@ -1,4 +1,9 @@
-"""TODO."""
+"""From seqio tasks to batches of numpy arrays.
+
+batches: tasks by name, training batches with a position that can be saved.
+shards: which shards of the data each process reads.
+feature_converters: seqio's, with a teacher's stored top-k log-probs.
+"""
 
 from etils import epy
 

@@ -1,10 +1,4 @@
-"""From a seqio task to batches of numpy arrays, with a position to save.
-
-Batches whose encoder inputs are no longer than they need to be.
-
-The host cuts each batch to one of a few lengths, and jit compiles a program for
-each length that comes up: at most one more than there are buckets.
-"""
+"""Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
 import difflib
 import importlib
@@ -39,7 +33,7 @@ def load_task(
     setting: what the name is set with, for errors.
 
   Raises:
-    ValueError: no such module or task.
+    ValueError: there is no such module or task.
   """
   for path in (*SHIPPED_TASKS, module):
     if path:
@@ -66,7 +60,7 @@ def distilled_task(
   module: str | None = None,
   name: str | None = None,
 ) -> str:
-  """Registers the task of a teacher's outputs, for gin to choose it.
+  """Registers the task of a teacher's outputs and returns its name, for gin.
 
   Args:
     prefix: of the shards that `gkd infer` wrote, its OUTPUT_PATH.
@@ -90,7 +84,7 @@ def distilled_task(
 
 
 def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
-  """What makes a model's features of a task's.
+  """Returns the converter from a task's features to a model's.
 
   Args:
     cls: a model's `FEATURE_CONVERTER_CLS`: a name in `feature_converters` or in
@@ -105,7 +99,7 @@ def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
 def feature_lengths(
   cls: Any, task_feature_lengths: Mapping[str, int], pack: bool
 ) -> dict[str, int]:
-  """Lengths of a batch's features, all int32 `[B, length]`; reads no data.
+  """Returns the lengths of a batch's features `[B, length]`; reads no data.
 
   Args:
     cls: see `feature_converter`.
@@ -117,10 +111,10 @@ def feature_lengths(
 
 
 class TrainIterator:
-  """Endless batches of a process's share of a training split.
+  """Endless batches: a process's share of a training split.
 
-  Its position can be saved and restored (`checkpoints.SavableIterator`), by
-  another number of processes as well.
+  Its position can be saved, and restored by another number of processes
+  (`checkpoints.SavableIterator`).
 
   Args:
     task: from `load_task`.
@@ -201,11 +195,10 @@ class TrainIterator:
 
 
 def _without_autotuning(dataset):
-  """A pipeline that ends, saves and restores at once.
+  """Returns the pipeline without autotuning, so that it stops at once.
 
-  TensorFlow's tuning of a pipeline is a thread of its own, which an iterator that
-  is replaced or deleted waits for: for up to minutes on one core, where a run
-  then seemed to hang. Untuned, a parallel map has a call for each core.
+  An iterator that is replaced or deleted waits for TensorFlow's tuning thread, on
+  one core for up to minutes. Without it a parallel map has one call per core.
   """
   options = tf.data.Options()
   options.autotune.enabled = False
@@ -216,18 +209,18 @@ _INPUTS = "encoder_input_tokens"
 
 
 class CutInputs:
-  """Batches of an iterator, inputs cut to the shortest bucket that holds them all.
+  """Batches of an iterator with inputs cut to the shortest bucket that holds them.
 
-  Losses are those of uncut batches to rounding, but for dropout on the weights of
-  the encoder's self-attention and of cross-attention: its masks have the length of
-  the inputs, and so other numbers of the same law. What is cut depends on the
-  batch alone: the position is the iterator's, and a resumed run goes on bit for
-  bit. With several processes all cut alike: each batch, they exchange a number,
-  for which the host waits until the devices are done with the step before.
+  jit compiles one program per length that occurs, at most one more than there are
+  buckets. Losses equal those of uncut batches to rounding, except for dropout on
+  attention weights: its masks have the inputs' length, so other random numbers of
+  the same distribution are drawn. The cut depends on the batch alone, so a resumed
+  run continues bit for bit. Several processes agree on the length of each batch, for
+  which the host waits until the devices have finished the step before.
 
   Args:
     iterator: a `checkpoints.SavableIterator` of batches.
-    lengths: ascending; a batch whose longest row exceeds all is left as it is.
+    lengths: ascending buckets; a batch with a longer row is not cut.
     features: name to length of the batches' features, `feature_lengths`.
 
   Raises:
@@ -275,6 +268,6 @@ class CutInputs:
 
 
 def _longest(tokens):
-  """Positions up to the last token of any row of `[B, S]`; 0 without a token."""
+  """Returns the length of the longest row of `[B, S]`; 0 without a token."""
   used = np.flatnonzero(tokens.any(axis=0))
   return used[-1] + 1 if used.size else 0

@@ -1,8 +1,8 @@
-"""seqio feature converters that keep a teacher's stored laws.
+"""seqio feature converters that keep a teacher's stored top-k log-probs.
 
-Each law stands at the position where the student predicts the token that it is
-of: a target's own in an encoder-decoder, behind the prompt in a decoder. The
-names are `TopK` and that of seqio's converter.
+The log-probs of a target token are at the position where the student predicts it:
+the token's own in an encoder-decoder, after the prompt in a decoder-only model.
+Names are `TopK` and that of seqio's converter.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import tensorflow as tf
 from gkd_jax import types
 
 # Features of a batch beside the model's own.
-_LAWS = {
+_TOP_K = {
   types.TOP_K_IDS: tf.int32,
   types.TOP_K_LOG_PROBS: tf.float32,
 }
@@ -30,12 +30,12 @@ class TopKEncDecFeatureConverter(seqio.EncDecFeatureConverter):
   ) -> tf.data.Dataset:
     """Model features of a task's; see `seqio.FeatureConverter`."""
     length = task_feature_lengths["targets"]
-    ds = _aligned(ds, lambda example, law: law[:length])
+    ds = _aligned(ds, lambda example, x: x[:length])
     return super().__call__(ds, {**task_feature_lengths, **_lengths(length)})
 
 
 class TopKDecoderFeatureConverter(seqio.PrefixLMFeatureConverter):
-  """seqio's of prompt and output in one row, and the laws of its positions."""
+  """seqio's with prompt and output in one row, and the top-k features."""
 
   def __init__(self, pack: bool = False):
     super().__init__(pack=_no_packing(pack), passthrough_features=_specs())
@@ -47,8 +47,8 @@ class TopKDecoderFeatureConverter(seqio.PrefixLMFeatureConverter):
     length = task_feature_lengths["targets"]
     row = length + task_feature_lengths["inputs"]
 
-    def behind_prompt(example, law):
-      return tf.pad(law[:length], [[tf.size(example["inputs"]), 0], [0, 0]])
+    def behind_prompt(example, x):
+      return tf.pad(x[:length], [[tf.size(example["inputs"]), 0], [0, 0]])
 
     ds = _aligned(ds, behind_prompt)
     return super().__call__(ds, {**task_feature_lengths, **_lengths(row)})
@@ -57,7 +57,7 @@ class TopKDecoderFeatureConverter(seqio.PrefixLMFeatureConverter):
 def _no_packing(pack):
   if pack:
     raise ValueError(
-      "expected unpacked rows with stored laws, got packed ones;"
+      "expected unpacked rows with stored top-k log-probs, got packed ones;"
       " set PACK = False"
     )
   return False
@@ -65,25 +65,25 @@ def _no_packing(pack):
 
 def _specs():
   spec = seqio.FeatureConverter.FeatureSpec
-  return {name: spec(dtype=dtype, rank=2) for name, dtype in _LAWS.items()}
+  return {name: spec(dtype=dtype, rank=2) for name, dtype in _TOP_K.items()}
 
 
 def _lengths(length):
-  return {name: length for name in _LAWS}
+  return {name: length for name in _TOP_K}
 
 
 def _aligned(dataset, align):
-  """The dataset with its laws moved by `align`."""
-  missing = sorted(set(_LAWS) - set(dataset.element_spec))
+  """Returns the dataset with its top-k features moved by `align`."""
+  missing = sorted(set(_TOP_K) - set(dataset.element_spec))
   if missing:
     raise ValueError(
-      f"expected a task with a teacher's stored laws, got one without"
+      f"expected a task with a teacher's stored top-k log-probs, got one without"
       f" {' and '.join(missing)}; write them with TOP_K, and set"
       " TEACHER_DATA_PATH"
     )
   return dataset.map(
     lambda example: (
-      example | {name: align(example, example[name]) for name in _LAWS}
+      example | {name: align(example, example[name]) for name in _TOP_K}
     ),
     num_parallel_calls=tf.data.AUTOTUNE,
   )

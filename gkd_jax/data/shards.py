@@ -1,10 +1,10 @@
-"""Which shards of the data a process reads, whatever their number is.
+"""Which shards of the data each process reads, for any number of processes.
 
-A batch of B rows is n blocks of B / n, one from each of n shards of the data,
-in order. n is fixed with the run; the rows of a process are where its devices
-stand in the mesh. So the batches of a run, row by row, do not depend on how many
-processes read them, and a run goes on with another number of processes where it
-stopped. A shard that lies in the rows of several processes is read by each.
+A batch of B rows is n blocks of B / n, one from each of n shards of the data, in
+order. n is fixed for a run; a process reads the rows that its devices hold. The
+batches of a run therefore do not depend on the number of processes, and a run can
+be resumed with another one. A shard whose rows belong to several processes is
+read by each of them.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ import numpy as np
 
 
 class Share(NamedTuple):
-  """What one process reads.
+  """The shards and rows that one process reads.
 
   Attributes:
     count: n, shards of the data in all.
     shards: numbers of those that the process reads, ascending.
     owned: of these, those whose position it saves; no two processes own one.
-    rows: its rows among the rows of `shards`, laid end to end.
+    rows: its rows among the concatenated rows of `shards`.
   """
 
   count: int
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 def rows_of_processes(
   process_grid: np.ndarray, batch_size: int
 ) -> dict[int, np.ndarray]:
-  """Process to the rows of a batch that its devices hold, ascending.
+  """Returns the rows of a batch that each process's devices hold, ascending.
 
   Two processes that take turns along the data axis, and share a model axis:
 
@@ -51,14 +51,14 @@ def rows_of_processes(
 
 
 def folder(shard: int, n: int) -> str:
-  """Name of the folder of a shard's position."""
+  """Returns the name of the folder with a shard's position."""
   return f"shard_{shard}-of-{n}"
 
 
 def share(
   process_rows: Mapping[int, np.ndarray], process: int, batch_size: int, n: int
 ) -> Share:
-  """What `process` reads of `n` shards.
+  """Returns what `process` reads of `n` shards.
 
   Two processes of four rows each read half of the four shards:
 
@@ -90,7 +90,7 @@ def count(
   batch_size: int,
   process_rows: Mapping[int, np.ndarray],
 ) -> int:
-  """The number of shards of a run: as it began, as given, or as few as serve.
+  """Returns the number of shards: as recorded, as given, or the fewest that serve.
 
   Args:
     given: DATA_SHARDS.
@@ -120,7 +120,7 @@ def count(
 
 
 def _default(batch_size, process_rows):
-  """The least number with which no process reads a row that it has no use for."""
+  """Returns the fewest shards such that no process reads rows of another."""
   for n in range(1, batch_size):
     if batch_size % n == 0 and all(
       len(share(process_rows, p, batch_size, n).shards) * batch_size

@@ -1,4 +1,10 @@
-"""TODO."""
+"""Loops over a decode step, `types.TokensToLogits`; they do not know the model.
+
+sampling: `sample`, with temperature, top-k, top-p and a random stream per row.
+beams: `beam_search`, with T5X's scores and tie rules.
+loops: the loops of sampling: all rows at once, or continuous batching in slots.
+rows: the batch axes of a cache, repeated rows, calls of a decode function.
+"""
 
 from etils import epy
 

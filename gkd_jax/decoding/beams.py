@@ -9,9 +9,9 @@ Each step extends the N live outputs of a prompt by every token and keeps the 2N
 likeliest, so that N of them go on even if N end. Those that end compete by score
 for the N finished slots; the others by log-prob for the N live ones. The loop
 stops once no live output of any prompt can still beat a finished one, or at the
-decode length. Like `sampling.sample`, it knows nothing of the model, holds only
-traced control flow, and runs under `jit` on a mesh with the batch sharded: the
-cache stays where it is (XLA may gather the log-probs that `top_k` reads).
+decode length. Like `sampling.sample`, it does not know the model, and runs under
+`jit` on a mesh with the batch sharded: the cache is not moved (XLA may gather the
+log-probs that `top_k` reads).
 
 Ties fall as in T5X: of equal candidates the one of the worse-ranked live output
 wins, then the lower token id. Equal finished outputs swap places in each step,
@@ -178,7 +178,7 @@ def brevity_penalty(
 
 
 def _extended(state, logits, penalty, eos_id, room):
-  """The state after one token more, with the old cache, and where rows come from.
+  """Extends each live output by one token.
 
   Args:
     state: see `BeamState`.
@@ -188,7 +188,8 @@ def _extended(state, logits, penalty, eos_id, room):
     room: `[B]`, T of each prompt; one that is full stays as it is.
 
   Returns:
-    The state, and `[B, N]`, the live output that each new one extends.
+    The state with its old cache, and `[B, N]`, the live output that each new one
+    extends.
   """
   found = _candidates(lax.stop_gradient(logits), state.live_log_probs)
   ended = found.tokens == eos_id  # [B, 2N]
@@ -225,7 +226,7 @@ class _Candidates(NamedTuple):
 
 
 def _candidates(logits: jax.Array, live_log_probs: jax.Array) -> _Candidates:
-  """Best extensions from logits `[B N, V]` and log-probs `[B, N]`."""
+  """Returns the best extensions, from logits `[B N, V]`, log-probs `[B, N]`."""
   batch_size, num_decodes = live_log_probs.shape
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   log_probs = log_probs + live_log_probs.reshape(-1, 1)  # [B N, V]
@@ -242,7 +243,7 @@ def _candidates(logits: jax.Array, live_log_probs: jax.Array) -> _Candidates:
 
 
 def _finish(state: BeamState, found: _Candidates, scores: jax.Array):
-  """The N best of what had ended and of the candidates that end now.
+  """Chooses the N best of the finished outputs and the candidates that end now.
 
   Returns:
     Scores `[B, N]` and tokens `[B, N, T]`.
@@ -263,7 +264,7 @@ def _finish(state: BeamState, found: _Candidates, scores: jax.Array):
 
 
 def _result(state: BeamState) -> BeamResult:
-  """Finished outputs, or live ones for prompts without any."""
+  """Returns the finished outputs, or the live ones of prompts without any."""
   none = ~jnp.any(state.finished_scores != -jnp.inf, axis=1)  # [B]
   scores = jnp.where(none[:, None], state.live_log_probs, state.finished_scores)
   tokens = jnp.where(
@@ -277,9 +278,9 @@ def _result(state: BeamState) -> BeamResult:
 
 
 def _best(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-  """The largest `count` of `[B, M]` in ascending order, and their indices.
+  """Returns the largest `count` of `[B, M]`, ascending, and their indices.
 
-  Of equal ones the first is taken before the others, and comes after them.
+  Of equal values the first is preferred and comes last.
   """
   best, order = lax.top_k(values, count)
   return best[:, ::-1], order[:, ::-1]
@@ -306,12 +307,12 @@ def _write(tokens: jax.Array, column: jax.Array, position: jax.Array):
 
 
 def _reorder(new, old, row_axes, parents):
-  """The cache `new` with row n of each prompt taken from `parents` `[B, N]`."""
+  """Returns the cache `new` with its rows taken from `parents` `[B, N]`."""
   batch_size, num_decodes = parents.shape
 
   def reorder(leaf, before, axis):
-    # What the model hands back as it was, cross-attention's keys and values, is
-    # equal in all rows of a prompt, and need not be copied.
+    # A leaf that the step returns unchanged, such as cross-attention's keys, is
+    # equal in all rows of a prompt and need not be copied.
     if leaf is before:
       return leaf
     leaf = lax.stop_gradient(leaf)
@@ -325,7 +326,7 @@ def _reorder(new, old, row_axes, parents):
 
 
 def _checked_row_axes(cache, row_axes, rows):
-  """`row_axes`, by default those of `beam_search`, checked against the cache."""
+  """Returns `row_axes` or their default, checked against the cache."""
   if row_axes is None:
     row_axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else -1, cache)
 
@@ -342,7 +343,7 @@ def _checked_row_axes(cache, row_axes, rows):
 
 
 def _slots(name, rows, slots, default):
-  """A number for each row `[B N]`, or the default for all, as int32 `[B, N]`."""
+  """Returns one number per row, or the default, as int32 `[B, N]`."""
   if rows is None:
     return jnp.full(slots, default, jnp.int32)
   number = math.prod(slots)

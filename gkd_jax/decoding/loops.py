@@ -1,8 +1,8 @@
-"""The loops of sampling: one compiled program each, over `tokens_to_logits`.
+"""The loops of sampling, over `tokens_to_logits`.
 
-They know nothing of the model. A step feeds one token per row, reads one row of
-logits, has one token drawn, and writes it. They hold only traced control flow, so
-they run under `jit`, inside `lax.scan` over microbatches, and under `pmap`.
+A step feeds one token per row, gets logits, draws the next token and writes it.
+The loops do not know the model. All control flow is traced, so they run under
+`jit`, inside `lax.scan` over microbatches, and under `pmap`.
 
 `decode_rows` decodes all rows until the last one has ended. On a mesh with the rows
 sharded it is one program with one global "all rows have ended", so devices whose
@@ -29,18 +29,17 @@ PAD_ID = 0  # T5's padding, which is its decoder's start token too.
 
 
 class SamplingState(NamedTuple):
-  """Carry of the loop. Every field is replaced in each step, none is mutated.
+  """The carry of `decode_rows`.
 
   With T = 4 and EOS 1, after two steps of three rows, of which the last one was
-  not active and the second one drew EOS at once:
+  inactive and the second one drew EOS at once:
 
     position  2
     current   [   5,            0,            0          ]
     ended     [   False,        True,         True       ]
     tokens    [[7, 5, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
 
-  and at the end, the first row having drawn EOS in the third step (the fourth
-  is not run):
+  and at the end, if the first row draws EOS in the third step:
 
     tokens    [[7, 5, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -126,14 +125,14 @@ def decode_rows(
 
 
 class SlotDecodeResult(NamedTuple):
-  """Outputs in the rows' own order, and how well the slots were used.
+  """Outputs in the order of the rows, and the use of the slots.
 
   Attributes:
     tokens: `[P, T]` int32, zeros after a row's end.
     log_probs: `[P, T]` float32.
     steps: `[]` int32, steps of the model, of K slots each.
-    busy: `[]` int32, over all steps, slots that held a row which had not ended;
-      `busy / (K steps)` is the share of the work that was of use.
+    busy: `[]` int32, summed over steps, slots whose row had not ended;
+      `busy / (K steps)` is the share of useful work.
   """
 
   tokens: jax.Array
@@ -143,16 +142,16 @@ class SlotDecodeResult(NamedTuple):
 
 
 class _SlotsState(NamedTuple):
-  """Carry of both loops.
+  """The carry of `decode_with_slots`.
 
   Attributes:
     next: `[]` int32, rows of the queue that have been given a slot.
-    row: `[K]` int32, the row that is, or was last, in each slot.
+    row: `[K]` int32, the current or last row of each slot.
     position: `[K]` int32, index of that row's token to write.
     current: `[K]` int32, token to feed next.
     free: `[K]` bool, the slot's row has ended.
     cache: of K rows.
-    done: what is returned.
+    done: the result so far.
   """
 
   next: jax.Array
@@ -179,11 +178,10 @@ def decode_with_slots(
   eos_id: int,
   data_axis: str = "data",
 ) -> SlotDecodeResult:
-  """Decodes P rows, K at a time.
+  """Decodes P rows, K at a time; a finished row frees its slot for the next.
 
-  Two loops inside one: the inner one decodes until a slot is free and somebody
-  waits; the outer one then moves the next row's part of the cache in, one row at a
-  time and in place.
+  An outer loop of two inner ones: one fills free slots, moving the next row's part
+  of the cache in place; one decodes until a slot is free and a row is waiting.
 
   Args:
     tokens_to_logits: `(tokens [K], cache) -> (logits [K, V], cache)`.
@@ -192,15 +190,15 @@ def decode_with_slots(
     draw: `(logits [K, V], row_keys [K] or None, positions [K]) -> (tokens,
       log_probs)`, `[K]` each.
     slots: K, on each shard of the data axis.
-    row_axes: tree of the axes of the rows, see `decoding.row_axes`.
+    row_axes: the batch axis of each leaf of the cache, see `decoding.row_axes`.
     row_keys: `[P]` random keys, or None where nothing is drawn.
     start_tokens: `[P]` int32 fed first.
     row_lengths: `[P]` integer, longest output of each row, EOS included.
     active: `[P]` bool. Rows that are False get no slot, and stay zero.
     max_decode_length: T.
     eos_id: the token that ends a row.
-    data_axis: of the mesh, over which rows are split, as over its slices: each
-      shard has a queue of its own, and waits for no other before it is done.
+    data_axis: the mesh axis that rows are sharded over, besides slices. Each
+      shard has its own queue and waits for the others only at the end.
 
   Raises:
     ValueError: the data axis does not divide P.
@@ -259,7 +257,7 @@ def _one_queue(
   max_decode_length,
   eos_id,
 ) -> SlotDecodeResult:
-  """`decode_with_slots` on one shard."""
+  """Decodes the rows of one shard."""
   rows = start_tokens.shape[0]
   slots = min(slots, rows)
   queue = jnp.argsort(~active, stable=True).astype(jnp.int32)
@@ -280,7 +278,7 @@ def _one_queue(
     keys = None if row_keys is None else row_keys[state.row]
     token, log_probs = draw(logits, keys, state.position)
     done = state.done
-    # A free slot's token has no row to go to, and is dropped.
+    # A free slot's token belongs to no row and is dropped.
     place = jnp.where(state.free, rows, state.row), state.position
     write = lambda to, x: to.at[place].set(x, mode="drop", unique_indices=True)
     position = state.position + 1
@@ -311,7 +309,7 @@ def _one_queue(
 def _first_rows(
   first, waiting, start_tokens, cache, row_axes, length
 ) -> _SlotsState:
-  """The first K rows `[K]` of the queue in the slots; those not waiting are free."""
+  """Returns the state with the first K rows of the queue, `[K]`, in the slots."""
   slots, shape = first.shape[0], (start_tokens.shape[0], length)
   take = lambda of, axis: of if axis < 0 else jnp.take(of, first, axis)
   zero = jnp.int32(0)
@@ -329,7 +327,7 @@ def _first_rows(
 
 
 def _refilled(state, row, start_token, cache, row_axes) -> _SlotsState:
-  """With `row` of the whole `cache` in the first free slot."""
+  """Returns the state with `row` of the whole `cache` in the first free slot."""
   slot = jnp.argmax(state.free)
 
   def move(to, axis, of):

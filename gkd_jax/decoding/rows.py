@@ -1,8 +1,8 @@
-"""What a model needs to decode with any decode function.
+"""Caches with N rows per prompt, and calls of a decode function.
 
-A decode function (`types.DecodeFn`) is `sampling.sample`,
-`beams.beam_search` or a user's own. A model makes a cache for its B
-prompts, widens it to N rows for each, and calls `decode`.
+A decode function (`types.DecodeFn`) is `sampling.sample`, `beams.beam_search` or
+a user's own. A model makes the cache of B prompts, repeats each row N times, and
+calls `decode`.
 """
 
 import inspect
@@ -16,18 +16,17 @@ from gkd_jax import types
 
 
 def row_axes(make: Callable[[int], types.PyTree]) -> types.PyTree:
-  """Finds the axis of the rows in each leaf of a cache, by its shapes.
+  """Returns the batch axis of each leaf of a cache, found from its shapes.
 
   >>> row_axes(lambda n: {"keys": jnp.zeros((3, 2 * n)), "index": jnp.int32(0)})
   {'index': -1, 'keys': 1}
 
   Args:
-    make: gives the cache of N rows for each prompt, for the N that it is given;
-      traced, not run.
+    make: returns the cache with N rows per prompt, given N; only traced.
 
   Returns:
-    A tree of the cache's structure: the axis that grows with the number of
-    rows, -1 for a leaf without one.
+    A tree with the cache's structure: the axis that grows with N, -1 for a leaf
+    without one.
   """
   few, many = (jax.eval_shape(lambda n=n: make(n)) for n in (1, 2))
 
@@ -47,9 +46,9 @@ def repeat_rows(
   [5, 5, 6, 6]
 
   Args:
-    tree: of arrays.
+    tree: arrays.
     num_decodes: N.
-    axes: tree of the axes of the rows, from `row_axes`; None for axis 0.
+    axes: the batch axis of each leaf, from `row_axes`; None for axis 0.
   """
   if num_decodes == 1:
     return tree
@@ -77,7 +76,7 @@ def decode(
   options: Mapping[str, Any],
   **settings: Any,
 ) -> tuple[jax.Array, jax.Array]:
-  """Calls a decode function, and puts its outputs in ascending order.
+  """Calls a decode function and sorts its outputs by score, ascending.
 
   Args:
     decode_fn: see `types.DecodeFn`.
@@ -86,15 +85,15 @@ def decode(
     key: random key, or None.
     batch_size: B.
     num_decodes: N.
-    options: the decode function's own.
-    **settings: its other arguments: `max_decode_length`, `eos_id`, `row_axes`.
+    options: arguments of this decode function alone.
+    **settings: `max_decode_length`, `eos_id` and `row_axes`.
 
   Returns:
-    Tokens `[B, N, T]` and scores `[B, N]`, the best last. The score of a sample
-    is its log-prob in nats; that of a beam search is its own.
+    Tokens `[B, N, T]` and scores `[B, N]`, the best last. A sample's score is its
+    log-prob, in nats.
 
   Raises:
-    ValueError: an option that the decode function does not take.
+    ValueError: the decode function does not take one of the options.
   """
   _check_options(decode_fn, options)
   tokens, scores = decode_fn(

@@ -1,13 +1,12 @@
-"""Decoding by sampling: the law of the next token, and what is drawn from it.
+"""Sampling from a model's next-token distribution.
 
-The loop over tokens is one of `decode_loops`; it knows nothing of the model.
+The loop over tokens is in `loops`; it does not know the model.
 
-Randomness belongs to rows, not to the batch: the numbers that decide row r at
-position t come from `fold_in(fold_in(key, row_ids[r]), t)`. A row is sampled
-alike wherever it stands, with whatever neighbours, on whatever mesh.
+Each row has its own stream of random numbers: row r at position t uses
+`fold_in(fold_in(key, row_ids[r]), t)`. A row's sample therefore does not depend
+on its place in the batch, on the other rows, or on the mesh.
 
-No gradient flows through anything here: tokens are drawn, and log-probs are
-reported as constants (paper, section 3: no gradient through sampling).
+`sample` has no gradient (paper, section 3: no backpropagation through sampling).
 """
 
 import functools
@@ -22,18 +21,18 @@ from jax import lax
 from gkd_jax import losses, types
 from gkd_jax.decoding import loops
 
-# Tokens of a group, see `_two_stage_categorical`. Vocabularies are padded to multiples of it, so
-# that groups need no padding, and it divides over the devices of a model axis.
+# Tokens per group in `_two_stage_categorical`. Vocabularies are padded to multiples.
 _MEMBERS = 128
 
 
 class SampleResult(NamedTuple):
-  """What was sampled, and how likely it was.
+  """Sampled tokens and their log-probs.
 
   Attributes:
-    tokens: `[B, T]` int32; the EOS that ends a row is kept, zeros follow it.
-    log_probs: `[B, T]` float32, nats per token, under the law that the token
-      was drawn from; 0 after EOS. Both are `[B N, T]` for N samples per prompt.
+    tokens: `[B, T]` int32, EOS included, zeros after it; `[B N, T]` for N
+      samples per prompt.
+    log_probs: of the same shape, float32, nats per token, under the distribution
+      that the token was drawn from; 0 after EOS.
   """
 
   tokens: jax.Array
@@ -62,87 +61,89 @@ def sample(
 ) -> SampleResult:
   """Samples one continuation per row.
 
-  The law of the next token is `softmax(sampling_logits(...))`: suppressed
-  tokens removed, temperature applied, then top-k, then top-p, renormalised.
-  The defaults sample from the model itself. Temperature 0 takes the likeliest
-  token (the lowest id of equal ones) and draws no random number.
+  The distribution of the next token is `softmax(sampling_logits(...))`: suppressed
+  tokens are removed, the temperature is applied, then top-k, then top-p, and the
+  rest is renormalized. By default it is the model's own. Temperature 0 takes the
+  most likely token (the lowest id of equal ones) and needs no key.
 
   Args:
     tokens_to_logits: `(tokens [B], cache) -> (logits [B, V], cache)`.
     cache: the model's state before the first token; any tree of arrays.
-    key: `[]` random key, typed or raw; may be None where temperature is 0.
+    key: `[]` random key, typed or raw; may be None at temperature 0.
     batch_size: B.
     max_decode_length: T, EOS included. A row without EOS by then is cut.
     temperature: `[]`. A Python or numpy number is part of the program; an array
-      may change without recompiling. Below float32's smallest normal number, 0
-      included, an array acts as that number: greedy but for exact ties, which
-      are drawn evenly. A negative array gives NaN log-probs.
-    top_k: keep the k likeliest tokens; 0 keeps all.
-    top_p: keep the smallest set of likeliest tokens whose mass reaches this, at
-      least one token; 1.0 keeps all.
+      may change without recompiling. An array below float32's smallest normal
+      number, 0 included, acts as that number: greedy, but exact ties are drawn
+      evenly; a negative one gives NaN log-probs.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches
+      this, at least one token; 1.0 keeps all.
     eos_id: the token that ends a row; -1 never ends one.
     start_tokens: `[B]` int32 fed first; PAD, T5's start token, by default.
-    row_lengths: `[B]` integer, T of each row where some have less room than
-      others; a row without EOS by then is cut.
-    row_ids: `[B]` integer name of each row's random stream, `arange(B)` by
-      default. Give rows of a microbatch their place in the whole batch.
+    row_lengths: `[B]` integer, T of each row; `max_decode_length` by default.
+    row_ids: `[B]` integer, names each row's random stream; `arange(B)` by
+      default. In a microbatch, pass the rows' places in the whole batch.
     active: `[B]` bool. Rows that are False count as ended from the start: they
-      stay zero, and no step is run for their sake.
+      stay zero, and no step is run for them.
     suppress_ids: tokens that are never produced. On-policy training suppresses
-      PAD, which could not be told from the zeros after EOS.
+      PAD, which looks like the zeros after EOS.
     num_decodes: N, samples per prompt. The model then has B N rows, of which
       b N to b N + N - 1 are prompt b's, and every `[B]` here means `[B N]`.
-    slots: decode so many rows at a time, and give the place of one that has
-      ended to the next, see `loops.decode_with_slots`: the samples are those of all rows
-      together. None, or as many as there are rows: all together.
-    row_axes: of `slots`, see `types.DecodeFn`.
+    slots: number of rows to decode at a time: one that has ended gives its slot
+      to the next, see `loops.decode_with_slots`. The samples are the same. None
+      decodes all rows at once.
+    row_axes: batch axes of the cache, read with `slots`; see `types.DecodeFn`.
 
   Returns:
-    Tokens and log-probs, `[B, T]` each. Under temperature 0 log-probs are the
+    Tokens and log-probs, `[B, T]` each. At temperature 0 the log-probs are the
     model's at temperature 1, without filters, suppressed tokens removed.
 
   Raises:
-    ValueError: if a setting is outside its range, a shape is not `[B]`, or the
-      key that a temperature above 0 needs is None.
+    ValueError: a setting is out of range, a shape is not `[B]`, or the key is
+      None at a temperature above 0.
   """
   _check_settings(max_decode_length, temperature, top_k, top_p)
   _check_slots(slots, row_axes)
-  greedy = _is_static(temperature) and temperature == 0
-  if key is None and not greedy:
+  if _is_static(temperature) and temperature == 0:
+    key, temperature, top_k, top_p = None, 1.0, 0, 1.0
+  elif key is None:
     raise ValueError(
       f"expected a random key at temperature {temperature}, got None; set key"
     )
-  rows = batch_size * num_decodes
-  start_tokens, row_ids, active = _per_row(rows, start_tokens, row_ids, active)
-  row_keys = None if greedy else _fold_in_rows(key, row_ids)
-  law = functools.partial(sampling_logits, suppress_ids=suppress_ids)
-  if not greedy:
-    law = functools.partial(
-      law, temperature=temperature, top_k=top_k, top_p=top_p
-    )
 
-  if row_lengths is None:
-    row_lengths = jnp.full(rows, max_decode_length)
-  _check_rows("row_lengths", row_lengths, rows)
-  active &= row_lengths >= 1
-  settings: dict[str, Any] = {
-    "row_keys": row_keys,
-    "start_tokens": start_tokens,
-    "row_lengths": row_lengths,
-    "active": active,
-    "max_decode_length": max_decode_length,
-    "eos_id": eos_id,
-  }
-  arguments = (
+  def draw(logits, row_keys, position):
+    logits = sampling_logits(
+      logits,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      suppress_ids=suppress_ids,
+    )
+    return _draw(logits, row_keys, position)
+
+  decode = loops.decode_rows
+  if slots is not None:
+    decode = functools.partial(
+      loops.decode_with_slots, slots=slots, row_axes=row_axes
+    )
+  tokens, log_probs, *_ = decode(
     tokens_to_logits,
     lax.stop_gradient(cache),
-    lambda logits, keys, position: _draw(law(logits), keys, position),
+    draw,
+    max_decode_length=max_decode_length,
+    eos_id=eos_id,
+    **_per_row(
+      batch_size * num_decodes,
+      max_decode_length,
+      key,
+      start_tokens=start_tokens,
+      row_lengths=row_lengths,
+      row_ids=row_ids,
+      active=active,
+    ),
   )
-  if slots is None:
-    return SampleResult(*loops.decode_rows(*arguments, **settings))
-  settings |= {"slots": slots, "row_axes": row_axes}
-  done = loops.decode_with_slots(*arguments, **settings)
-  return SampleResult(done.tokens, done.log_probs)
+  return SampleResult(tokens, log_probs)
 
 
 def sampling_logits(
@@ -153,7 +154,7 @@ def sampling_logits(
   top_p: float = 1.0,
   suppress_ids: Sequence[int] = (),
 ) -> jax.Array:
-  """Returns the logits of the law that `sample` draws from.
+  """Returns the logits of the distribution that `sample` draws from.
 
   Args:
     logits: `[..., V]` in any float type.
@@ -163,10 +164,10 @@ def sampling_logits(
     suppress_ids: tokens to remove before everything else.
 
   Returns:
-    `[..., V]` float32, -inf where the law is 0; not normalised.
+    `[..., V]` float32, -inf where the probability is 0; not normalized.
 
   Raises:
-    ValueError: if `suppress_ids` holds an id outside 0..V-1, or all of them.
+    ValueError: `suppress_ids` has an id outside 0..V-1, or all ids.
   """
   logits = logits.astype(jnp.float32)
   if suppress_ids:
@@ -180,8 +181,8 @@ def sampling_logits(
       )
     keep = keep.reshape((1,) * (logits.ndim - 1) + keep.shape)
     logits = jnp.where(keep, logits, -jnp.inf)
-  # With the maximum at 0, a small temperature sends the others to -inf and
-  # never to inf - inf.
+  # With the maximum at 0, a small temperature sends the other logits to -inf and
+  # never makes inf - inf.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   smallest = float(jnp.finfo(jnp.float32).tiny)
   if not _is_static(temperature):
@@ -200,38 +201,37 @@ def filter_logits(
 ) -> jax.Array:
   """Removes unlikely tokens: top-k first, then top-p on what is left.
 
-  Tokens as likely as the least likely kept one are kept too, in both filters,
-  so that the result does not depend on the order of the vocabulary; more than
-  k tokens can remain.
+  Both filters keep all tokens that tie with the least likely kept one, so that
+  the result does not depend on the order of the vocabulary; more than k tokens
+  can remain.
 
-  >>> law = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
-  >>> jnp.isfinite(filter_logits(law, top_k=3)).tolist()
+  >>> logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
+  >>> jnp.isfinite(filter_logits(logits, top_k=3)).tolist()
   [True, True, True, False]
-  >>> jnp.isfinite(filter_logits(law, top_k=3, top_p=0.7)).tolist()
+  >>> jnp.isfinite(filter_logits(logits, top_k=3, top_p=0.7)).tolist()
   [True, True, False, False]
 
   Args:
     logits: `[..., V]` float32.
     top_k: keep the k largest; 0, or V and above, keeps all.
-    top_p: with tokens sorted from the likeliest down, keep each whose
-      predecessors' mass is below this (softmax over what top-k left); 1.0 keeps
-      all.
+    top_p: with tokens in order of falling probability, keep each whose
+      predecessors have less probability than this in all (softmax over what
+      top-k kept); 1.0 keeps all.
 
   Returns:
-    `[..., V]` float32, removed tokens at -inf. Without filters the program
-    holds no sort.
+    `[..., V]` float32, removed tokens at -inf. Without filters nothing is sorted.
   """
   vocab_size = logits.shape[-1]
   count = top_k if 0 < top_k < vocab_size else vocab_size
   if count == vocab_size and top_p == 1:
     return logits
-  ranked = lax.top_k(logits, count)[0]  # [..., k] from the largest down
+  ranked = lax.top_k(logits, count)[0]  # [..., k], largest first
   threshold = ranked[..., -1:]
   if count < vocab_size:
     logits = jnp.where(logits < threshold, -jnp.inf, logits)
   if top_p < 1:
-    # `ranked` may miss ties of its last entry. They have that entry's value,
-    # so they change the normaliser (over `logits`) but not the threshold.
+    # `ranked` may miss ties of its last entry. They have that entry's value, so
+    # they change the normalizer (over `logits`) but not the threshold.
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     mass = jnp.exp(ranked - total)
     mass_before = jnp.cumsum(mass, axis=-1) - mass
@@ -247,8 +247,7 @@ def sequence_weights(
 ) -> jax.Array:
   """Returns 1 up to and including a row's first EOS, and 0 after it.
 
-  It goes by EOS alone: a row without EOS was cut, and has weight 1 everywhere.
-  A PAD before EOS therefore counts; it cannot occur where PAD was suppressed.
+  A row without EOS was cut and has weight 1 everywhere.
 
   >>> sequence_weights(jnp.array([[7, 5, 1, 0], [7, 5, 3, 2]])).tolist()
   [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
@@ -270,7 +269,7 @@ def sequence_weights(
 
 
 def shift_right(tokens: jax.Array) -> jax.Array:
-  """Returns the decoder's inputs for these targets: PAD, then all but the last.
+  """Returns the decoder inputs of these targets: PAD, then all but the last.
 
   >>> shift_right(jnp.array([[7, 5, 1, 0]])).tolist()
   [[0, 7, 5, 1]]
@@ -285,8 +284,7 @@ def shift_right(tokens: jax.Array) -> jax.Array:
 
 
 def _is_static(value) -> bool:
-  """Whether a number is known while tracing."""
-  return not isinstance(value, jax.Array)
+  return not isinstance(value, jax.Array)  # known while tracing
 
 
 def _check_settings(max_decode_length, temperature, top_k, top_p):
@@ -324,36 +322,39 @@ def _check_slots(slots, row_axes):
     )
 
 
-def _per_row(batch_size, start_tokens, row_ids, active):
-  """Returns the three `[B]` arguments of `sample`, defaults filled in."""
-  if start_tokens is None:
-    start_tokens = jnp.full(batch_size, loops.PAD_ID)
-  if row_ids is None:
-    row_ids = jnp.arange(batch_size)
-  if active is None:
-    active = jnp.full(batch_size, True)
-  for name, array in (
-    ("start_tokens", start_tokens),
-    ("row_ids", row_ids),
-    ("active", active),
-  ):
-    _check_rows(name, array, batch_size)
-  return start_tokens.astype(jnp.int32), row_ids, active.astype(bool)
+def _per_row(
+  rows, max_decode_length, key, *, start_tokens, row_lengths, row_ids, active
+) -> dict[str, Any]:
+  """Returns the loops' arguments with a value per row, defaults filled in."""
 
+  def filled(name, array, default):
+    if array is None:
+      return default
+    if array.shape != (rows,):
+      raise ValueError(
+        f"expected {name} of shape [{rows}], got "
+        f"{list(array.shape)}; set {name} or batch_size"
+      )
+    return array
 
-def _check_rows(name, array, batch_size):
-  if array.shape != (batch_size,):
-    raise ValueError(
-      f"expected {name} of shape [{batch_size}], got "
-      f"{list(array.shape)}; set {name} or batch_size"
-    )
+  full = functools.partial(jnp.full, rows)
+  start_tokens = filled("start_tokens", start_tokens, full(loops.PAD_ID))
+  row_ids = filled("row_ids", row_ids, jnp.arange(rows))
+  active = filled("active", active, full(True))
+  row_lengths = filled("row_lengths", row_lengths, full(max_decode_length))
+  return {
+    "row_keys": None if key is None else _fold_in_rows(key, row_ids),
+    "start_tokens": start_tokens.astype(jnp.int32),
+    "row_lengths": row_lengths,
+    "active": active.astype(bool) & (row_lengths >= 1),
+  }
 
 
 def _fold_in_rows(key, row_ids):
-  """Returns one key per row, `[B]` keys, of the threefry generator."""
+  """Returns one threefry key per row, `[B]` keys."""
   if jax.random.key_impl(key) != "threefry2x32":
-    # Under vmap the hardware generators draw the whole batch from the first
-    # key, which would tie a row's sample to its neighbours.
+    # Under vmap the hardware generators draw the whole batch from the first key,
+    # and a row's sample would depend on the other rows.
     data = jax.random.key_data(key)
     key = jax.random.wrap_key_data(data[:2], impl="threefry2x32")
     for word in data[2:]:
@@ -361,58 +362,61 @@ def _fold_in_rows(key, row_ids):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, row_ids)
 
 
-def _draw(law, row_keys, position):
-  """Draws from the softmax of `law` `[B, V]`; without keys, its argmax.
+def _draw(logits, row_keys, position):
+  """Samples from the softmax of `[B, V]` logits; takes the argmax without keys.
 
-  `position` is `[]`, or `[B]` where rows are at different ones.
+  Args:
+    logits: `[B, V]`, from `sampling_logits`.
+    row_keys: `[B]` keys, or None.
+    position: `[]`, or `[B]` where rows are at different positions.
 
   Returns:
     `(tokens, log_probs)`, `[B]` int32 and `[B]` float32.
   """
   if row_keys is None:
-    tokens = losses.argmax(law)
-    drawn_law = jnp.take_along_axis(law, tokens[:, None], axis=-1)[:, 0]
-    return tokens, drawn_law - jax.nn.logsumexp(law, axis=-1)
+    tokens = losses.argmax(logits)
+    drawn = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, drawn - jax.nn.logsumexp(logits, axis=-1)
   position = jnp.broadcast_to(position, row_keys.shape[:1])
   keys = jax.vmap(jax.random.fold_in)(row_keys, position)
-  return _two_stage_categorical(law, keys)
+  return _two_stage_categorical(logits, keys)
 
 
-def _two_stage_categorical(law, keys):
-  """Draws a group of tokens by its probability, then one of its members.
+def _two_stage_categorical(logits, keys):
+  """Samples a group of tokens, then a token within it.
 
-  The law is that of one draw among all V, with V / 128 + 128 random numbers in
-  place of V. Both are drawn by Gumbel's noise: where logits differ by a
-  rounding, as they do from one mesh to another, the token is as good as always
-  the same. Groups are of equal remainders, since a vocabulary is split over
-  devices in ranges of ids, and a CPU sums columns faster than rows. A
-  vocabulary of up to 128 is one group.
+  The distribution is that of one draw among V tokens, with V / 128 + 128 random
+  numbers in place of V. Both stages add Gumbel noise and take the maximum, so that
+  logits that differ by rounding, as they do from mesh to mesh, almost always give
+  the same token. A group holds the ids with one remainder: a vocabulary is sharded
+  in ranges of ids, and a CPU sums columns faster than rows. A vocabulary of up to
+  128 tokens is one group.
 
   Args:
-    law: `[B, V]`, at most 0, and 0 somewhere.
+    logits: `[B, V]` with maximum 0.
     keys: `[B]`.
 
   Returns:
     As `_draw`.
   """
-  vocab_size = law.shape[-1]
+  vocab_size = logits.shape[-1]
   members = min(_MEMBERS, vocab_size)
   groups = -(-vocab_size // members)
   numbers = members + (groups if groups > 1 else 0)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, (numbers,)))(keys)
 
   unused = ((0, 0), (0, members * groups - vocab_size))
-  law = jnp.pad(law, unused, constant_values=-jnp.inf)
-  law = law.reshape(-1, members, groups)
-  mass = jnp.sum(jnp.exp(law), axis=1)
-  group = jnp.zeros((law.shape[0], 1), jnp.int32)
+  logits = jnp.pad(logits, unused, constant_values=-jnp.inf)
+  logits = logits.reshape(-1, members, groups)
+  mass = jnp.sum(jnp.exp(logits), axis=1)
+  group = jnp.zeros((logits.shape[0], 1), jnp.int32)
   if groups > 1:
     scores = jnp.log(mass) + noise[:, members:]
     group = losses.argmax(scores)[:, None]
-  law = jnp.take_along_axis(law, group[:, None], axis=2)[:, :, 0]
-  member = losses.argmax(law + noise[:, :members])[:, None]
-  drawn_law = jnp.take_along_axis(law, member, axis=1)[:, 0]
-  log_probs = drawn_law - jnp.log(jnp.sum(mass, axis=-1))
+  logits = jnp.take_along_axis(logits, group[:, None], axis=2)[:, :, 0]
+  member = losses.argmax(logits + noise[:, :members])[:, None]
+  drawn = jnp.take_along_axis(logits, member, axis=1)[:, 0]
+  log_probs = drawn - jnp.log(jnp.sum(mass, axis=-1))
   return (member * groups + group)[:, 0], log_probs
 
 
@@ -423,20 +427,18 @@ def sampling_log_probs(
   num_real_tokens: int | None = None,
   **settings: Any,
 ) -> jax.Array:
-  """The log-probs that a token is drawn by, gradients included.
+  """Returns differentiable log-probs of the sampling distribution.
 
-  The score function of a sample is the gradient of its log-prob under exactly
-  this law: temperature, filters and suppressed tokens are part of it.
+  Temperature, filters and suppressed tokens are part of it.
 
   Args:
-    logits: `[..., V]`, padding of the vocabulary included.
-    weights: `[...]`; where it is 0 the logits are not read, and the law is that
-      of equal ones.
-    num_real_tokens: token ids from here on are never drawn.
-    **settings: of `sampling_logits`.
+    logits: `[..., V]`, vocabulary padding included.
+    weights: `[...]`; where it is 0, all logits count as equal.
+    num_real_tokens: token ids from here on are never sampled.
+    **settings: see `sampling_logits`.
 
   Returns:
-    `[..., V]` float32, nats, -inf at what is never drawn.
+    `[..., V]` float32, nats, -inf for tokens that are never sampled.
   """
   logits = logits.astype(jnp.float32)
   if weights is not None:

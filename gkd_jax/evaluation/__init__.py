@@ -1,4 +1,12 @@
-"""TODO."""
+"""Evaluation: decode, score, compare.
+
+evaluate         Evaluator: decodes a split and computes the task's metrics
+measurements     calibration, divergence by position, acceptance rate
+teacher_data     a teacher's outputs for a whole task as shards
+teacher_records  the records of these shards
+entailment       a T5 entailment model as a reward
+compare          confidence intervals and paired tests of two evaluations
+"""
 
 from etils import epy
 

@@ -1,9 +1,9 @@
-"""A reward by a T5 that tells whether one text follows from another.
+"""A T5 entailment model as a reward.
 
-Such a model (the TRUE mixture's is one, Honovich et al., arXiv 2204.04991)
-reads "premise: ... hypothesis: ..." and answers "1" or "0". The reward is the
-probability of "1", as in the GKD paper's RL experiment after Roit et al. (arXiv
-2306.00186): the document entails the summary.
+Such a model (for example that of the TRUE mixture, Honovich et al., arXiv
+2204.04991) reads "premise: ... hypothesis: ..." and answers "1" or "0". The
+reward is the probability of "1", that the document entails the summary, as in
+the GKD paper's RL experiment after Roit et al. (arXiv 2306.00186).
 """
 
 import functools
@@ -20,28 +20,28 @@ OVER = ("vocabulary", "answers")
 
 
 class EntailmentReward:
-  """The probability that the input entails the output: a `types.Reward`.
+  """A `types.Reward`: the probability that the input entails the output.
 
-  The scorer is placed on a mesh of its own making, the same that training runs
-  on, and split by the same rules as the teacher. Texts are tokenized with the
-  scorer's vocabulary, whatever the student's is.
+  The scorer makes a mesh equal to that of training and is sharded by the same
+  rules as the teacher. Texts are tokenized with the scorer's vocabulary, not
+  the student's.
 
   Args:
     model: the scorer, an `EncoderDecoderModel`.
-    checkpoint_path: its parameters, in any format that `load_params` reads.
+    checkpoint_path: its parameters, see `checkpoints.load_params`.
     vocabulary: its seqio vocabulary.
-    input_length: S; the premise is cut where both texts are longer.
-    batch_size: rows of all devices together that are scored at a time.
-    answers: texts of "entailed" and "not entailed". Of each the first token
-      counts.
-    over: the softmax is over the "vocabulary", or over both "answers" alone.
-    input_prefix: of the task's inputs; it is no part of the premise.
-    num_partitions: devices that share one copy of the scorer.
-    shard_params_over_data: split parameters over the data axis too.
+    input_length: S; the premise is truncated if both texts are longer.
+    batch_size: rows scored at a time, on all devices together.
+    answers: texts of "entailed" and "not entailed", of which the first tokens
+      are compared.
+    over: softmax over the "vocabulary", or over the two "answers".
+    input_prefix: prefix of the task's inputs that is removed.
+    num_partitions: devices of the model axis.
+    shard_params_over_data: shard parameters over the data axis too.
 
   Raises:
-    ValueError: a setting is out of range, answers begin with the same token, or
-      the checkpoint is not of this model.
+    ValueError: if a setting is out of range, the answers begin with the same
+      token, or the checkpoint is another model's.
   """
 
   def __init__(
@@ -107,7 +107,7 @@ class EntailmentReward:
     outputs: Sequence[str],
     examples: Sequence[Mapping[str, Any]],
   ) -> np.ndarray:
-    """See `types.Reward`: probabilities `[B]`, float32."""
+    """Returns probabilities `[B]`, float32; see `types.Reward`."""
     del examples
     tokens = np.stack(
       [
@@ -143,14 +143,14 @@ def entailment(
   answers: tuple[int, int],
   over: str = "vocabulary",
 ) -> jax.Array:
-  """The probability that a scorer's answer begins with the first of two tokens.
+  """Computes the probability that the answer begins with the first token.
 
   Args:
     model: an `EncoderDecoderModel`.
     params: its parameters.
     tokens: `[B, S]` int32, premise and hypothesis.
     answers: token ids of "entailed" and "not entailed".
-    over: "vocabulary" or "answers", what the softmax is over.
+    over: softmax over the "vocabulary" or the two "answers".
 
   Returns:
     `[B]` float32.
@@ -170,14 +170,13 @@ def entailment(
 def encode_pair(
   premise: str, hypothesis: str, vocabulary: Any, length: int
 ) -> np.ndarray:
-  """Tokens `[length]` of "premise: ... hypothesis: ...", EOS and zeros.
+  """Encodes "premise: ... hypothesis: ..." as `[length]` tokens with EOS.
 
-  Where they are too many the premise loses its end, and only where nothing of
-  it is left the hypothesis.
+  If these are too many, the premise is truncated first, then the hypothesis.
 
   Args:
     premise: a text.
-    hypothesis: what may follow from it.
+    hypothesis: the text that may follow from it.
     vocabulary: a seqio vocabulary.
     length: S.
   """

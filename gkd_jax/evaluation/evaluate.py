@@ -1,4 +1,4 @@
-"""Decoding a split of a task and scoring it with the task's metrics."""
+"""Decodes a split of a task and scores it with the task's metrics."""
 
 import functools
 import itertools
@@ -14,16 +14,16 @@ from gkd_jax.tasks import example_statistics
 
 
 class Predictions(NamedTuple):
-  """One task's examples and outputs, in the order of the split.
+  """Examples and outputs of one task, in the order of the split.
 
   Attributes:
     inputs: decoded inputs.
-    outputs: decoded outputs, as they are.
-    scores: log-prob of each output, nats summed over tokens.
-    targets: what the metrics take as targets.
-    predictions: postprocessed outputs, what the metrics take as predictions.
-    target_scores: log-prob of each target, nats summed over tokens; empty
-      unless a metric of the task asks for it.
+    outputs: decoded outputs.
+    scores: log-prob of each output in nats, summed over tokens.
+    targets: targets for the metrics.
+    predictions: postprocessed outputs, the predictions for the metrics.
+    target_scores: log-prob of each target in nats, summed over tokens; empty
+      unless a metric of the task needs it.
   """
 
   inputs: list[str]
@@ -41,10 +41,10 @@ class Evaluator:
     task: from `data.load_task`.
     lengths: seqio feature to length.
     batch_size: rows decoded at a time.
-    mesh: rows are split over its data axis.
-    converter: the `FEATURE_CONVERTER_CLS` of the models that will be decoded.
+    mesh: rows are sharded over its data axis.
+    converter: the `FEATURE_CONVERTER_CLS` of the models to evaluate.
     split: name of the split.
-    num_examples: at most so many of each task; None for all.
+    num_examples: maximum number of examples of each task; None for all.
     use_cached: read seqio's cache.
   """
 
@@ -95,7 +95,18 @@ class Evaluator:
     seed: int = 0,
     decoder_params: Mapping[str, Any] | None = None,
   ) -> dict[str, Predictions]:
-    """Task name to its predictions; greedy unless `decoder_params` differ."""
+    """Decodes all tasks, greedily unless `decoder_params` differ.
+
+    Args:
+      model: with T5X's protocol.
+      params: its parameters, on the mesh.
+      limit: number of examples of each task, from the first; None for all.
+      seed: of sampling.
+      decoder_params: options of the model's `decode_fn`.
+
+    Returns:
+      Task name to predictions.
+    """
     options = tuple(sorted((decoder_params or {}).items()))
     decode = _compiled_predict(model, options, self._mesh)
     results = {}
@@ -126,7 +137,7 @@ class Evaluator:
     return results
 
   def _run(self, compiled, params, features, count, seed):
-    """What `compiled` gives for the first `count` rows, batch by batch."""
+    """Returns the results of `compiled` for the first `count` rows."""
     features = {k: v[:count] for k, v in features.items()}
     size = min(self._batch_size, count)
     parts = []
@@ -138,7 +149,7 @@ class Evaluator:
     return [np.concatenate(x)[:count] for x in zip(*parts, strict=True)]
 
   def batches(self) -> Iterator[tuple[int, Mapping[str, jax.Array]]]:
-    """All tasks' examples, one task after the other; see `batches`."""
+    """Yields the batches of all tasks; see `batches`."""
     first = 0
     for _, examples, features in self._tasks.values():
       if examples:
@@ -150,14 +161,14 @@ class Evaluator:
   def example_statistics(
     self, results: Mapping[str, Predictions]
   ) -> list[dict[str, list[float]]]:
-    """What each example adds to the tasks' metrics of predictions.
+    """Returns the terms that each example adds to the tasks' metrics.
 
     Args:
       results: from `predict`.
 
     Returns:
-      For each example, in the order of `results`, the metrics' names as `score`
-      gives them and `example_statistics.of_example`.
+      For each example, in the order of `results`, metric name (as in `score`) to
+      `example_statistics.of_example`.
     """
     rows = []
     for name, result in results.items():
@@ -171,7 +182,7 @@ class Evaluator:
     return rows
 
   def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
-    """The tasks' metrics; with several tasks, names start with the task's."""
+    """Computes the tasks' metrics; of several tasks, with the task as prefix."""
     metrics = {}
     for name, result in results.items():
       task = self._tasks[name][0]
@@ -195,7 +206,7 @@ class Evaluator:
 
 
 def pool(samples: Sequence[Predictions]) -> Predictions:
-  """Several outputs for each example as one list of examples and outputs."""
+  """Concatenates several outputs of each example."""
   return Predictions(
     *(list(itertools.chain(*lists)) for lists in zip(*samples, strict=True))
   )
@@ -204,15 +215,15 @@ def pool(samples: Sequence[Predictions]) -> Predictions:
 def batches(
   features: Mapping[str, np.ndarray], batch_size: int, mesh: Any
 ) -> Iterator[tuple[int, Mapping[str, jax.Array]]]:
-  """Rows in batches of one size, the last filled up with zeros.
+  """Yields rows in batches of one size, the last padded with zeros.
 
   Args:
-    features: name to rows, all of one number.
-    batch_size: rounded up to a multiple of the parts that rows are split into.
+    features: name to rows, equally many.
+    batch_size: rounded up to a multiple of the data axis.
     mesh: see `partitioning.make_mesh`.
 
   Yields:
-    The number of the batch's first row, and the batch on its devices.
+    The index of the batch's first row, and the batch on its devices.
   """
   sharding = partitioning.batch_sharding(mesh)
   parts = partitioning.row_shards(mesh)
@@ -251,7 +262,7 @@ def _compiled_score(model, mesh):
 
 
 def _check_metrics(task):
-  # seqio wraps each function as an object behind the objects that were given.
+  # seqio appends an object for each function to the objects that were given.
   given = len(task.metric_objs) - len(task.metric_fns)
   if given:
     raise ValueError(
@@ -261,7 +272,7 @@ def _check_metrics(task):
 
 
 def _target(task, example):
-  """The target for the metrics: as seqio, the text before tokenization."""
+  """Returns the target for the metrics: as in seqio, the untokenized text."""
   text = example.get("targets_pretokenized")
   if isinstance(text, bytes):
     text = text.decode()

@@ -1,14 +1,12 @@
-"""Calibration of a student, and its distance to a teacher, over a split.
+"""Calibration of a student and its divergence from a teacher, over a split.
 
-The divergence is measured in two places: on the data, teacher forced, which is
-what training on fixed outputs makes small; and on the student's own samples, where
-it is used. A gap between the two that grows with the position is exposure bias.
+The divergence is measured on the data (teacher forced), where training on fixed
+outputs minimizes it, and on the student's own samples, where the student is
+used. A gap between the two that grows with the position is exposure bias.
 
-What is measured of a student and its teacher, token by token.
-
-All functions are pure and return sums, which add up over batches; a runner
-divides once. p is the teacher's and q the student's next-token law, both
-normalised over the real tokens.
+The functions of arrays are pure and return sums, which add up over batches;
+`measure` divides once. p and q are the next-token distributions of teacher and
+student, both normalized over the real tokens.
 
 Sources: expected calibration error, Guo et al. (arXiv 1706.04599), equation 3;
 acceptance rate of speculative decoding, Leviathan et al. (arXiv 2211.17192),
@@ -35,20 +33,21 @@ from gkd_jax.evaluation import evaluate
 
 # Sources of outputs, as named in results.
 SAMPLES, DATA = "student_samples", "data"
-# What `by_position.json` holds; the rest is given as means over tokens alone.
+# In `by_position.json`; the other names only have means over tokens.
 BY_POSITION = ("forward_kl", "reverse_kl")
+NUM_BINS = 15  # as in Guo et al.
 
 
 def load_teacher(model: models.GKDModel, path: str | None, mesh: Any) -> Any:
-  """The teacher's parameters on the mesh of an evaluation.
+  """Reads the teacher's parameters onto the mesh of an evaluation.
 
   Args:
-    model: its teacher says what shapes they have.
+    model: with the teacher.
     path: see `checkpoints.load_params`.
     mesh: of the evaluation.
 
   Raises:
-    ValueError: no path, nothing there, or other shapes.
+    ValueError: if there is no path, no checkpoint, or one of other shapes.
   """
   shapes = partitioning.input_shapes({"inputs": 1, "targets": 1})
   return checkpoints.load_placed(
@@ -70,29 +69,35 @@ def measure(
   *,
   seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-  """Goes over the evaluator's examples, all tasks together.
+  """Measures a student on all examples of an evaluator.
 
   Args:
-    evaluator: holds the split.
+    evaluator: of the split.
     mesh: the evaluator's.
-    model: a `GKDModel`, whose sampling settings and temperatures hold for the
-      samples and for both laws; or a model without a teacher.
+    model: a `GKDModel`, whose sampling settings and temperatures are used; or a
+      model without a teacher.
     params: the student's.
-    teacher_params: the teacher's; not read without a teacher.
+    teacher_params: the teacher's; not used without a teacher.
     seed: of the samples; each row has its own stream, whatever the batch size.
 
   Returns:
-    Scores: `ece`, the expected calibration error in percent of the student's
-    likeliest token against the targets, teacher forced, at temperature 1, in
-    `NUM_BINS` bins of equal width. With a teacher also, of each
-    source SOURCE in `student_samples` and `data`: `SOURCE/NAME`, the mean over
-    tokens of each of `compare_laws`, and `SOURCE/length`, tokens of
-    an output, EOS included.
+    A pair of scores and tables.
 
-    What `by_position.json` holds: `{SOURCE: {NAME: [...], "count": [...]}}`, the
-    means at an output's first token, second, and so on, for the names in
-    `BY_POSITION` in nats, and how many outputs have a token there. `calibration`
-    holds mean confidence, accuracy and count of each bin.
+    Scores: `ece`, the expected calibration error in percent of the student's
+    most likely token against the targets, teacher forced, at temperature 1, in
+    `NUM_BINS` bins of equal width. With a teacher also, for each SOURCE in
+    `student_samples` and `data`: `SOURCE/NAME`, the mean over tokens of each of
+    `token_divergences`, and `SOURCE/length`, the mean number of tokens of an
+    output, EOS included.
+
+    Tables, the content of `by_position.json`:
+    `{SOURCE: {NAME: [...], "count": [...]}}`, the means in nats at the first,
+    second, ... token of an output for the names in `BY_POSITION`, and the number
+    of outputs that have this token. `calibration` has the mean confidence, the
+    accuracy and the count of each bin.
+
+  Raises:
+    ValueError: if there are no examples or no tokens.
   """
   compiled = partitioning.jit(
     functools.partial(_sums, model),
@@ -103,7 +108,7 @@ def measure(
   totals: Any = None
   for start, batch in evaluator.batches():
     sums = compiled(params, teacher_params, batch, key, start)
-    # float32 sums of a batch, added in float64: no digit is lost over a split.
+    # Added in float64: a split has more tokens than float32 can count exactly.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
   if totals is None:
@@ -122,14 +127,14 @@ def measure(
 
 
 def _sums(model, params, teacher_params, batch, key, start):
-  """Sums over one batch, by source; see `measure`."""
+  """Returns sums over one batch by source; see `measure`."""
   student = model.student
   logits = student.logits(params, batch)
   weights = student.loss_weights(batch)
   real = student.num_real_tokens
   sums = {
     "calibration": calibration_sums(
-      log_law(logits, num_real_tokens=real),
+      log_probs_at(logits, num_real_tokens=real),
       batch["decoder_target_tokens"],
       weights,
     )
@@ -140,7 +145,7 @@ def _sums(model, params, teacher_params, batch, key, start):
   encoded = student.encode(params, batch)
   row_ids = start + jnp.arange(weights.shape[0])
   tokens, weights, _ = model.draw(params, encoded, batch, key, row_ids=row_ids)
-  # Rows that fill up the last batch have no input, and count for nothing.
+  # Rows that only fill up the last batch have no input and are not counted.
   weights *= student.has_inputs(batch)[:, None]
   sampled = dict(batch) | student.output_features(batch, tokens, weights)
   logits = student.decoder_logits(params, encoded, sampled)
@@ -154,20 +159,20 @@ def _compare(
   batch: types.Batch,
   student_logits: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Sums by position `[T]` of what is compared, `count`, and rows `[]`."""
+  """Returns sums by position `[T]` of `token_divergences`, and counts."""
   real = model.student.num_real_tokens
-  p = log_law(
+  p = log_probs_at(
     model.teacher.logits(teacher_params, batch),
     temperature=model.teacher_temperature,
     num_real_tokens=real,
   )
-  q = log_law(
+  q = log_probs_at(
     student_logits,
     temperature=model.student_temperature,
     num_real_tokens=real,
   )
   weights = model.student.loss_weights(batch)
-  values = compare_laws(p, q) | {"count": jnp.ones_like(weights)}
+  values = token_divergences(p, q) | {"count": jnp.ones_like(weights)}
   sums = {
     name: sum_by_position(value, weights) for name, value in values.items()
   }
@@ -175,7 +180,7 @@ def _compare(
 
 
 def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """Means over tokens, and the mean length."""
+  """Returns means over tokens, and the mean length."""
   tokens, rows = table["count"].sum(), table["rows"]
   if not tokens:
     raise ValueError(
@@ -188,7 +193,7 @@ def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _by_position(table: Mapping[str, np.ndarray]) -> dict[str, list]:
-  """Means by position, up to the longest output."""
+  """Returns means by position, up to the longest output."""
   counts = table["count"]
   # An output has no gaps: counts do not grow, and end at the longest.
   longest = int(np.sum(counts > 0))
@@ -199,7 +204,7 @@ def _by_position(table: Mapping[str, np.ndarray]) -> dict[str, list]:
 
 
 def _bins(sums: Mapping[str, np.ndarray]) -> dict[str, list]:
-  """Mean confidence and accuracy of each bin; None where it is empty."""
+  """Returns mean confidence and accuracy of each bin, None if it is empty."""
   counts = sums["count"]
   mean = lambda name: [
     float(x / n) if n else None for x, n in zip(sums[name], counts, strict=True)
@@ -211,28 +216,25 @@ def _bins(sums: Mapping[str, np.ndarray]) -> dict[str, list]:
   }
 
 
-NUM_BINS = 15  # of Guo et al.
-
-
-def log_law(
+def log_probs_at(
   logits: jax.Array,
   *,
   temperature: float = 1.0,
   num_real_tokens: int | None = None,
 ) -> jax.Array:
-  """Log-probs of the next-token law, float32.
+  """Returns float32 log-probs at a temperature, vocabulary padding masked.
 
   >>> logits = jnp.log(jnp.array([1.0, 3.0, 5.0]))
-  >>> jnp.exp(log_law(logits, num_real_tokens=2)).round(2).tolist()
+  >>> jnp.exp(log_probs_at(logits, num_real_tokens=2)).round(2).tolist()
   [0.25, 0.75, 0.0]
 
   Args:
     logits: `[..., V]` in any float type.
     temperature: divides the logits, above 0.
-    num_real_tokens: ids from here on have no mass; None for V.
+    num_real_tokens: ids from this one on are padding; None for V.
 
   Returns:
-    `[..., V]` nats, -1e9 or below where the law has no mass.
+    `[..., V]` in nats, -1e9 or below at padding.
   """
   logits = logits.astype(jnp.float32) / temperature
   return jax.nn.log_softmax(losses.mask_vocab_padding(logits, num_real_tokens))
@@ -241,10 +243,10 @@ def log_law(
 def acceptance_rate(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> jax.Array:
-  """Σ min(p, q): how likely the teacher accepts the student's next token.
+  """Computes Σ min(p, q), 1 minus the total variation.
 
-  In speculative decoding with the student as draft model, the expectation over
-  the student's token; 1 minus the total variation.
+  In speculative decoding with the student as draft model, this is the
+  probability that the teacher accepts the student's next token.
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(acceptance_rate(p, q)), 4)
@@ -262,10 +264,10 @@ def acceptance_rate(
   )
 
 
-def compare_laws(
+def token_divergences(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> dict[str, jax.Array]:
-  """The divergences and rates that are reported, each `[...]`.
+  """Computes the divergences, entropies and acceptance rate of each position.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
@@ -273,7 +275,7 @@ def compare_laws(
 
   Returns:
     `forward_kl`, `reverse_kl`, `teacher_entropy`, `student_entropy` in nats, and
-    `acceptance`, see `acceptance_rate`.
+    `acceptance` (see `acceptance_rate`), each `[...]`.
   """
   p, q = teacher_log_probs, student_log_probs
   return {
@@ -286,10 +288,10 @@ def compare_laws(
 
 
 def sum_by_position(values: jax.Array, weights: jax.Array) -> jax.Array:
-  """Sums over rows of what stands at the output's first token, second, ...
+  """Sums values over rows at the first, second, ... token of each output.
 
-  A position is counted within a row's output: its first token of weight above 0
-  is at 0, wherever it stands in the row, so that rows may begin with a prompt.
+  Position 0 is the first token of a row with a weight above 0, so that rows may
+  begin with a prompt.
 
   >>> weights = jnp.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
   >>> values = jnp.array([[9.0, 1.0, 2.0], [5.0, 9.0, 9.0]])
@@ -298,14 +300,14 @@ def sum_by_position(values: jax.Array, weights: jax.Array) -> jax.Array:
 
   Args:
     values: `[B, T]`.
-    weights: `[B, T]`, 0 at what is no output; there a value may be anything.
+    weights: `[B, T]`, 0 outside of the output, where values are ignored.
 
   Returns:
     `[T]` float32.
   """
   counted = weights > 0
   position = jnp.cumsum(counted, axis=1) - 1
-  # Set aside before the sum: 0 times NaN would be NaN.
+  # Not multiplied by the weights: 0 times NaN would be NaN.
   values = jnp.where(counted, values.astype(jnp.float32), 0.0)
   position = jnp.where(counted, position, 0)
   return jax.ops.segment_sum(
@@ -320,23 +322,22 @@ def calibration_sums(
   *,
   num_bins: int = NUM_BINS,
 ) -> dict[str, jax.Array]:
-  """Confidence and accuracy of the likeliest token, in bins of confidence.
+  """Sums confidence and accuracy of the most likely token in bins.
 
-  Bin m of M holds the tokens whose likeliest next token has a probability in
+  Bin m of M contains the tokens whose most likely token has a probability in
   (m/M, (m+1)/M].
 
   Args:
     log_probs: `[B, T, V]` the student's, teacher forced.
     targets: `[B, T]` int.
-    weights: `[B, T]`, 0 at what is no output.
-    num_bins: M, of equal width.
+    weights: `[B, T]`, 0 outside of the output.
+    num_bins: M; bins have equal width.
 
   Returns:
-    `confidence`, `correct` and `count`: sums in each bin, `[M]` float32. See
-    `expected_calibration_error`.
+    `confidence`, `correct` and `count`: sums in each bin, `[M]` float32.
 
   Raises:
-    ValueError: shapes that differ.
+    ValueError: if the shapes differ.
   """
   shape = log_probs.shape[:-1]
   if targets.shape != shape or weights.shape != shape:
@@ -363,7 +364,9 @@ def calibration_sums(
 
 
 def expected_calibration_error(sums: dict[str, np.ndarray]) -> float:
-  """Mean over tokens of |accuracy - confidence| of the token's bin, in percent.
+  """Returns the mean over tokens of |accuracy - confidence|, in percent.
+
+  Both are those of the token's bin.
 
   >>> sums = {"confidence": np.array([0.5, 2.7]), "correct": np.array([1, 2]),
   ...         "count": np.array([1, 3])}
@@ -371,10 +374,10 @@ def expected_calibration_error(sums: dict[str, np.ndarray]) -> float:
   30.0
 
   Args:
-    sums: from `calibration_sums`, over all batches.
+    sums: of `calibration_sums` over all batches.
 
   Raises:
-    ValueError: there is no token.
+    ValueError: if there is no token.
   """
   total = float(np.sum(sums["count"]))
   if not total:

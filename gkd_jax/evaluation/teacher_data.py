@@ -1,14 +1,13 @@
-"""A teacher's outputs for a whole task, written shard by shard.
+"""Writes a teacher's outputs for a whole task, shard by shard.
 
-Shard s of S holds the outputs for the examples s n / S to (s + 1) n / S of the
-n in the split, and is written whole or not at all. A run that starts again
-skips the shards that are there, so that no output is lost or there twice. The
-random numbers of an output come from (seed, example, sample number) alone, and
-a shard is decoded in the same batches every time: it does not depend on which
-shards were there before, nor on the number of processes. The same files come
-out bit for bit on the same devices with the same batch size.
+Shard s of S has the outputs for the examples s n / S to (s + 1) n / S of the n
+in the split. A restarted run skips the shards that exist, so that no output is
+lost or duplicated. The random numbers of an output depend only on seed, example
+and sample number, and a shard is always decoded in the same batches: it does
+not depend on the shards written before or on the number of processes. Files are
+equal bit for bit on the same devices with the same batch size.
 
-Each process works alone on its own shards, on its own devices.
+Each process writes its own shards with its own devices.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ def write(
   process_index: int | None = None,
   process_count: int | None = None,
 ) -> int:
-  """Writes the shards of this process that are not there yet.
+  """Writes the shards of this process that do not exist yet.
 
   Args:
     model: the teacher, with T5X's protocol.
@@ -59,18 +58,18 @@ def write(
     shards: how they are stored.
     split: name of the split.
     batch_size: rows decoded at a time.
-    num_examples: the first so many alone, None for all.
-    temperature: 0 is greedy, or as the model's `decode_fn` has it.
+    num_examples: number of examples, from the first; None for all.
+    temperature: 0 decodes greedily, or with the model's `decode_fn`.
     use_cached: read seqio's cache.
-    seed: of sampling, and of preprocessors that draw numbers.
-    process_index: this process; by default JAX's.
-    process_count: of all that share the work; by default JAX's.
+    seed: of sampling and of random preprocessors.
+    process_index: of this process; JAX's by default.
+    process_count: number of processes; JAX's by default.
 
   Returns:
     The number of examples in the split.
 
   Raises:
-    ValueError: a wrong setting, or shards that were begun with others.
+    ValueError: if a setting is wrong, or the existing shards have others.
   """
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
@@ -117,7 +116,7 @@ def write(
 
 
 def _missing(paths, index, count):
-  """Numbers of the shards of one of `count` processes that are not there yet."""
+  """Returns the numbers of a process's shards that do not exist yet."""
   return {
     s
     for s, path in enumerate(paths)
@@ -127,12 +126,12 @@ def _missing(paths, index, count):
 
 def _wait_for_others():
   if jax.process_count() > 1:
-    # Whoever is ready first would end the others' coordinator.
+    # A process that ends early would end the others' coordinator.
     multihost_utils.sync_global_devices("teacher_data written")
 
 
 def fingerprint(params: Any) -> str:
-  """A checksum of parameters: of their names, shapes, types and values."""
+  """Returns a checksum of parameters: names, shapes, dtypes and values."""
   code = 0
   for name, leaf in sorted(traverse_util.flatten_dict(dict(params)).items()):
     leaf = np.ascontiguousarray(leaf)
@@ -142,7 +141,7 @@ def fingerprint(params: Any) -> str:
 
 
 def _settings(model, task, shards, temperature):
-  """What the outputs depend on, by the names of the gin macros."""
+  """Returns the settings that outputs depend on, named as their gin macros."""
   settings = {
     "MIXTURE_OR_TASK_NAME": task.name,
     "NUM_REAL_TOKENS": model.num_real_tokens,
@@ -180,7 +179,9 @@ def _check(model, task, split, shards, temperature):
       f"expected TOP_K of at most {size}, the number of tokens, got"
       f" {shards.top_k}; set TOP_K"
     )
-  if shards.num_samples > 1 and not teacher_records.draws(model, temperature):
+  if shards.num_samples > 1 and not teacher_records.is_stochastic(
+    model, temperature
+  ):
     raise ValueError(
       f"expected one output for each input without sampling, got"
       f" {shards.num_samples} at temperature {temperature};"
@@ -189,17 +190,20 @@ def _check(model, task, split, shards, temperature):
 
 
 def _name(decode_fn):
-  """A decode function's name, and what is bound to it."""
+  """Returns a decode function's name and its bound arguments."""
   if isinstance(decode_fn, functools.partial):
     bound = sorted(decode_fn.keywords.items())
     return f"{_name(decode_fn.func)} {bound!r}"
-  return f"{decode_fn.__module__}.{decode_fn.__qualname__}"
+  module = decode_fn.__module__
+  if module.startswith("gkd_jax."):  # the public name
+    module = ".".join(module.split(".")[:2])
+  return f"{module}.{decode_fn.__qualname__}"
 
 
 def _examples(
   task, lengths, model, split, num_examples, use_cached, seed
 ) -> tf.data.Dataset:
-  """Pairs of a task's example and its model features, in the split's order."""
+  """Returns pairs of example and model features, in the order of the split."""
   dataset = task.get_dataset(
     sequence_length=dict(lengths),
     split=split,
@@ -215,8 +219,8 @@ def _examples(
 
 
 def _begun(prefix, settings, shards, dataset, model, index):
-  """The number of examples, after the manifest was made or compared."""
-  # As JSON has them: tuples are lists.
+  """Writes or compares the manifest, and returns the number of examples."""
+  # Tuples become lists in JSON.
   settings = json.loads(json.dumps(settings))
   manifest = teacher_shards.read_manifest(prefix)
   if manifest is None and index == 0:
@@ -226,15 +230,20 @@ def _begun(prefix, settings, shards, dataset, model, index):
         f"expected examples in the split {settings['EVAL_SPLIT']!r} of"
         f" {settings['MIXTURE_OR_TASK_NAME']}, got none; set EVAL_SPLIT"
       )
-    laws = None
+    storage = None
     if shards.top_k:
-      laws = {
+      storage = {
         "top_k": shards.top_k,
         "ids": "uint16" if model.config.vocab_size <= 2**16 else "int32",
         "log_probs": shards.top_k_dtype,
       }
     teacher_shards.write_manifest(
-      prefix, {"settings": settings, "num_examples": total, "laws": laws}
+      prefix,
+      {
+        "settings": settings,
+        "num_examples": total,
+        teacher_shards.STORAGE: storage,
+      },
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("teacher_data begun")
@@ -263,9 +272,9 @@ def _begun(prefix, settings, shards, dataset, model, index):
 def _shares(
   dataset: tf.data.Dataset, total: int, num_shards: int, wanted: set[int]
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
-  """Yields (shard, its first example's index, its pairs) of the wanted shards.
+  """Yields number, index of the first example, and pairs of wanted shards.
 
-  The examples before and between them are read and dropped.
+  The examples of other shards are read and dropped.
   """
   pairs = dataset.as_numpy_iterator()
   for s in range(max(wanted) + 1):

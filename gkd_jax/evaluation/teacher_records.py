@@ -1,8 +1,8 @@
-"""From a teacher and examples to the records of its outputs.
+"""Records of a teacher's outputs on examples.
 
-The random numbers of an output come from (seed, example index, sample number)
-alone: the sample number is folded into the key, and the example's index is the
-name of its row's stream (`sampling`).
+The random numbers of an output depend only on seed, example index and sample
+number: the sample number is folded into the key, and the example index selects
+the row's stream (see `decoding.sample`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import seqio
 from gkd_jax import decoding, losses, partitioning
 from gkd_jax.evaluation import evaluate
 
-# What the targets of the written examples are.
+# Values of `Shards.targets`.
 OUTPUTS, REFERENCES = "outputs", "references"
 
 
@@ -28,17 +28,17 @@ class Shards:
   """How a teacher's outputs are stored.
 
   Attributes:
-    num_shards: files; a run that is stopped loses what it has of one.
-    num_samples: outputs for each input, one unless they are sampled.
-    targets: "outputs": what the teacher writes. "references": the task's own
-      targets as they are, with the teacher's scores and laws of them.
-    top_k: store the teacher's k likeliest tokens at each target and the mass of
-      all others; 0 stores none.
+    num_shards: number of files; an interrupted run loses its unfinished file.
+    num_samples: outputs for each input, 1 unless they are sampled.
+    targets: "outputs" for the teacher's outputs; "references" for the task's own
+      targets, with the teacher's scores and top-k log-probs.
+    top_k: number of most likely tokens to store at each target, with their
+      log-probs and that of all other tokens together; 0 stores none.
     top_k_dtype: "float16" or "float32", of the stored log-probs.
-    teacher_temperature: divides the teacher's logits in the stored laws.
+    teacher_temperature: divides the logits before the stored log-probs.
 
   Raises:
-    ValueError: a setting is out of range.
+    ValueError: if a setting is out of range.
   """
 
   num_shards: int = 8
@@ -76,8 +76,8 @@ class Shards:
       )
 
 
-def draws(model: Any, temperature: float) -> bool:
-  """Whether several outputs of one input differ.
+def is_stochastic(model: Any, temperature: float) -> bool:
+  """Returns whether decoding is random, so that outputs of one input differ.
 
   Args:
     model: with T5X's protocol.
@@ -104,22 +104,22 @@ def records(
   batch_size: int,
   mesh: Any,
 ) -> Iterator[dict[str, Any]]:
-  """Yields the records of `teacher_shards`, sample by sample of each example.
+  """Yields the records of `teacher_shards`, all samples of an example in turn.
 
   Args:
     model: the teacher, with T5X's protocol.
     params: its parameters, on the mesh.
     task: gives the vocabularies.
-    rows: examples, and their model features.
+    rows: examples and their model features.
     shards: what is stored.
-    first_index: place of the first row in the split.
-    temperature: 0 is greedy, or as the model's `decode_fn` has it.
+    first_index: index of the first row in the split.
+    temperature: 0 decodes greedily, or with the model's `decode_fn`.
     seed: of sampling.
     batch_size: rows decoded at a time.
     mesh: rows of a batch are split over its data axis.
 
   Raises:
-    ValueError: a reference holds a padding token, where laws are stored.
+    ValueError: if log-probs are stored and a reference contains padding.
   """
   if not rows:
     return
@@ -147,14 +147,14 @@ def records(
 
 
 def _record(task, example, row, shards):
-  """One output of an example, from its row of what `_compiled` gives."""
+  """Returns the record of one output; `row` is its row of `_compiled`."""
   targets = example["targets"]
   if shards.targets == OUTPUTS:
     targets = row["tokens"][: np.count_nonzero(row["tokens"])]
   record = {"score": row["score"]}
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
-    # A vocabulary of numbers alone gives no text.
+    # A vocabulary without text decodes to numbers.
     text = str(vocabulary.decode(ids.tolist()))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
@@ -171,7 +171,7 @@ def _record(task, example, row, shards):
 
 @functools.lru_cache(maxsize=4)
 def _compiled(model, shards: Shards, temperature: float, mesh):
-  """The program that gives a batch's outputs, scores and laws."""
+  """Returns the jitted function of a batch's outputs, scores and log-probs."""
 
   def run(params, batch, key):
     batch = dict(batch)
@@ -181,7 +181,7 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
       tokens, aux = model.predict_batch_with_aux(
         params, batch, key, options, return_all_decodes=False
       )
-      # A padding token would end the output for whoever reads it.
+      # Readers end an output at the first padding token.
       kept = jnp.cumprod((tokens != decoding.PAD_ID).astype(jnp.int32), axis=1)
       result = {"tokens": tokens * kept, "score": aux["scores"]}
       weights = kept.astype(jnp.float32)
@@ -209,10 +209,10 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
 
 
 def _decoding(model, temperature, indices, key):
-  """Options of the decode function, and its key.
+  """Returns the options of the decode function, and its key.
 
-  `indices` are the examples' `[B]`. Sampled outputs hold no padding token, as
-  in on-policy training.
+  `indices` `[B]` are those of the examples. Padding is not sampled, as in
+  on-policy training.
   """
   parameters = inspect.signature(model.decode_fn).parameters
   defaults = model.default_decoder_params
@@ -222,7 +222,7 @@ def _decoding(model, temperature, indices, key):
     options["suppress_ids"] = (decoding.PAD_ID, *others)
   if "row_ids" not in parameters:
     return options, jax.random.fold_in(key, indices[0])
-  # Several decodes, of which the best is kept, have a stream each.
+  # Each of several decodes, of which the best is kept, has its own stream.
   decodes = int(defaults.get("num_decodes", 1))
   rows = indices[:, None] * decodes + jnp.arange(decodes)[None]
   return options | {"row_ids": rows.reshape(-1)}, key

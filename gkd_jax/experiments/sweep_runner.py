@@ -1,7 +1,4 @@
-"""Runs the cells of a grid as processes, and goes on where a sweep stopped.
-
-Finds what is wrong with the gin of a grid before any cell is run.
-"""
+"""Checks a grid's gin, runs its cells as processes, and resumes a stopped sweep."""
 
 import concurrent.futures
 import contextlib
@@ -29,7 +26,7 @@ _TAIL_LINES = 20
 
 @dataclasses.dataclass
 class _Running:
-  """A cell under way; without a process it is one of a sweep that was killed."""
+  """A cell that runs; without a process, a sweep that was killed started it."""
 
   cell: sweeps.Cell
   cores: list[int]
@@ -39,7 +36,7 @@ class _Running:
 def prepare(
   cells: Sequence[sweeps.Cell], output: str, report: Mapping[str, Any]
 ):
-  """Makes the folders, with what each cell is in `cell.json`.
+  """Creates the cells' folders, with `cell.json`, and writes `sweep.json`.
 
   Args:
     cells: from `sweeps.cells`.
@@ -47,8 +44,8 @@ def prepare(
     report: the sweep file's settings of the report, kept in `sweep.json`.
 
   Raises:
-    ValueError: a folder holds a cell with other settings, or `output` cannot
-      stand in a gin string.
+    ValueError: a folder has a cell with other settings, or a gin string cannot
+      contain `output`.
   """
   if set(output) & set("'\"\\{}"):
     raise ValueError(
@@ -84,13 +81,13 @@ def prepare(
 
 
 def has_begun(cell: sweeps.Cell, output: str) -> bool:
-  """Whether the cell was ever started by a sweep, or is finished."""
+  """Whether a sweep ever started the cell, or it is finished."""
   log = os.path.join(output, cell.name, "log.txt")
   return os.path.exists(log) or is_finished(cell, output)
 
 
 def is_finished(cell: sweeps.Cell, output: str) -> bool:
-  """Whether the cell's last file is there, whoever ran it."""
+  """Whether the cell's last file exists, whoever ran it."""
   return os.path.exists(
     os.path.join(output, cell.name, cell.done or "done.json")
   )
@@ -99,7 +96,7 @@ def is_finished(cell: sweeps.Cell, output: str) -> bool:
 def commands(
   cells: Sequence[sweeps.Cell], output: str, options: Sequence[str] = ()
 ) -> str:
-  """Shell lines of the unfinished cells, needed ones before who needs them."""
+  """Returns shell lines of the unfinished cells, in the order of their needs."""
   left = [cell for cell in cells if not is_finished(cell, output)]
   waves: dict[str, int] = {}
   for cell in left:
@@ -134,22 +131,22 @@ def run(
   options: Sequence[str] = (),
   program: Sequence[str] = GKD,
 ) -> bool:
-  """Runs what is not finished, `jobs` cells at a time.
+  """Runs the unfinished cells, `jobs` at a time.
 
-  A cell that fails does not stop the others; those that need it are left out.
-  SIGTERM and Ctrl-C are handed on, so that training saves before it stops.
+  A cell that fails does not stop the others, but those that need it do not run.
+  SIGTERM and Ctrl-C are passed on, so that training saves before it stops.
 
   Args:
     cells: from `sweeps.cells`, prepared.
     output: folder of the sweep.
-    jobs: cells at a time; the cores of this process are divided among them.
+    jobs: cells at a time; they share the cores of this process out.
     options: further command line arguments of each cell.
-    program: what is started with a cell's arguments.
+    program: the command to start with a cell's arguments.
 
   Returns:
     Whether every cell is finished.
   """
-  # Cells are found finished by their files alone, so all else may be killed.
+  # Only files say that a cell is finished, so any process may be killed.
   waiting = [cell for cell in cells if not is_finished(cell, output)]
   if len(waiting) < len(cells):
     done = len(cells) - len(waiting)
@@ -165,12 +162,12 @@ def run(
         if cell is None:
           break
         running.append(_start(cell, output, free.pop(0), command(cell)))
-        if stopped and running[-1].process:  # a signal in between
+        if stopped and running[-1].process:  # a signal came in between
           running[-1].process.terminate()
       time.sleep(_POLL_SECONDS)
       for item in list(running):
         if stopped and item.process is None:
-          running.remove(item)  # not ours to stop
+          running.remove(item)  # another sweep's to stop
           continue
         error = _outcome(item, output)
         if error is None:
@@ -178,7 +175,7 @@ def run(
         running.remove(item)
         free.append(item.cores)
         if error and item.process is None:
-          waiting.insert(0, item.cell)  # goes on from where the other stopped
+          waiting.insert(0, item.cell)  # resumes where the other one stopped
           continue
         if error and not stopped:
           failed[item.cell.name] = error
@@ -202,10 +199,10 @@ def run(
 
 
 def core_groups(jobs: int) -> list[list[int]]:
-  """The cores of this process, dealt out to `jobs` cells.
+  """Deals out the cores of this process to `jobs` cells.
 
-  An empty list of cores is one that is not set: where the system has no
-  affinity. More jobs than cores share them.
+  More jobs than cores share them. Lists are empty, and no affinity is set, if the
+  system has none.
   """
   if not hasattr(os, "sched_getaffinity"):
     return [[] for _ in range(jobs)]
@@ -214,9 +211,9 @@ def core_groups(jobs: int) -> list[list[int]]:
 
 
 def _next_cell(waiting, cells, failed, output) -> sweeps.Cell | None:
-  """Takes the first waiting cell that has all it needs.
+  """Takes the first waiting cell whose needs are finished.
 
-  Those that need a cell in `failed` join it.
+  Cells that need one in `failed` are moved there.
   """
   finished = {c.name for c in cells if is_finished(c, output)}
   for cell in list(waiting):
@@ -239,7 +236,7 @@ def _say_outcome(cell, error, output):
 
 
 def _start(cell, output, cores, command) -> _Running:
-  """Starts a cell under its cores, or waits for one that a dead sweep started."""
+  """Starts a cell on its cores, or waits for one that a dead sweep started."""
   folder = os.path.join(output, cell.name)
   with open(os.path.join(folder, ".lock"), "w") as lock:
     if not _lock(lock):
@@ -257,9 +254,9 @@ def _start(cell, output, cores, command) -> _Running:
           stderr=subprocess.STDOUT,
           stdin=subprocess.DEVNULL,
           env=_environment(cell, output),
-          # Ctrl-C reaches the sweep alone, which hands SIGTERM on.
+          # Ctrl-C reaches only the sweep, which passes SIGTERM on.
           start_new_session=True,
-          # The lock lives as long as the cell does, whatever becomes of us.
+          # The cell holds the lock to its end, even if the sweep is killed.
           pass_fds=[lock.fileno()],
         )
     finally:
@@ -268,9 +265,9 @@ def _start(cell, output, cores, command) -> _Running:
 
 
 def _set_cores(cores):
-  """Sets this process's cores, which a child starts with; returns the old ones.
+  """Sets the cores that a new child inherits, and returns the old ones.
 
-  A library that counts cores when it starts (XLA's thread pools) must see them.
+  XLA's thread pools count cores when they start, so later is too late.
   """
   if not cores:
     return cores
@@ -280,8 +277,8 @@ def _set_cores(cores):
 
 
 def _environment(cell, output):
-  # Cells of a grid are the same few programs: each is compiled once. A folder
-  # for each machine, because the programs are made for its processor.
+  # The cells share a few programs, which are compiled once for each machine,
+  # since they depend on its processor.
   compiled = os.path.join(output, f".compiled-{platform.node()}")
   defaults = {
     "JAX_COMPILATION_CACHE_DIR": compiled,
@@ -292,7 +289,7 @@ def _environment(cell, output):
 
 
 def _outcome(item: _Running, output: str) -> str | None:
-  """None while it runs, "" when it is finished, else what went wrong."""
+  """Returns None while a cell runs, "" when it is finished, else the error."""
   cell = item.cell
   folder = os.path.join(output, cell.name)
   status = None
@@ -318,14 +315,14 @@ def _outcome(item: _Running, output: str) -> str | None:
 
 
 def _scores(cell, output):
-  """The scores of a finished cell, in short."""
+  """Returns the greedy scores of a finished cell as text."""
   row = run_folders.read_cell(os.path.join(output, cell.name))
   shown = [f"{k} {v:.2f}" for k, v in row.items() if k.startswith("greedy/")]
   return " ".join(["finished", *shown])
 
 
 def _tail(path):
-  """The last lines of a log."""
+  """Returns the last lines of a log."""
   if not os.path.exists(path):
     return f"no log in {path}"
   with open(path, "rb") as f:
@@ -344,7 +341,7 @@ def _lock(file: IO) -> bool:
 
 @contextlib.contextmanager
 def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
-  """Hands SIGTERM and SIGINT on as SIGTERM; yields a list that then holds one."""
+  """Passes SIGTERM and SIGINT on as SIGTERM; yields a list of those that came."""
   seen: list[int] = []
 
   def handle(number, frame):
@@ -366,19 +363,19 @@ def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
 def check_cells(
   cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
 ):
-  """Parses the gin of each cell, in a process that ends with it.
+  """Parses the gin of each cell in a process of its own.
 
-  The process keeps what gin imports (jax, TensorFlow) out of the sweep's own,
-  which may run for days.
+  So the modules that gin imports (JAX, TensorFlow) do not stay in the memory of
+  the sweep's process, which may run for days.
 
   Args:
-    cells: those to be run.
+    cells: those to run.
     output: folder of the sweep.
     search_paths: further folders of gin files.
 
   Raises:
-    ValueError: gin that cannot be parsed, a macro that nothing reads, or a
-      training cell that would write no `final.json`.
+    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
+      would write no `final.json`.
   """
   if not cells:
     return
@@ -391,12 +388,11 @@ def check_cells(
 def check_here(
   cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
 ):
-  """What `check` does, in this process; gin's state is left as the last cell's."""
+  """Does what `check_cells` does in this process, and changes gin's state."""
   import gin
   from gkd_jax import gin_utils
-  from gkd_jax.experiments import sweeps
 
-  # Seeds differ by a number alone: the first is parsed.
+  # Seeds differ by a number alone, so one of them is enough.
   firsts: dict[tuple, sweeps.Cell] = {}
   for cell in cells:
     firsts.setdefault((cell.stage, *cell.axes.values()), cell)

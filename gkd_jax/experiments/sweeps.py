@@ -1,16 +1,16 @@
-"""Grids of runs: what cells there are, what each needs, how each is started.
+"""Grids of runs: the cells, what each one needs, and its command.
 
-A grid is given by flags, or by a TOML file where cells need other cells:
+Flags define a simple grid; a TOML file one whose cells need other cells:
 
     seeds = 3                                   # or a list of seeds
-    gin_file = ["experiments/g2p/student.gin"]  # of every training stage
-    [macros]                                    # of every training stage
+    gin_file = ["experiments/g2p/student.gin"]  # for every training stage
+    [macros]                                    # for every training stage
     TRAIN_STEPS = 1200
     MIXTURE_OR_TASK_NAME = "g2p_cmudict_{labelled}"
     [axes]                                      # each a list of a macro's values,
     STUDENT_DATA_FRACTION = [0, 0.5, 1]
-    labelled = ["1k", "3k"]                     # or names that `{labelled}` is,
-    [axes.size]                                 # or points that bind several
+    labelled = ["1k", "3k"]                     # or of values of `{labelled}`,
+    [axes.size]                                 # or points that bind macros
     small = {STUDENT = "%G2P_STUDENT"}
     [axes.method]
     SFT = {gin_file = "methods/sft.gin"}
@@ -30,12 +30,12 @@ A grid is given by flags, or by a TOML file where cells need other cells:
     [stages.methods.macros]
     INITIAL_CHECKPOINT_PATH = "{sft}"
 
-A value is gin source, or a text that is no gin source and becomes a string.
-In it `{dir}` is the cell's folder, `{output}` that of the sweep, `{seed}` and
-`{AXIS}` are the cell's own, and `{STAGE}` is the folder of that stage's cell at
-the same points and seed, which then runs before; `{STAGE:axis=point}` takes
-another point. Gin files are read in the order axes, stage, every stage: the
-files of an axis choose the method, those of every stage the task.
+A value is gin source; any other text becomes a string. In it `{dir}` stands for
+the cell's folder, `{output}` for the sweep's, `{seed}` and `{AXIS}` for the cell's
+own, and `{STAGE}` for the folder of that stage's cell at the same points and seed,
+which then runs first; `{STAGE:axis=point}` takes another point. Gin files are read
+in the order axes, stage, every stage: the files of an axis choose the method, those
+of every stage the task.
 """
 
 import ast
@@ -48,8 +48,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What a command's cell is bound to without being told, and the file in its
-# folder without which it is not finished.
+# The macros that a command's cells always bind, and the file that says that a
+# cell is finished.
 _COMMANDS = {
   "train": ({"MODEL_DIR": "{dir}"}, "final.json"),
   "eval": ({"EVAL_OUTPUT_DIR": "{dir}"}, "metrics.json"),
@@ -66,17 +66,17 @@ class Cell:
   """One run of a grid.
 
   Attributes:
-    name: its folder in the sweep's, `STAGE/point_point_seed`.
+    name: its folder within the sweep's, `STAGE/point_point_seed`.
     stage: of the sweep.
     command: of `gkd`: train, eval or infer.
     axes: axis to the name of its point.
-    seed: None where one cell serves all seeds.
+    seed: None if one cell serves all seeds.
     gin_files: in order.
-    settings: gin binding to value; `{output}` is the sweep's folder.
+    settings: gin binding to value; `{output}` stands for the sweep's folder.
     env: environment variables, likewise.
-    done: file in its folder that says that it is finished; None where the exit
-      status says it.
-    needs: names of the cells that must be finished before.
+    done: file in its folder that says that it is finished; None if the exit
+      status does.
+    needs: names of the cells that must finish first.
   """
 
   name: str
@@ -91,7 +91,7 @@ class Cell:
   needs: tuple[str, ...]
 
   def arguments(self, output: str) -> list[str]:
-    """What follows `gkd` on the command line, for the sweep's folder."""
+    """Returns the arguments of `gkd` for a sweep's folder."""
     values = [
       f"--gin.{name}={value.replace('{output}', output)}"
       for name, value in self.settings.items()
@@ -99,26 +99,26 @@ class Cell:
     return [self.command, *(f"--gin_file={f}" for f in self.gin_files), *values]
 
   def environment(self, output: str) -> dict[str, str]:
-    """Variables to set, for the sweep's folder."""
+    """Returns the environment variables for a sweep's folder."""
     return {k: v.replace("{output}", output) for k, v in self.env.items()}
 
 
 def from_flags(
   gin_files: Sequence[str], axes: Sequence[str], seeds: int
 ) -> dict[str, Any]:
-  """The definition of a grid without stages.
+  """Returns the definition of a grid with a single stage.
 
   Args:
     gin_files: of every cell.
-    axes: `NAME=value,value` each: values of a macro, or with the name
-      `gin_file` gin files.
+    axes: `NAME=value,value` each: values of a macro, or gin files if NAME is
+      `gin_file`.
     seeds: how many, from 0.
 
   Returns:
-    What a sweep file that says the same reads as.
+    What `read` returns for an equivalent sweep file.
 
   Raises:
-    ValueError: an axis is no `NAME=value,value`.
+    ValueError: an axis is not of the form `NAME=value,value`.
   """
   table: dict[str, Any] = {}
   for text in axes:
@@ -137,10 +137,10 @@ def from_flags(
 
 
 def read(path: str, search_paths: Sequence[str] = ()) -> dict[str, Any]:
-  """The definition in a TOML file, looked up where gin files are.
+  """Reads a definition from a TOML file, which is looked up like gin files.
 
   Raises:
-    ValueError: no such file, or it is no TOML.
+    ValueError: there is no such file, or it is not TOML.
   """
   places = [os.path.join(folder, path) for folder in ("", *search_paths)]
   found = next((p for p in places if os.path.isfile(p)), None)
@@ -162,14 +162,14 @@ def read(path: str, search_paths: Sequence[str] = ()) -> dict[str, Any]:
 def cells(
   definition: Mapping[str, Any], bindings: Sequence[str] = ()
 ) -> list[Cell]:
-  """All cells of a grid, seed by seed, a needed cell before who needs it.
+  """Returns all cells of a grid, seed by seed, each after those it needs.
 
   Args:
-    definition: as `read` or `from_flags` return it.
+    definition: from `read` or `from_flags`.
     bindings: further gin bindings of every training cell.
 
   Raises:
-    ValueError: an unknown key, axis, point or stage, or two cells of one name.
+    ValueError: an unknown key, axis, point or stage, or two cells with one name.
   """
   _check_keys(definition, _TOP_KEYS, "the sweep file")
   axes = {
@@ -198,13 +198,13 @@ def cells(
       "expected at least one stage and point, got none; set stages and axes"
     )
   _check_different(made.values())
-  # Seed by seed: what an interrupted sweep has done can be compared.
+  # Seed by seed, so that an interrupted sweep has comparable cells.
   order = sorted(made, key=lambda k: (_before(made[k].seed), k))
   return [made[k] for k in order]
 
 
 def gin_value(value: Any) -> str:
-  """A TOML value, or text, as gin source.
+  """Returns a TOML value, or text, as gin source.
 
   >>> gin_value(0.5), gin_value("%BASE"), gin_value("runs/a"), gin_value("[1]")
   ('0.5', '%BASE', "'runs/a'", '[1]')
@@ -225,7 +225,7 @@ def _is_dict(text):
 
 
 def _cell(definition, stage, table, axes, point, seed, made, bindings):
-  """The cell of a stage at a point; what it refers to must be made already."""
+  """Returns the cell of a stage at a point; cells that it needs are in `made`."""
   command = table.get("command", "train")
   settings, done = _COMMANDS[command]
   settings = dict(settings)
@@ -272,7 +272,7 @@ def _cell(definition, stage, table, axes, point, seed, made, bindings):
 
 
 def _refer(match, name, stage, point, seed, made, needs):
-  """What a reference in a value stands for; notes the cell that it needs."""
+  """Returns what a reference stands for, and adds the cell to `needs`."""
   what, changes = match.groups()
   fixed = {
     "dir": "{output}/" + name,
@@ -304,7 +304,7 @@ def _refer(match, name, stage, point, seed, made, needs):
 
 
 def _points(name, points) -> dict[str, dict[str, Any]]:
-  """Point to its macros, gin files and variables."""
+  """Returns the macros, gin files and variables of each point of an axis."""
   if isinstance(points, Mapping):
     table = {}
     for label, values in points.items():
@@ -315,7 +315,7 @@ def _points(name, points) -> dict[str, dict[str, Any]]:
     label = lambda file: os.path.splitext(os.path.basename(file))[0]
     table = {label(file): {"gin_file": file} for file in points}
   else:
-    # An axis that is no macro has points for `{AXIS}` to stand for.
+    # The points of an axis that is not a macro are the values of `{AXIS}`.
     bound = name[:1].isupper() or "." in name
     table = {
       str(v).strip("'\""): {"macros": {name: v} if bound else {}}
@@ -330,7 +330,7 @@ def _points(name, points) -> dict[str, dict[str, Any]]:
 
 
 def _chosen_axes(items, axes, stage) -> dict[str, list[str]]:
-  """Axis to the points that a stage has, from `axis` or `axis=point,point`."""
+  """Returns a stage's points by axis, from `axis` or `axis=point,point`."""
   chosen = {}
   for item in items:
     name, equals, labels = item.partition("=")
@@ -377,7 +377,7 @@ def _split(text: str) -> list[str]:
 
 
 def _folder_part(axis: str, label: str) -> str:
-  """A point in a folder's name: a number says of what."""
+  """Returns a point as part of a folder's name, a number with its axis."""
   text = label if label[:1].isalpha() else f"{axis}-{label}"
   return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-")
 
@@ -401,7 +401,7 @@ def _check_known(name, known, what):
 
 
 def _check_different(found):
-  """Every cell has a folder of its own, and does something of its own."""
+  """Raises if two cells have the same folder or would run the same."""
   names: dict[str, Cell] = {}
   runs: dict[str, Cell] = {}
   for cell in found:

@@ -1,4 +1,8 @@
-"""TODO."""
+"""The device mesh, and what is sharded over it.
+
+meshes: axes of the mesh, slices, a process's rows, `put_batch`.
+sharding: logical-axis rules, `constrain`, shardings of parameters and states.
+"""
 
 from etils import epy
 

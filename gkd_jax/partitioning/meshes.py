@@ -1,4 +1,4 @@
-"""The mesh that a function is traced on, seen from inside."""
+"""Device meshes: axes, slices, and the rows of each process."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ SLICE_AXIS, DATA_AXIS, MODEL_AXIS = "slice", "data", "model"
 
 
 def auto_axes() -> dict[str, int]:
-  """Sizes of the mesh axes that the compiler splits arrays over; {} without.
+  """Returns the sizes of the axes that the compiler shards over; {} without a mesh.
 
-  Axes of a pmap or a shard_map are manual: there each device has its own call.
+  Axes of a pmap or a shard_map are manual and do not count.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return {
@@ -32,9 +32,9 @@ def auto_axes() -> dict[str, int]:
 def rows(
   sizes: Mapping[str, int], data_axis: str = DATA_AXIS
 ) -> tuple[str | tuple[str, ...] | None, int]:
-  """The mesh axes that rows are split over, and how many parts that makes.
+  """Returns the mesh axes that rows are sharded over, and the number of shards.
 
-  Slices are the outermost part of data parallelism:
+  Slices are the outermost level of data parallelism:
 
   >>> rows({"data": 4, "model": 2})
   ('data', 4)
@@ -42,8 +42,8 @@ def rows(
   (('slice', 'data'), 4)
 
   Args:
-    sizes: of the axes that there are: `auto_axes()`, or a mesh's shape.
-    data_axis: name of the axis within a slice.
+    sizes: axis name to size: `auto_axes()`, or a mesh's shape.
+    data_axis: name of the data axis within a slice.
   """
   axes = tuple(name for name in (SLICE_AXIS, data_axis) if name in sizes)
   parts = 1
@@ -57,21 +57,20 @@ def make_mesh(
   devices: Sequence[Any] | None = None,
   num_slices: int | None = None,
 ) -> Mesh:
-  """Returns a mesh `("data", "model")`, of several slices `("slice", ...)`.
+  """Returns a mesh `("data", "model")`, with several slices `("slice", ...)`.
 
-  A slice is what TPUs call the chips that their own links (ICI) join; slices are
-  joined by the data centre's network (DCN), which is slower. TPUs of a slice are
-  put in the order of their links.
+  A slice is a set of TPU chips joined by their own links (ICI); slices are joined by
+  the slower data-center network (DCN). Chips of a slice are ordered by their links.
 
   Args:
     num_partitions: devices that share one copy of the model (the model axis).
     devices: all of them by default.
-    num_slices: length of the slice axis; None is as many as the TPUs are in,
-      and 1 of other devices, which are cut in order.
+    num_slices: length of the slice axis; None takes the TPUs' own number of
+      slices, and 1 for other devices, which are divided in order.
 
   Raises:
-    ValueError: the number of devices, or of those in a slice, is no multiple of
-      `num_partitions`, or slices are not as `num_slices` says.
+    ValueError: `num_partitions` does not divide the devices of a slice, or
+      `num_slices` does not match the devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   slices = _slices(devices, num_slices)
@@ -90,10 +89,10 @@ def make_mesh(
 
 
 def _slices(devices, number):
-  """The devices of each slice."""
+  """Returns the devices of each slice."""
   found = {}
   for device in devices:
-    # A GPU's `slice_index` is its host's: no reason to keep parameters there.
+    # A GPU's `slice_index` is that of its host, which is no unit of parallelism.
     index = getattr(device, "slice_index", 0) if _is_tpu(device) else 0
     found.setdefault(index, []).append(device)
   slices = [found[index] for index in sorted(found)]
@@ -121,7 +120,7 @@ def _slices(devices, number):
 
 
 def _in_order(devices, shape):
-  """Devices of a slice as a grid `[data, model]`: neighbours are near."""
+  """Returns the devices of a slice as a grid `[data, model]`, neighbors close."""
   if _is_tpu(devices[0]):
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
@@ -134,22 +133,22 @@ def _is_tpu(device):
 
 
 def row_shards(mesh: Mesh) -> int:
-  """How many parts a batch's rows are split into."""
+  """Returns the number of shards of a batch's rows."""
   return rows(mesh.shape)[1]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """One copy on every device."""
+  """Returns the sharding with one copy on every device."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over slices and the data axis, copies over the model axis."""
+  """Returns the sharding of rows over slices and data axis, replicated over model."""
   return NamedSharding(mesh, P(rows(mesh.shape)[0]))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
-  """Global arrays, split by rows, from each process's rows.
+  """Makes global arrays, sharded by rows, from each process's rows.
 
   Args:
     batch: features `[B / processes, ...]`.
@@ -166,7 +165,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> types.Batch:
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-  """This process's rows of an array that is split by rows, in order."""
+  """Returns this process's rows of an array that is sharded by rows, in order."""
   parts = {
     shard.index[0].start or 0: shard.data for shard in x.addressable_shards
   }
@@ -174,6 +173,6 @@ def local_rows(x: jax.Array) -> np.ndarray:
 
 
 def process_grid(mesh: Mesh) -> np.ndarray:
-  """The process of each device of a mesh, `[slices x data, model]`."""
+  """Returns the process of each device of a mesh, `[slices x data, model]`."""
   processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
   return processes.reshape(-1, mesh.shape[MODEL_AXIS])

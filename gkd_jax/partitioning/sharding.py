@@ -1,6 +1,6 @@
-"""The device mesh, T5X's logical-axis rules, and shardings of trees.
+"""T5X's logical-axis rules, and the shardings of parameters and train states.
 
-Shapes and places of all that a run keeps on its devices; nothing is allocated.
+Parameters are abstract here: shapes and shardings, nothing allocated.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ STANDARD_RULES = (
   ("relpos_buckets", None),
   ("layers", None),
 )
-# The same with the free axis of each matrix split over the data axis as well. Each
-# slice has all parameters: they are gathered within it.
+# The same with the other axis of each matrix sharded over the data axis. Each slice
+# has all parameters, so that they are gathered within it.
 FULLY_SHARDED_RULES = tuple(
   (name, meshes.DATA_AXIS if name == "embed" else axis)
   for name, axis in STANDARD_RULES
 )
-# Where activations lie, and weights while they are used: rows on the data axis
-# (and that of slices); on the model axis what it computes apart.
+# Sharding of activations, and of weights while they are used: rows over slices and
+# the data axis, heads, MLP and vocabulary over the model axis.
 _ROWS = meshes.SLICE_AXIS, meshes.DATA_AXIS
 ACTIVATION_RULES = {
   "batch": _ROWS,
@@ -48,7 +48,7 @@ ACTIVATION_RULES = {
   "vocab": meshes.MODEL_AXIS,
   "relpos_buckets": None,
   "layers": None,
-  # Of what is looked up in a table, see `embed_lookup`.
+  # Used by `embed_lookup`.
   "rows_of_slice": meshes.SLICE_AXIS,
   "features": meshes.DATA_AXIS,
 }
@@ -73,16 +73,16 @@ def _traced_on(mesh):
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-  """`x`, laid out by `ACTIVATION_RULES`; as it is without a mesh (see `jit`).
+  """Shards `x` by `ACTIVATION_RULES`; does nothing without a mesh (see `jit`).
 
-  What XLA chooses by itself follows the parameters: with those split over the
-  data axis it splits activations by features, and exchanges activations where
-  it should gather weights.
+  XLA's own choice follows the parameters: where those are sharded over the data
+  axis, it shards activations by features and exchanges them between devices in
+  place of gathering the weights.
 
   Args:
     x: activations, or a weight where it is used.
-    names: logical name of each axis. One that the mesh axis does not divide
-      lies as XLA likes.
+    names: logical name of each axis. XLA chooses for an axis that the mesh axis
+      does not divide.
   """
   sizes = meshes.auto_axes()
   axes = [ACTIVATION_RULES[name] for name in names]
@@ -97,10 +97,10 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def embed_lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Rows of a table that may be split by features over the data axis.
+  """Looks up rows of a table that may be sharded by features over the data axis.
 
-  Each device looks up its features of its slice's tokens. With one slice XLA does
-  so by itself; of several it would exchange rows between slices.
+  Each device looks up its features of its slice's tokens. XLA does so by itself on
+  one slice; on several it would exchange rows between slices.
 
   Args:
     table: `[V, D]`.
@@ -117,20 +117,20 @@ def embed_lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _mesh_axes_of(axis, sizes):
-  """Mesh axes of a rule's one, where they are there, and how many parts they make."""
+  """Returns the mesh axes of a rule's axis, and the product of their sizes."""
   if axis == _ROWS:
     return meshes.rows(sizes)
   return (axis, sizes[axis]) if axis in sizes else (None, 1)
 
 
 def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
-  """Parameters as they are used, for a loop that uses them again and again.
+  """Gathers parameters before a loop that uses them in every iteration.
 
-  `constrain` alone would gather those split over the data axis once a turn.
+  With `constrain` alone, those sharded over the data axis are gathered in each.
 
   Args:
     params: tree of arrays.
-    axes: returns parameter path to logical names, as `logical_axes`; called
+    axes: returns the logical names by parameter path, as `logical_axes`; called
       only on a mesh.
   """
   if all(size == 1 for size in meshes.auto_axes().values()):
@@ -143,7 +143,7 @@ def gather(params: Any, axes: Callable[[], dict[str, tuple[str, ...]]]) -> Any:
 
 
 def logical_axes(params_axes: Any) -> dict[str, tuple[str, ...]]:
-  """Parameter path to logical axis names, from flax's `params_axes`."""
+  """Returns the logical axis names by parameter path, from `params_axes`."""
   flat = traverse_util.flatten_dict(dict(params_axes), sep="/")
   return {k.removesuffix("_axes"): tuple(v.names) for k, v in flat.items()}
 
@@ -156,7 +156,7 @@ def param_shardings(
 ) -> Any:
   """Returns the sharding of each parameter, by its logical axes.
 
-  An axis that the mesh axis does not divide stays whole.
+  An axis that the mesh axis does not divide is not sharded.
 
   Args:
     params: tree of arrays or shapes.
@@ -193,10 +193,10 @@ def param_shardings(
 
 
 def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
-  """Shardings of a train state: optimizer slots lie as their parameters do.
+  """Returns the shardings of a train state.
 
-  A slot of the parameter's shape takes its sharding; factored slots and counts
-  are small and are copied.
+  An optimizer slot of its parameter's shape has its sharding; factored slots and
+  counts are small and are replicated.
 
   Args:
     state: `TrainState` of arrays or shapes.
@@ -220,7 +220,7 @@ def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-  """Bytes that one device holds of a tree of arrays or shapes."""
+  """Returns the bytes of a tree of arrays or shapes on one device."""
   sizes = jax.tree.map(
     lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
     tree,
@@ -232,7 +232,7 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
 def input_shapes(
   task_feature_lengths: Mapping[str, int],
 ) -> dict[str, tuple[int, int]]:
-  """Shapes that a model's parameters are drawn with.
+  """Returns the input shapes that parameters are initialized with.
 
   Args:
     task_feature_lengths: seqio feature to length in tokens.
@@ -246,7 +246,7 @@ def input_shapes(
 def parameter_rules(
   shard_params_over_data: bool,
 ) -> Sequence[tuple[str, str | None]]:
-  """The rules of parameters: whole on the data axis, or split over it."""
+  """Returns the rules for parameters: sharded over the data axis too, or not."""
   if shard_params_over_data:
     return FULLY_SHARDED_RULES
   return STANDARD_RULES
@@ -273,7 +273,7 @@ def abstract_params(
   mesh: Any,
   rules: Sequence[tuple[str, str | None]],
 ) -> tuple[Any, Any]:
-  """Shapes of a model's parameters and their shardings.
+  """Returns the shapes of a model's parameters and their shardings.
 
   Args:
     model: student or teacher.
@@ -288,7 +288,7 @@ def abstract_params(
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-  """A tree of shapes that know their shardings."""
+  """Returns the shapes with their shardings."""
   return jax.tree.map(
     lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h),
     shapes,

@@ -1,7 +1,7 @@
-"""What one device does when it runs a compiled program: counted, not measured.
+"""Counts what one device does in a run of a compiled program.
 
-XLA's own counts take the body of a loop once, and so miss most of a sampler.
-Here a loop's body counts as often as it runs, and the work stays apart by
+XLA's own `cost_analysis` counts the body of a loop once and so misses most of a
+sampler. Here a loop's body counts as often as it runs, and work is kept by
 segment: what runs once, and each loop.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from gkd_jax.planning import hlo
 
 Collective = hlo.Collective
-# These move nothing, or what they move is counted where it is used.
+# Instructions that move nothing, or whose bytes count where they are used.
 _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
   *("after-all", "partition-id", "replica-id", "opt-barrier"),
@@ -26,14 +26,14 @@ _FREE = {
 
 @dataclasses.dataclass
 class Segment:
-  """The work of one device in one run of a piece of the program.
+  """The work of one device in one run of a part of the program.
 
   Attributes:
-    name: "once", or that of the loop or of the branch.
-    runs: how often this piece runs.
-    trip_count_known: False of a loop that may end early, whose `runs`, and those
-      of what is in it, are the most that there can be.
-    flops: of matrix products and convolutions; one multiply-add is 2.
+    name: "once", or the name of the loop or branch.
+    runs: how often this part runs.
+    trip_count_known: False for a loop that may end early, and for all inside it;
+      `runs` is then an upper bound.
+    flops: of matrix products and convolutions; a multiply-add counts as 2.
     hbm_bytes: read from and written to HBM.
     collectives: by kind.
   """
@@ -47,12 +47,12 @@ class Segment:
 
   @property
   def sent_bytes(self) -> int:
-    """Bytes that all collectives within a slice send."""
+    """Bytes that the collectives within a slice send."""
     return hlo.sent_bytes(self.collectives, False)
 
   @property
   def dcn_bytes(self) -> int:
-    """Bytes that all collectives between slices send."""
+    """Bytes that the collectives between slices send."""
     return hlo.sent_bytes(self.collectives, True)
 
 
@@ -64,9 +64,9 @@ def count(
 ) -> list[Segment]:
   """Counts a compiled program.
 
-  Elementwise work is left out of `flops`, as in model-FLOPs utilisation. Bytes
-  are without the padding of tiled layouts. Of a condition's branches, such as a
-  step's at several lengths, the one with the most work counts alone.
+  `flops` leave out elementwise work, as in model-FLOPs utilisation. Bytes are
+  without the padding of tiled layouts. Of a conditional's branches, such as a
+  step's at several lengths, only the one with the most work counts.
 
   Args:
     text: `jax.stages.Compiled.as_text()`.
@@ -76,10 +76,10 @@ def count(
       `jax.named_scope` that the loop is in.
 
   Returns:
-    First what runs once, then each loop and each condition's branch.
+    The segment that runs once, then one for each loop and conditional.
 
   Raises:
-    ValueError: text of another form than is known here.
+    ValueError: the text has an unknown form.
   """
   module = hlo.parse(text)
   segments = [Segment("once")]
@@ -89,12 +89,12 @@ def count(
 
 
 def total(segments: list[Segment], of: Callable[[Segment], int]) -> int:
-  """The whole program's sum of a number of its segments."""
+  """Sums a count of the segments over the whole program."""
   return sum(s.runs * of(s) for s in segments)
 
 
 def collectives(segments: list[Segment]) -> dict[str, Collective]:
-  """The whole program's collectives, by kind."""
+  """Sums the collectives of the whole program by kind."""
   kinds = sorted({kind for s in segments for kind in s.collectives})
   result = {kind: Collective() for kind in kinds}
   for segment in segments:
@@ -106,10 +106,10 @@ def collectives(segments: list[Segment]) -> dict[str, Collective]:
 
 
 def _walk(module, name, segment, segments, bounds, channels, *, fused=False):
-  """Adds a computation's work to `segment`; loops get segments of their own.
+  """Adds a computation's work to `segment`, that of its loops to new segments.
 
   `bounds` are the trip counts of loops that may end early, by scope; `channels`
-  are those of the collectives in fusions so far.
+  those of the collectives in fusions so far.
   """
   computation = module.computations[name]
   for instruction in computation.values():
@@ -143,7 +143,7 @@ _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 def _branch(module, names, segment, bounds, channels):
-  """Segments of the branch with the most FLOPs, at equal ones with the most bytes."""
+  """Returns the segments of the branch with the most FLOPs, then bytes."""
   walked = []
   for name in names:
     segments = [Segment(name, segment.runs, segment.trip_count_known)]
@@ -154,10 +154,10 @@ def _branch(module, names, segment, bounds, channels):
 
 
 def _seen(instruction, channels):
-  """Whether a collective in a fusion is a further piece of one that is counted.
+  """Whether a collective in a fusion is a part of one that was counted.
 
-  TPU programs spread a collective over fusions that each hold a matrix product
-  as well, also over those of a loop that it outlasts; all name its channel.
+  TPU programs split a collective over several fusions with matrix products, also
+  over those of a loop that it outlasts. All of them name its channel.
   """
   match = re.search(r"channel_id=(\d+)", instruction.attributes)
   if match is None:
@@ -168,10 +168,10 @@ def _seen(instruction, channels):
 
 
 def _trip_count(loop, computation, module):
-  """How often a loop runs, or None if that depends on more than a counter.
+  """Returns how often a loop runs, or None if not only a counter decides it.
 
-  TPU programs do not state it for the loops that overlap a matrix product with
-  its collective. Those count from one constant to below another.
+  TPU programs do not state the trip count of the loops that overlap a matrix
+  product with its collective; these count from one constant to another.
   """
   if loop.trip_count is not None:
     return loop.trip_count
@@ -203,12 +203,12 @@ def _trip_count(loop, computation, module):
 
 
 def _callees(opcode):
-  """Attributes of the computations that run inside an instruction."""
+  """Returns the attributes that name what runs inside an instruction."""
   if opcode in ("fusion", "async-start"):
     return ("calls",)
   if opcode == "call":
     return ("to_apply", "calls")
-  return ()  # what a reduction applies to each element is no matrix product
+  return ()  # a reduction applies no matrix product to its elements
 
 
 def _shape(name, computation):
@@ -230,7 +230,7 @@ def _flops(instruction, computation):
 
 
 def _convolution_flops(instruction, computation):
-  """TPU programs write matrix products as convolutions, batches dilated."""
+  """Counts a convolution; TPU programs write matrix products as such."""
   lhs, rhs = (_shape(name, computation) for name in instruction.operands[:2])
   text = instruction.attributes
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", text)
@@ -268,7 +268,7 @@ def _window_option(text, name, place, default):
 
 @functools.cache
 def _window_products(inputs, window, outputs, stride, low, step, gap):
-  """Pairs of output and window positions that meet an input, on one axis."""
+  """Counts the output and window positions that meet an input, on one axis."""
   found = 0
   for w in range(window):
     for o in range(outputs):
@@ -288,7 +288,7 @@ def _add_collective(segment, instruction, computation, devices):
 
 
 def _hbm_bytes(instruction, computation, module):
-  """Bytes between HBM and the core for an instruction that is in no fusion."""
+  """Returns the bytes an instruction outside of fusions moves to or from HBM."""
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith(("-done", "-update")):
     return 0
@@ -303,7 +303,7 @@ def _hbm_bytes(instruction, computation, module):
   elif opcode.endswith("-start") and len(result) > len(reads):
     result = result[len(reads) : 2 * len(reads)]  # behind the operands
   if opcode.removesuffix("-start") in ("dynamic-slice", "slice", "gather"):
-    # Of its operand it reads as much as it gives.
+    # It reads only the part of its operand that it returns.
     reads[0] = _at(reads[0], result)
   if opcode == "dynamic-update-slice":  # in place
     result = _at(reads[0], reads[1])
@@ -312,7 +312,7 @@ def _hbm_bytes(instruction, computation, module):
 
 
 def _at(whole, parts):
-  """Parts of an array, where the whole of it lies."""
+  """Returns parts of an array, in the memory of the whole array."""
   return [dataclasses.replace(a, on_chip=whole[0].on_chip) for a in parts]
 
 
@@ -321,7 +321,7 @@ def _in_hbm(arrays):
 
 
 def _fusion_bytes(fusion, computation, module):
-  """As `_hbm_bytes`, with slices read and slices updated inside it."""
+  """Returns `_hbm_bytes` of a fusion that may read or update slices."""
   inner = module.computations[fusion.called("calls")[0]]
   passed, kept = _passed_on(fusion, inner)
   moved = 0
@@ -349,17 +349,17 @@ def _fusion_bytes(fusion, computation, module):
 
 
 def _passed_on(fusion, inner):
-  """Parameters and results that a piece of a collective hands to the next one.
+  """Returns what a part of a split collective passes on: parameters, results.
 
-  Its first piece reads what is sent and makes what is received; the others only
-  pass both on.
+  Its first part reads the operand and creates the result; the others only pass
+  both on.
   """
   pieces = [i.name for i in inner.values() if i.opcode in hlo.COLLECTIVE_KINDS]
   text = fusion.attributes
   aliases = re.search(r"output_to_operand_aliasing=\{(.*?\{\}\))\}", text)
   if not pieces or not aliases:
     return set(), set()
-  # Of one result alone the place is empty: {}: (1, {}).
+  # The index of an only result is empty: {}: (1, {}).
   found = re.findall(r"\{(\d*)\}: \(\d+,", aliases[1])
   kept = {int(place or 0) for place in found}
   starts = any("AsyncCollectiveStart" in i.attributes for i in inner.values())
@@ -372,7 +372,7 @@ def _passed_on(fusion, inner):
 
 
 def _bytes_read(name, inner, module):
-  """Bytes that a fusion, or one inside of it, reads of its parameter `name`."""
+  """Returns the bytes that a fusion reads of its parameter `name`."""
   read = 0
   for user in inner.values():
     if name not in user.operands:
@@ -399,7 +399,7 @@ def _root(computation):
 
 
 def _made_of(instruction, computation):
-  """What an instruction is a copy or another view of."""
+  """Returns the instruction that this one copies or views."""
   while instruction.opcode in ("bitcast", "copy"):
     instruction = computation[instruction.operands[0]]
   return instruction

@@ -1,14 +1,13 @@
-"""A large model's costs from those of shallow ones.
+"""Estimates a deep model's costs from those of shallow ones.
 
-Layers are alike, and so memory and work of a program are close to affine in the
-number of layers: of a model with 1 layer and one with 2 the costs of any depth
-follow, in a fraction of the time that its compilation takes. A network whose layers
-are scanned compiles as fast whole, and is left as it is.
+Memory and work of a program are nearly affine in the number of layers, which are
+all alike. From models with 1 and 2 layers the costs of any depth follow, in a
+fraction of the time of its compilation. A network with scanned layers compiles as
+fast whole and is not changed.
 """
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ Field = tuple[str, str]
 
 
 def of(model: Any) -> dict[Field, int]:
-  """The depths of a model's student, and of its teacher if it has one."""
+  """Returns the depths of a model's student, and of its teacher if it has one."""
   return {
     (side, name): getattr(network.config, name)
     for side in ("student", "teacher")
@@ -33,7 +32,7 @@ def of(model: Any) -> dict[Field, int]:
 
 
 def changed(model: Any, changes: Mapping[Field, Any]) -> Any:
-  """A copy of a model with other values in its networks' configurations.
+  """Returns a copy of a model with changed configurations of its networks.
 
   Args:
     model: `GKDModel`, or a network's model for SFT.
@@ -59,16 +58,16 @@ def estimate(
   report: Callable[[Any, str], dict[str, Any]],
   depths: tuple[int, int] = (1, 2),
 ) -> dict[str, float]:
-  """The costs of a program, extrapolated.
+  """Extrapolates the costs of a program.
 
-  Fields of a model that are equal, as encoder and decoder of a T5 mostly are,
-  grow together, so that a T5 and its teacher take three compilations.
+  Depths of a network that are equal, as those of a T5's encoder and decoder
+  mostly are, grow together: a T5 and its teacher take three compilations.
 
   Args:
-    model: the whole one.
-    report: of a shallow model and a name for it: see `precompile.Programs`.
-    depths: what is compiled in place of greater depths, where layers are not
-      scanned.
+    model: the deep model.
+    report: takes a shallow model and a name for it; see
+      `precompile.Programs.report`.
+    depths: the two that are compiled in place of greater ones.
 
   Returns:
     Name to number, see `costs`.
@@ -104,18 +103,18 @@ def estimate(
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers of a report that grow with the depth.
+  """Returns the numbers of a report that grow with the depth.
 
   Args:
     report: see `precompile.Programs.report`.
 
   Returns:
-    Bytes by kind of memory; FLOPs, bytes of HBM and bytes sent within a slice and
-    to others of what runs as often as the program says ("flops" and so on) and
-    of the loops that may end early, at their longest ("loop_flops").
+    Bytes by kind of memory. FLOPs, bytes of HBM, bytes sent within a slice and to
+    other slices: of what has a known trip count ("flops" and so on), and of loops
+    that may end early, at their upper bound ("loop_flops").
 
   Raises:
-    MemoryError: the report is of a program that was too large to compile.
+    MemoryError: the program was too large to compile.
   """
   if "segments" not in report:
     raise MemoryError(report["compiler_says"])
@@ -134,21 +133,15 @@ def _of(segment, name):
 
 
 def seconds(costs: Mapping[str, float], chip: topologies.Chip) -> float:
-  """What a program takes at least: as long as its slowest resource, twice.
+  """Returns a lower bound of a program's time, as `program_report.roofline`.
 
-  As `program_report.roofline`, with what may end early as one segment and all
-  else as another.
+  What may end early counts as one segment, all else as another.
 
   Args:
     costs: see `costs`.
     chip: whose rates.
   """
   return sum(
-    max(
-      costs[f"{prefix}flops"] / chip.peak_flops,
-      costs[f"{prefix}hbm_bytes"] / chip.hbm_bandwidth,
-      costs[f"{prefix}sent_bytes"] / chip.ici_bandwidth,
-      costs[f"{prefix}dcn_bytes"] / (chip.dcn_bandwidth or math.inf),
-    )
+    max(chip.seconds(*(costs[prefix + name] for name in _RESOURCES)))
     for prefix in ("", "loop_")
   )

@@ -1,8 +1,8 @@
-"""Searches the fastest mesh and settings with which a run's step fits.
+"""`gkd fit`: searches the fastest mesh and settings whose training step fits.
 
-Candidates are ranked by costs that are extrapolated from shallow models, compiled
-with little effort. The best few are compiled whole, as they would run; the fastest
-of these that fits is the answer.
+Candidates are ranked by costs extrapolated from shallow models, compiled with
+little effort. The best few are compiled whole, as they would run; the answer is
+the fastest of these that fits.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from gkd_jax.planning import (
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """What is searched; named as the settings are.
+  """Settings to try, under their names in `train.train`.
 
   Attributes:
-    num_partitions: the mesh's model axis; its data axis is the other devices.
-    shard_params_over_data: whether parameters are split over the data axis too.
+    num_partitions: size of the mesh's model axis; the rest is its data axis.
+    shard_params_over_data: whether the data axis shards parameters too.
     num_microbatches: parts of a batch.
     remat_policy: of the student's network.
   """
@@ -49,7 +49,7 @@ class Candidate:
 
   @property
   def name(self) -> str:
-    """For a file."""
+    """The settings as the name of a file."""
     return "-".join(str(v) for v in dataclasses.astuple(self)).lower()
 
 
@@ -70,15 +70,15 @@ def fit(
 ) -> dict[str, Any]:
   """Prints a table of candidates, and the settings of the fastest that fits.
 
-  The step is the one on the student's outputs where the run has it, and that on
-  the data where it does not. More microbatches, or rematerialisation, are tried
-  where nothing fits without.
+  The step is the one on the student's outputs if the run has it, else the one on
+  the data. More microbatches and rematerialisation are tried only if nothing fits
+  without.
 
   Args:
     model: see `precompile.precompile`, as all that is not named here.
     optimizer: see there.
     devices: see there.
-    chip: whose memory is to suffice and whose rates rank.
+    chip: whose memory limits and whose rates rank the candidates.
     topology: see there.
     dataset: see there.
     partitioner: with the executor "jit"; model axis, parameters sharded over
@@ -88,14 +88,14 @@ def fit(
       data axis.
     compiled_whole: how many that fit are compiled whole.
     output_path: folder for `fit.json` and the compiled programs; a search that
-      was cut off goes on there.
+      was interrupted continues there.
     about: see there.
 
   Returns:
     `{"topology", ..., "candidates": [...], "best": {...} or None}`.
 
   Raises:
-    ValueError: the chip is not known, or no mesh has such a model axis.
+    ValueError: the chip is not known, or a size of the model axis is impossible.
   """
   if chip is None:
     raise ValueError(
@@ -152,16 +152,16 @@ def meshes(
   model_axis: Sequence[int] | None = None,
   slices: int = 1,
 ) -> Iterator[Candidate]:
-  """Candidates for a number of devices that fill a batch's rows, simplest first.
+  """Yields candidates whose data axis divides the batch, the simplest first.
 
   Args:
     number: of devices.
     batch_size: rows of a batch.
-    model_axis: its sizes to try; None for all that are possible.
-    slices: that the devices are in; the model axis stays within one.
+    model_axis: sizes to try; None for all that are possible.
+    slices: number of slices; the model axis stays within one.
 
   Raises:
-    ValueError: a size that is not possible.
+    ValueError: a size is not possible.
   """
   possible = [
     size
@@ -182,11 +182,11 @@ def meshes(
 
 
 def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
-  """A candidate as it is, then with ever less memory and ever more work.
+  """Yields levels of candidates with less and less memory and more work.
 
   Args:
-    candidate: with one microbatch and no rematerialisation.
-    rows: of a batch, on each part of the data axis.
+    candidate: the first level, with one microbatch and no rematerialisation.
+    rows: of a batch on each shard of the data axis.
   """
   yield [candidate]
   changed = functools.partial(dataclasses.replace, candidate)
@@ -203,17 +203,17 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
 
 
 class _Search:
-  """Candidates' costs, and the choice."""
+  """Estimates candidates and chooses one."""
 
   def __init__(self, model, programs, chip, topology, phase, folder):
     self._model, self._programs, self._chip = model, programs, chip
     self._topology, self._phase, self._folder = topology, phase, folder
 
   def rows(self, tried, number, batch_size):
-    """For each mesh the candidates up to the first that seem to fit."""
+    """Yields each mesh's candidates up to the first level that seems to fit."""
     for mesh in tried:
       if self._held(mesh) > self._chip.hbm_bytes:
-        # Of arguments; nothing but the mesh and the split changes them.
+        # The arguments depend on the mesh and the sharding alone.
         yield self._row(mesh, {"held_bytes": self._held(mesh), "fits": False})
         continue
       data = number // mesh.num_partitions
@@ -224,7 +224,7 @@ class _Search:
           break
 
   def confirm(self, rows, number):
-    """The fastest of the first that fit when compiled whole, or None if none do."""
+    """Returns the fastest of the first `number` that fit whole, or None."""
     likely = sorted(
       (row for row in rows if row["fits"]), key=lambda row: row["seconds"]
     )
@@ -295,9 +295,11 @@ class _Search:
     return row
 
   def _flags(self, candidate):
-    config = self._model.student.config
-    module = type(config).__module__.rpartition(".")[2]
-    name = f"{module}.{type(config).__name__}.remat_policy"
+    config = type(self._model.student.config)
+    package, *modules = config.__module__.split(".")
+    # Gin names the classes of gkd_jax by their room.
+    module = modules[0] if package == "gkd_jax" else modules[-1]
+    name = f"{module}.{config.__name__}.remat_policy"
     return [
       f"--gin.NUM_PARTITIONS={candidate.num_partitions}",
       f"--gin.NUM_MICROBATCHES={candidate.num_microbatches}",
@@ -309,11 +311,11 @@ class _Search:
 
 @contextlib.contextmanager
 def _little_effort():
-  """Compiles in less time; the programs hold and do much the same.
+  """Compiles faster, to programs with nearly the same memory and work.
 
-  Only the search for memory is cut short. Of the optimizations all are needed:
-  with fewer of them, libtpu 0.0.52 gathers weights split over data in float32,
-  before they are rounded to bfloat16, and sends and holds twice the bytes.
+  Only the search for less memory is shortened. All optimizations are kept:
+  without some, libtpu 0.0.52 gathers weights that the data axis shards in
+  float32, before they are rounded to bfloat16, which doubles their bytes.
   """
   before = jax.config.jax_memory_fitting_level
   jax.config.update("jax_memory_fitting_level", "O1")

@@ -1,9 +1,8 @@
-"""Reads the text of a compiled HLO module into computations and instructions.
+"""Parses the text of compiled HLO modules: what counting needs, and no more.
 
-Only what counting needs: names, shapes, operands and attributes. The text is
-that of `jax.stages.Compiled.as_text()`, of any backend.
-
-Collectives of a compiled program: kind, bytes, and whether they leave a slice.
+The text is `jax.stages.Compiled.as_text()`, of any backend. Read from it are
+names, shapes, operands and attributes of instructions, and of collectives the
+kind, the bytes and whether they leave a slice.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Bytes of an element; a type that is not here is a token or opaque, 0 bytes.
+# Bytes of an element. Other types are tokens or opaque and take 0 bytes.
 _BYTES = {
   **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
   **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
@@ -28,12 +27,12 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array's type, size and place.
+  """Type, shape and memory of an array.
 
   Attributes:
     dtype: such as "bf16".
     dims: its shape.
-    on_chip: whether it lies in a memory nearer than HBM (a space above 0).
+    on_chip: whether it is in a memory nearer than HBM (a space above 0).
   """
 
   dtype: str
@@ -42,20 +41,20 @@ class Array:
 
   @property
   def bytes(self) -> int:
-    """Without the padding of a tiled layout."""
+    """Size without the padding of a tiled layout."""
     return math.ceil(math.prod(self.dims) * _BYTES.get(self.dtype, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One instruction.
+  """One instruction of a computation.
 
   Attributes:
-    name: in its computation.
+    name: unique in its computation.
     opcode: such as "dot".
-    arrays: of its result; several of a tuple.
+    arrays: of its result; several if it is a tuple.
     operands: their names.
-    literal: what stands in the operands' place of a parameter or a constant.
+    literal: number of a parameter, or value of a constant; else "".
     attributes: the rest of its text.
     is_root: whether it is the computation's result.
   """
@@ -69,7 +68,7 @@ class Instruction:
   is_root: bool
 
   def called(self, *kinds: str) -> tuple[str, ...]:
-    """Names of the computations under such attributes as "body"."""
+    """Returns the computations that attributes such as "body" name."""
     found = []
     for kind in kinds:
       match = re.search(rf"\b{kind}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
@@ -79,19 +78,19 @@ class Instruction:
 
   @property
   def index(self) -> int:
-    """Of a get-tuple-element: which part it gets; -1 of anything else."""
+    """Which part a get-tuple-element gets; -1 for other instructions."""
     match = re.search(r"\bindex=(\d+)", self.attributes)
     return int(match[1]) if match else -1
 
   @property
   def trip_count(self) -> int | None:
-    """Of a loop; None where only the run decides."""
+    """Trip count of a loop; None if it is known only at run time."""
     match = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', self.attributes)
     return int(match[1]) if match else None
 
   @property
   def scopes(self) -> tuple[str, ...]:
-    """Returns the `jax.named_scope`s around a loop, up to the next loop."""
+    """The `jax.named_scope`s around a loop, up to the next loop."""
     match = re.search(r'op_name="([^"]*)/while"', self.attributes)
     inner = match[1].split("/while/")[-1] if match else ""
     # Differentiated, a scope s reads jvp(s) or transpose(jvp(s)).
@@ -101,12 +100,12 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """Computations by name, each an ordered dict of instructions by name.
+  """A parsed program.
 
   Attributes:
-    computations: all of them.
-    entry: name of the first to run.
-    devices: that run the program together.
+    computations: by name; each maps names to instructions, in order.
+    entry: name of the computation that runs first.
+    devices: number of devices that run the program together.
   """
 
   computations: dict[str, dict[str, Instruction]]
@@ -115,10 +114,10 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """Returns the module that `text` describes.
+  """Parses the text of a module.
 
   Raises:
-    ValueError: it holds no entry computation.
+    ValueError: it has no entry computation.
   """
   first = text[: text.find("\n")]
   devices = math.prod(
@@ -161,7 +160,7 @@ def _instruction(match, rest):
 
 
 def _closing(text, opening):
-  """Place of the parenthesis that closes the one at `opening`."""
+  """Returns the index of the parenthesis that closes the one at `opening`."""
   depth = 0
   for place in range(opening, len(text)):
     depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -188,19 +187,19 @@ COLLECTIVE_KINDS = (
   "collective-permute",
   "collective-broadcast",
 )
-# Before the name of a collective between slices.
+# Prefix of the kind of a collective between slices.
 DCN = "dcn "
 
 
 @dataclasses.dataclass
 class Collective:
-  """All collectives of one kind: how many run, and bytes of one device.
+  """All collectives of one kind: how often they run, and bytes of one device.
 
   Attributes:
-    count: runs.
+    count: number of runs.
     operand_bytes: of all operands.
-    sent_bytes: what the device sends at least, in a ring. Of a kind that begins
-      with `DCN` to other slices, else to other chips of its own.
+    sent_bytes: the least that the device sends, in a ring: to other slices if
+      the kind begins with `DCN`, else to other chips of its own slice.
   """
 
   count: int = 0
@@ -209,11 +208,11 @@ class Collective:
 
 
 def sent_bytes(collectives: Mapping[str, Any], to_slices: bool) -> int:
-  """Bytes sent to other slices, or to chips of the own one.
+  """Returns the bytes sent to other slices, or within the device's own slice.
 
   Args:
     collectives: kind to `Collective`, or to the same as a dictionary.
-    to_slices: which.
+    to_slices: whether to count those to other slices.
   """
   found = {
     kind: c["sent_bytes"] if isinstance(c, dict) else c.sent_bytes
@@ -229,16 +228,16 @@ def collectives_of(
   computation: Mapping[str, Instruction],
   devices: int,
 ) -> tuple[str, Collective] | None:
-  """Kind and bytes of one collective; None of any other instruction.
+  """Returns kind and bytes of a collective; None for other instructions.
 
   Args:
     instruction: of a compiled program.
-    computation: that it is in.
-    devices: that run the program together.
+    computation: that contains it.
+    devices: number of devices that run the program together.
   """
   kind, slices = instruction.opcode.removesuffix("-start"), None
   if kind == "send":
-    # A TPU program hands what goes to other slices to its host.
+    # A TPU program passes what goes to other slices to its host.
     kind, slices = _between_slices(instruction)
   if kind not in COLLECTIVE_KINDS:
     return None
@@ -255,7 +254,7 @@ def collectives_of(
 
 
 def _between_slices(send):
-  """Kind and number of slices of a collective of the Megascale runtime."""
+  """Returns kind and number of slices of a collective of the Megascale runtime."""
   text = send.attributes
   kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', text)
   slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', text)
@@ -265,7 +264,7 @@ def _between_slices(send):
 
 
 def _group_size(instruction, devices):
-  """Devices that take part in one group of a collective."""
+  """Returns the number of devices in one group of a collective."""
   text = instruction.attributes
   match = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
   if match:

@@ -1,8 +1,8 @@
-"""Compiles a run's programs for devices that need not be there, and counts.
+"""`gkd precompile`: compiles a run's programs for devices, attached or not.
 
 The programs are those of `train.train`: the sampler, the teacher, and the step.
-Parameters, optimizer and batch are shapes with shardings and are never
-allocated; neither data nor checkpoints are read.
+Parameters, optimizer state and batch are abstract; neither data nor checkpoints
+are read.
 """
 
 import os
@@ -53,10 +53,10 @@ def precompile(
   output_path: str | None = None,
   about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-  """Compiles each phase, prints what it needs at once, and returns all of it.
+  """Compiles each phase, and prints and returns what it needs.
 
-  Sampling and teacher alone hold only what they read. Whether a run fits is said
-  by its training steps, whose arguments are all that the run keeps.
+  Sampling and teacher hold only what they read. The training steps show whether
+  a run fits: their arguments are all that the run keeps on its devices.
 
   Args:
     model: see `train.train`, as all that is not named here.
@@ -69,17 +69,16 @@ def precompile(
     seed: see there.
     phases: some of `PHASES`; by default those that the model has.
     output_path: folder for `precompile.json`, rewritten after each phase, and
-      the programs' texts. A program that is there already is not compiled
-      again, but counted.
-    about: `title` and `command`, for the table of docs/scale.md; kept with the
-      figures.
+      the programs' texts. A program that is there already is counted, but not
+      compiled again.
+    about: `title` and `command`, for the table of docs/scale.md.
 
   Returns:
-    `{"topology", "mesh", ..., "phases": {phase: report}}`; see
-    `program_report.report` for the latter.
+    `{**about, "topology", "mesh", ..., "phases": {phase: report}}`; see
+    `program_report.report`.
 
   Raises:
-    ValueError: a setting that cannot be compiled, or an unknown phase.
+    ValueError: a setting cannot be compiled, or a phase is unknown.
   """
   chosen = chosen_phases(model, phases, partitioner.executor)
   programs = Programs(
@@ -158,7 +157,7 @@ class Programs:
 
   @property
   def held_bytes(self) -> int:
-    """Bytes of a device that all arguments of a training step take."""
+    """Bytes that the arguments of a training step take on one device."""
     return program_report.held_bytes(
       (self._run.state, self._run.teacher, self._step_batch)
     )
@@ -171,13 +170,13 @@ class Programs:
     folder: str | None = None,
     name: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, or finds it compiled, and counts.
+    """Compiles a phase, unless the folder has it, and counts.
 
     Args:
       phase: of `PHASES`.
       chip: see `precompile`.
       topology: see there.
-      folder: where compiled programs are kept, or None.
+      folder: of compiled programs, or None.
       name: of the program in the folder; the phase's by default.
 
     Returns:
@@ -250,7 +249,7 @@ class Programs:
 
 
 def _compile(lowered, arguments, target, folder, name):
-  """The program, compiled or as an earlier call left it in the folder."""
+  """Returns the compiled program, from the folder if it is there."""
   fingerprint = program_files.fingerprint(lowered, target)
   if folder:
     found = program_files.read(folder, name, fingerprint)
@@ -263,7 +262,7 @@ def _compile(lowered, arguments, target, folder, name):
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    facts = program_report.of_too_large(error, arguments)
+    facts = program_report.out_of_memory_report(error, arguments)
   else:
     text = compiled.as_text()
     facts = {"memory": program_report.memory(compiled.memory_analysis())}
@@ -277,11 +276,11 @@ def _compile(lowered, arguments, target, folder, name):
 def chosen_phases(
   model: Any, phases: Sequence[str] | None, executor: str
 ) -> tuple[str, ...]:
-  """Checks which programs of a run are asked for; None for all it has."""
+  """Returns the phases to compile, by default all that the run has."""
   if executor != "jit":
     raise ValueError(
-      f"expected the executor 'jit', got {executor!r}, which cannot be compiled"
-      " for devices that are not there; set EXECUTOR = 'jit'"
+      f"expected the executor 'jit', got {executor!r}, which needs attached"
+      " devices; set EXECUTOR = 'jit'"
     )
   if not model.features_have_known_shapes:
     raise ValueError(

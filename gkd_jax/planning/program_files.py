@@ -1,4 +1,4 @@
-"""Compiled programs on disk, as text: counted again in seconds, not compiled."""
+"""Compiled programs on disk, as text, to be counted again without compiling."""
 
 import dataclasses
 import gzip
@@ -15,12 +15,12 @@ from gkd_jax import files
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is kept of a compiled program.
+  """A compiled program as it is stored.
 
   Attributes:
     fingerprint: see `fingerprint`.
-    facts: what only the compilation says, such as memory.
-    text: `jax.stages.Compiled.as_text()`; None if it could not be compiled.
+    facts: figures that the text does not contain, such as memory.
+    text: `jax.stages.Compiled.as_text()`; None if it does not compile.
   """
 
   fingerprint: str
@@ -29,10 +29,10 @@ class Program:
 
 
 def fingerprint(lowered: jax.stages.Lowered, target: str) -> str:
-  """The same for programs that the same compiler makes the same of.
+  """Returns a cache key: hash of HLO text, target and compiler versions.
 
   Args:
-    lowered: the program; its text names neither files nor lines.
+    lowered: the program; its text contains neither files nor line numbers.
     target: the devices that it is compiled for.
   """
   efforts = [
@@ -44,12 +44,12 @@ def fingerprint(lowered: jax.stages.Lowered, target: str) -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of what compiles, by package; "none" of what is not installed."""
+  """Returns the versions of the compiler's packages, "none" if not installed."""
   return {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def read(folder: str, name: str, fingerprint: str) -> Program | None:
-  """The program of this name and fingerprint in a folder, or None."""
+  """Reads the program of this name and fingerprint in a folder, or None."""
   path = files.absolute(folder) / f"{name}.program.gz"
   if not path.exists():
     return None
@@ -58,7 +58,7 @@ def read(folder: str, name: str, fingerprint: str) -> Program | None:
 
 
 def write(folder: str, name: str, program: Program) -> None:
-  """Keeps a program in a folder."""
+  """Writes a program into a folder."""
   text = json.dumps(dataclasses.asdict(program))
   files.write_bytes(
     os.path.join(folder, f"{name}.program.gz"), gzip.compress(text.encode())

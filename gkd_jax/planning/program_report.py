@@ -1,6 +1,6 @@
-"""What a compiled program needs of each device: memory, work, and time at least.
+"""Reports of compiled programs: memory, work and least time of one device.
 
-What `gkd fit` found, as text.
+Also the text of what `gkd fit` finds.
 """
 
 import dataclasses
@@ -14,19 +14,17 @@ import jax
 
 from gkd_jax.planning import costs, hlo, topologies
 
-_GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Seconds that a program takes at least, at the chip's published rates.
+  """Lower bounds of a program's time, at the chip's published rates.
 
   Attributes:
     seconds: of the whole program.
     flops_seconds: of the matrix units alone.
     hbm_seconds: of reading and writing HBM alone.
     link_seconds: of sending to other chips of the slice alone.
-    dcn_seconds: of sending to other slices alone; 0 where the rate is not known.
+    dcn_seconds: of sending to other slices alone; 0 if the rate is not known.
   """
 
   seconds: float
@@ -39,29 +37,26 @@ class Roofline:
 def roofline(
   segments: Sequence[costs.Segment], chip: topologies.Chip
 ) -> Roofline:
-  """Sums over segments, each as long as its slowest of four resources.
+  """Sums over segments the time of the slowest of four resources.
 
-  Within a segment all may overlap; a run of a loop's body does not overlap with
-  the next, nor with what comes before and after the loop. All links of a chip
-  are taken to be busy, which they are not where a mesh axis uses few of them.
+  Within a segment all resources may overlap; runs of a loop's body overlap
+  neither with each other nor with what comes before and after the loop. All
+  links of a chip count as busy, although a mesh axis may use few of them.
 
   Args:
     segments: from `costs.count`.
     chip: whose rates.
   """
-  whole = flops = hbm = links = dcn = 0.0
-  for segment in segments:
-    times = (
-      segment.runs * segment.flops / chip.peak_flops,
-      segment.runs * segment.hbm_bytes / chip.hbm_bandwidth,
-      segment.runs * segment.sent_bytes / chip.ici_bandwidth,
-      segment.runs * segment.dcn_bytes / (chip.dcn_bandwidth or math.inf),
+  times = [
+    chip.seconds(
+      s.runs * s.flops,
+      s.runs * s.hbm_bytes,
+      s.runs * s.sent_bytes,
+      s.runs * s.dcn_bytes,
     )
-    whole += max(times)
-    flops, hbm, links, dcn = (
-      a + b for a, b in zip((flops, hbm, links, dcn), times, strict=True)
-    )
-  return Roofline(whole, flops, hbm, links, dcn)
+    for s in segments
+  ]
+  return Roofline(sum(map(max, times)), *map(sum, zip(*times, strict=True)))
 
 
 def report(
@@ -73,7 +68,7 @@ def report(
   output_tokens: int,
   max_trips: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-  """Figures of one program on one device.
+  """Counts one program on one device.
 
   Args:
     text: of the compiled program, `as_text()`.
@@ -84,10 +79,10 @@ def report(
     max_trips: see `costs.count`.
 
   Returns:
-    A dictionary that JSON can hold. `flops`, `hbm_bytes`, `collectives` (count,
-    operand and sent bytes by kind): of a whole run, `segments`: apart.
-    `roofline`: seconds; `tokens_per_second`: output tokens of all devices;
-    `mfu`: `flops` over what the matrix units could do in that time.
+    A dictionary for JSON: `flops`, `hbm_bytes` and `collectives` (count, operand
+    and sent bytes by kind) of a whole run, and of each of its `segments`;
+    `roofline`, seconds; `tokens_per_second`, output tokens of all devices at
+    most; `mfu`, `flops` over what the matrix units could do in that time.
   """
   segments = costs.count(text, loop_length=loop_length, max_trips=max_trips)
   flops = costs.total(segments, lambda s: s.flops)
@@ -116,12 +111,12 @@ def report(
   }
 
 
-def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
-  """What can be said of a program that the compiler refuses as too large.
+def out_of_memory_report(error: Exception, arguments: Any) -> dict[str, Any]:
+  """Returns the report of a program that does not fit into memory.
 
   Args:
     error: the compiler's.
-    arguments: the program's, shapes with shardings.
+    arguments: of the program, abstract arrays with shardings.
   """
   match = re.search(r"RESOURCE_EXHAUSTED: ([^\n]*)", str(error))
   return {
@@ -132,7 +127,7 @@ def of_too_large(error: Exception, arguments: Any) -> dict[str, Any]:
 
 
 def held_bytes(arguments: Any) -> int:
-  """Bytes of a device that shapes with shardings take."""
+  """Returns the bytes that abstract arrays with shardings take on a device."""
   return sum(
     math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
     for s in jax.tree.leaves(arguments)
@@ -141,15 +136,15 @@ def held_bytes(arguments: Any) -> int:
 
 
 def memory(stats: Any) -> dict[str, int]:
-  """Bytes of one device.
+  """Returns the bytes that a program takes on one device.
 
   Args:
     stats: `jax.stages.Compiled.memory_analysis()`.
 
   Returns:
-    Its `arguments`, `outputs`, `aliased` (outputs in the place of arguments),
-    `temporaries` and `code`, and `peak`, what must be there at once: their sum
-    less `aliased`.
+    Bytes of `arguments`, `outputs`, `aliased` (outputs that reuse the memory of
+    arguments), `temporaries` and `code`, and `peak`: their sum without
+    `aliased`.
   """
   found = {
     "arguments": stats.argument_size_in_bytes,
@@ -163,11 +158,11 @@ def memory(stats: Any) -> dict[str, int]:
 
 
 def lines(title: str, figures: dict[str, Any]) -> list[str]:
-  """The report of one phase as text.
+  """Returns the report of one phase as text.
 
   Args:
     title: of the phase.
-    figures: from `report` or `of_too_large`.
+    figures: from `report` or `out_of_memory_report`.
   """
   memory = figures["memory"]
   result = [f"{title} (compiled in {figures['compile_seconds']:.1f} s)"]
@@ -190,7 +185,7 @@ def lines(title: str, figures: dict[str, Any]) -> list[str]:
   for loop in figures["segments"]:
     if not loop["trip_count_known"] and (loop["flops"] or loop["hbm_bytes"]):
       result.append(
-        f"  {loop['name']} is counted {loop['runs']} times, its most"
+        f"  {loop['name']} is counted {loop['runs']} times, its upper bound"
       )
   return result + _roofline_lines(figures)
 
@@ -210,7 +205,7 @@ def _roofline_lines(figures):
 
 
 def _of_dcn(figures):
-  """The network between slices, where anything is sent over it."""
+  """Returns the time of the network between slices, if it is used."""
   if not hlo.sent_bytes(figures["collectives"], True):
     return ""
   seconds = figures["roofline"]["dcn_seconds"]
@@ -222,8 +217,8 @@ def _of_dcn(figures):
 def _size(number):
   sign = "-" if number < 0 else ""
   number = abs(number)
-  if number >= _GIB / 10:
-    return f"{sign}{number / _GIB:.2f} GiB"
+  if number >= topologies.GIB / 10:
+    return f"{sign}{number / topologies.GIB:.2f} GiB"
   return f"{sign}{number / 2**20:.3f} MiB"
 
 
@@ -240,17 +235,17 @@ FIT_HEADER = (
 
 
 def fit_line(row: Mapping[str, Any]) -> str:
-  """A line under `HEADER`.
+  """Returns a candidate's line under `FIT_HEADER`.
 
   Args:
-    row: of a candidate: its settings, whether it seems to fit, and the estimate
-      or why there is none.
+    row: the candidate's settings, whether it seems to fit, and the estimate or
+      the reason why there is none.
   """
   settings = row["settings"]
   if "seconds" in row:
     numbers = _numbers(row["peak_bytes"], row["seconds"])
   elif "held_bytes" in row:
-    numbers = f"{row['held_bytes'] / _GIB:11.2f}  of arguments alone"
+    numbers = f"{row['held_bytes'] / topologies.GIB:11.2f}  of arguments alone"
   else:
     numbers = f"  {row['compiler_says'][:60]}"
   return (
@@ -262,10 +257,10 @@ def fit_line(row: Mapping[str, Any]) -> str:
 
 
 def whole_lines(row: Mapping[str, Any]) -> list[str]:
-  """A candidate that was compiled whole, beside its estimate.
+  """Returns lines about a candidate that was compiled whole, and its estimate.
 
   Args:
-    row: see `line`, with the `report` of the whole program.
+    row: see `fit_line`, with the `report` of the whole program.
   """
   report = row["report"]
   memory = report["memory"]
@@ -281,26 +276,12 @@ def whole_lines(row: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def fit_lines(result: Mapping[str, Any]) -> list[str]:
-  """All that `gkd fit` prints below its first line, but reports of programs.
-
-  Args:
-    result: see `fit.fit`.
-  """
-  rows = result["candidates"]
-  found = [FIT_HEADER, *map(fit_line, rows)]
-  for row in rows:
-    if "report" in row:
-      found += whole_lines(row)
-  return [*found, choice(result["best"])]
-
-
 def choice(best: Mapping[str, Any] | None) -> str:
-  """The last line: the settings of the fastest that fits."""
+  """Returns the last line: the settings of the fastest that fits."""
   if best is None:
     return "nothing fits"
   return "fits: " + shlex.join(best["flags"])
 
 
 def _numbers(peak, seconds):
-  return f"{peak / _GIB:11.2f}  {seconds * 1e3:11.2f}"
+  return f"{peak / topologies.GIB:11.2f}  {seconds * 1e3:11.2f}"

@@ -1,8 +1,6 @@
-"""Devices to compile for, which need not be there.
+"""Devices to compile for, attached or not, and the published rates of TPU chips.
 
-What each TPU chip can do at most, as its maker publishes it.
-
-Sources: the page of Cloud TPU's documentation named at each chip; usable HBM is
+Sources: the page of Cloud TPU's documentation named at each chip. Usable HBM is
 the least that TPU compilers (libtpu 0.0.42, 0.0.52) name in their error for a
 program that needs more. All rates are of one chip.
 """
@@ -18,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-_GIB = 2**30
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +26,13 @@ class Chip:
   Attributes:
     name: as in a topology, such as "v5e".
     peak_flops: bfloat16 operations per second of the matrix units.
-    hbm_bytes: HBM that a program may use, the capacity less what the runtime
-      keeps.
+    hbm_bytes: HBM that a program may use: the capacity without what the
+      runtime reserves.
     hbm_bandwidth: bytes per second between HBM and the core.
     ici_bandwidth: bytes per second that it sends to its neighbours over all of
       its links, in one direction: half of the published bidirectional rate.
-    dcn_bandwidth: bytes per second of its share of its host's network, over
-      which slices are joined; None where its page names none.
+    dcn_bandwidth: bytes per second of its share of its host's network, which
+      joins slices; None if no rate is published.
   """
 
   name: str
@@ -44,47 +42,58 @@ class Chip:
   ici_bandwidth: float
   dcn_bandwidth: float | None = None
 
+  def seconds(
+    self, flops: float, hbm_bytes: float, sent_bytes: float, dcn_bytes: float
+  ) -> tuple[float, float, float, float]:
+    """Returns how long arithmetic, HBM, links and DCN take at least, each alone."""
+    return (
+      flops / self.peak_flops,
+      hbm_bytes / self.hbm_bandwidth,
+      sent_bytes / self.ici_bandwidth,
+      dcn_bytes / (self.dcn_bandwidth or math.inf),
+    )
+
 
 CHIPS = {
   chip.name: chip
   for chip in (
     # cloud.google.com/tpu/docs/v4: 275 teraflops, 32 GiB, 1200 GBps. The links
     # are six of 50 GB/s each way (Jouppi et al. 2023, arXiv 2304.01433).
-    Chip("v4", 275e12, int(30.75 * _GIB), 1200e9, 300e9),
+    Chip("v4", 275e12, int(30.75 * GIB), 1200e9, 300e9),
     # cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps, 400 GBps
     # bidirectional (1600 Gbps in earlier versions of the page); data center
     # network 6.4 Tbps per Pod of 256 chips.
-    Chip("v5e", 197e12, int(15.75 * _GIB), 819e9, 200e9, 6.4e12 / 8 / 256),
+    Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 200e9, 6.4e12 / 8 / 256),
     # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GiB, 2765 GBps, 1200 GBps
     # bidirectional (4800 Gbps in earlier versions); data center network 50 Gbps
     # per chip.
-    Chip("v5p", 459e12, int(95.73 * _GIB), 2765e9, 600e9, 50e9 / 8),
+    Chip("v5p", 459e12, int(95.73 * GIB), 2765e9, 600e9, 50e9 / 8),
     # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps, 800 GBps
     # bidirectional.
-    Chip("v6e", 918e12, int(31.24 * _GIB), 1638e9, 400e9),
+    Chip("v6e", 918e12, int(31.24 * GIB), 1638e9, 400e9),
   )
 }
-# Without these, libtpu asks a metadata server that only a TPU machine has.
+# Without these, libtpu asks a metadata server, which only TPU machines have.
 _NOT_ON_A_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_ACCELERATOR_TYPE": "v5e-4",  # any; the topology's name decides
-  # A compiler alone shares nothing with others of its kind on the machine.
+  "TPU_ACCELERATOR_TYPE": "v5e-4",  # any; the name of the topology decides
+  # Only its compiler is used, which several processes can load.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Else a v4 chip counts as two devices; a program of today runs on both cores.
+# Otherwise a v4 chip counts as two devices, one for each core.
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
 def devices(topology: str | None) -> tuple[list[Any], Chip | None]:
-  """Devices of a topology, and the chip that they are.
+  """Returns the devices of a topology, and their chip.
 
-  Is to be called before JAX has looked for devices.
+  Call it before JAX looks for devices.
 
   Args:
     topology: chip and shape, such as "v5e:4x4" or "v5p:4x4x4"; "2xv5e:4x4" for
-      two slices of it; "cpu:8" for eight fake devices of this machine; None for
-      the devices that there are.
+      two slices of it; "cpu:8" for eight devices of this machine's CPU; None for
+      the attached devices.
 
   Returns:
     The devices, and the chip, or None if its rates are not known here.
@@ -102,7 +111,7 @@ def devices(topology: str | None) -> tuple[list[Any], Chip | None]:
       f" chip of {', '.join(CHIPS)}, or cpu:8 (with NUM_SLICES = 2 for two),"
       f" got {topology!r}; set --topology"
     )
-  # What there is here is not used; nor is a TPU that others may be using.
+  # Attached devices are not used, nor taken from others that use them.
   jax.config.update("jax_platforms", "cpu")
   number, chip = int(match[1] or 1), match[2]
   shape = [int(n) for n in match[3].split("x")]
@@ -112,7 +121,7 @@ def devices(topology: str | None) -> tuple[list[Any], Chip | None]:
 
 
 def _of_this_machine(number):
-  # JAX may have its devices already; they may be enough.
+  # If JAX has its devices already, there may be enough.
   with contextlib.suppress(RuntimeError):
     jax.config.update("jax_num_cpu_devices", number)
   found = jax.devices("cpu")

@@ -20,7 +20,7 @@ EOS = 1
 # --- Models without a network, and what they should give ---------------------
 
 
-def law(weights, prefix):
+def distribution(weights, prefix):
   """Float64 log-probs after a prefix, for one prompt's weights."""
   fed = (0, *prefix)
   logits = sum(np.float64(weights[t, token]) for t, token in enumerate(fed))
@@ -35,7 +35,9 @@ def every_output(weights, alpha):
   for size in range(length):
     for prefix in itertools.product(others, repeat=size):
       tokens = (*prefix, EOS)
-      total = sum(law(weights, tokens[:t])[v] for t, v in enumerate(tokens))
+      total = sum(
+        distribution(weights, tokens[:t])[v] for t, v in enumerate(tokens)
+      )
       padded = tokens + (0,) * (length - len(tokens))
       scores[padded] = total / ((5 + len(tokens)) / 6) ** alpha
   return scores
@@ -45,7 +47,7 @@ def narrow_search(weights, alpha, num_decodes):
   """The search as it is described, one prompt, tokens padded."""
   length = weights.shape[0]
   outputs = beam_oracle.best_outputs(
-    functools.partial(law, weights), length, alpha, num_decodes
+    functools.partial(distribution, weights), length, alpha, num_decodes
   )
   return [(y + (0,) * (length - len(y)), score) for y, score in outputs]
 
@@ -161,12 +163,12 @@ def test_larger_alpha_gives_longer_outputs():
 
 
 def test_outputs_end_at_eos_or_at_the_length():
-  laws = [
+  distributions = [
     [sure(EOS), sure(2), sure(2), sure(2)],
     [sure(3), sure(0), sure(EOS), sure(2)],
     [sure(3), sure(2), sure(0), sure(EOS)],
   ]
-  result = beam_models.run_scripted(laws, num_decodes=1)
+  result = beam_models.run_scripted(distributions, num_decodes=1)
   np.testing.assert_array_equal(
     result.tokens, [[[1, 0, 0, 0]], [[3, 0, 1, 0]], [[3, 2, 0, 1]]]
   )
@@ -240,7 +242,7 @@ TWO_ENDS = [[-60.0, 0.0, 0.0, -60.0], sure(EOS), *[sure(2)] * 4]
 
 
 @pytest.mark.parametrize(
-  ("laws", "settings", "steps", "best"),
+  ("distributions", "settings", "steps", "best"),
   [
     ([[sure(EOS)] * 6], {"num_decodes": 1}, 1, [1]),
     ([[sure(2)] * 6], {"num_decodes": 1}, 6, [2] * 6),
@@ -263,9 +265,11 @@ TWO_ENDS = [[-60.0, 0.0, 0.0, -60.0], sure(EOS), *[sure(2)] * 4]
     ([[[-np.inf, 0, -np.inf, -np.inf]] * 6], {"num_decodes": 2}, 1, [1]),
   ],
 )
-def test_loop_stops_when_no_live_output_can_win(laws, settings, steps, best):
+def test_loop_stops_when_no_live_output_can_win(
+  distributions, settings, steps, best
+):
   calls = []
-  result = beam_models.run_scripted(laws, calls, **settings)
+  result = beam_models.run_scripted(distributions, calls, **settings)
   assert len(calls) == steps
   padded = best + [0] * (6 - len(best))
   np.testing.assert_array_equal(result.tokens[-1, -1], padded)

@@ -104,9 +104,9 @@ def test_rows_are_reordered_on_the_axis_that_is_given():
 
 
 def test_nan_logits_show_in_the_scores():
-  laws = np.zeros((2, 2, 4))
-  laws[0, 1] = np.nan
-  result = beam_models.run_scripted(laws, num_decodes=2)
+  distributions = np.zeros((2, 2, 4))
+  distributions[0, 1] = np.nan
+  result = beam_models.run_scripted(distributions, num_decodes=2)
   assert np.isnan(result.scores[0]).any()
   assert np.isfinite(result.scores[1]).all()
 

@@ -186,8 +186,8 @@ def test_divergence_is_that_of_the_real_tokens(beyond):
       ("teacher_entropy", log_p),
       ("student_entropy", log_q),
     ):
-      law = loss_batches.log_softmax64(logits)
-      entropy = -(np.exp(law) * law).sum(-1) * weights
+      distribution = loss_batches.log_softmax64(logits)
+      entropy = -(np.exp(distribution) * distribution).sum(-1) * weights
       np.testing.assert_allclose(aux[metric][0], entropy.sum(), rtol=1e-5)
 
 

@@ -118,12 +118,14 @@ def test_greedy_takes_the_likeliest_and_scores_it_at_temperature_one():
   result = sampling_fakes.sample_markov(
     table, None, temperature=0.0, top_k=2, top_p=0.3
   )
-  law = jax.nn.log_softmax(np.asarray(table, np.float32), axis=-1)
+  distribution = jax.nn.log_softmax(np.asarray(table, np.float32), axis=-1)
   last = 0
   for t in range(5):
     best = int(np.argmax(table[last]))
     np.testing.assert_array_equal(result.tokens[:, t], best)
-    np.testing.assert_allclose(result.log_probs[:, t], law[last, best], 1e-5)
+    np.testing.assert_allclose(
+      result.log_probs[:, t], distribution[last, best], 1e-5
+    )
     last = best
 
 

@@ -48,40 +48,42 @@ def draw_once(logits, rows, key, **settings):
   return map(np.ravel, draw(key))
 
 
-# --- The law ------------------------------------------------------------------
+# --- The distribution ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_frequencies_and_log_probs_match_the_law(settings):
+def test_frequencies_and_log_probs_match_the_distribution(settings):
   logits = jnp.array([0.3, 0.1, 2.0, 1.2, -0.5, 1.9, 0.0, -2.0])
   rows = 8_000
   tokens, log_probs = draw_once(logits, rows, jax.random.key(11), **settings)
-  law = sampling_fakes.law_by_definition(logits, **settings)
+  distribution = sampling_fakes.distribution_by_definition(logits, **settings)
   counts = np.bincount(tokens, minlength=8)
-  assert counts[law == 0].sum() == 0
-  possible = law > 0
+  assert counts[distribution == 0].sum() == 0
+  possible = distribution > 0
   assert possible.sum() > 1
-  p_value = scipy.stats.chisquare(counts[possible], rows * law[possible]).pvalue
+  p_value = scipy.stats.chisquare(
+    counts[possible], rows * distribution[possible]
+  ).pvalue
   assert p_value > 1e-3
-  np.testing.assert_allclose(log_probs, np.log(law[tokens]), atol=2e-6)
+  np.testing.assert_allclose(log_probs, np.log(distribution[tokens]), atol=2e-6)
 
 
 # Two groups and a part of one, and three whole ones, of 128 tokens each.
 @pytest.mark.parametrize("vocab", [300, 384])
-def test_law_of_a_vocabulary_that_is_drawn_from_by_groups(vocab):
+def test_distribution_of_a_vocabulary_that_is_drawn_from_by_groups(vocab):
   logits = 1.5 * jax.random.normal(jax.random.key(5), (vocab,))
   rows = 40_000
   settings = {"suppress_ids": (0, 7)}
   tokens, log_probs = draw_once(logits, rows, jax.random.key(13), **settings)
-  law = sampling_fakes.law_by_definition(logits, **settings)
+  distribution = sampling_fakes.distribution_by_definition(logits, **settings)
   counts = np.bincount(tokens, minlength=vocab)
   assert counts.size == vocab and counts[[0, 7]].sum() == 0
-  often = rows * law > 5
+  often = rows * distribution > 5
   observed = [*counts[often], counts[~often].sum()]
-  expected = [*rows * law[often], rows * law[~often].sum()]
+  expected = [*rows * distribution[often], rows * distribution[~often].sum()]
   assert len(expected) > 150
   assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
-  np.testing.assert_allclose(log_probs, np.log(law[tokens]), atol=4e-6)
+  np.testing.assert_allclose(log_probs, np.log(distribution[tokens]), atol=4e-6)
 
 
 def test_small_vocabularies_are_drawn_from_as_jax_does():
@@ -154,8 +156,8 @@ def test_rows_and_positions_are_independent():
       )
     )(jax.random.key(12))
   )
-  law = sampling_fakes.law_by_definition(logits)
-  expected = np.outer(law, law).ravel()
+  distribution = sampling_fakes.distribution_by_definition(logits)
+  expected = np.outer(distribution, distribution).ravel()
   pairs = {
     "next position": (tokens[:, 0::2][:, :4], tokens[:, 1::2]),
     "next row": (tokens[0::2], tokens[1::2]),
@@ -184,10 +186,12 @@ def test_log_probs_follow_the_tokens_of_their_row(settings, dtype):
       if last == EOS:
         assert log_prob == 0 and token == 0
         continue
-      law = sampling_fakes.law_by_definition(
+      distribution = sampling_fakes.distribution_by_definition(
         table[last].astype(jnp.float32), **settings
       )
-      np.testing.assert_allclose(log_prob, np.log(law[token]), atol=2e-6)
+      np.testing.assert_allclose(
+        log_prob, np.log(distribution[token]), atol=2e-6
+      )
       last = token
 
 
@@ -238,17 +242,19 @@ def test_top_k_one_and_tiny_top_p_are_greedy():
     (0, 0.81, [0, 2, 3, 4]),
     (0, 0.91, [0, 1, 2, 3, 4]),
     # Of the 0.8 that top-k leaves, token 3 has 0.5: enough by itself only
-    # because top-p looks at the renormalised law.
+    # because top-p looks at the renormalised distribution.
     (2, 0.49, [3]),
     (2, 0.51, [0, 3, 4]),
     (0, 0.49, [0, 3, 4]),
   ],
 )
-def test_filters_on_a_worked_law(top_k, top_p, kept):
-  law = jnp.log(jnp.array([0.2, 0.1, 0.1 + 1e-6, 0.4, 0.2]))
-  filtered = sampling.filter_logits(law, top_k=top_k, top_p=top_p)
+def test_filters_on_a_worked_distribution(top_k, top_p, kept):
+  distribution = jnp.log(jnp.array([0.2, 0.1, 0.1 + 1e-6, 0.4, 0.2]))
+  filtered = sampling.filter_logits(distribution, top_k=top_k, top_p=top_p)
   np.testing.assert_array_equal(np.flatnonzero(np.isfinite(filtered)), kept)
-  np.testing.assert_array_equal(filtered[np.array(kept)], law[np.array(kept)])
+  np.testing.assert_array_equal(
+    filtered[np.array(kept)], distribution[np.array(kept)]
+  )
 
 
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
@@ -262,7 +268,7 @@ def test_filters_on_a_worked_law(top_k, top_p, kept):
   top_p=st.floats(0.01, 1.0),
   suppress_ids=st.sets(st.integers(0, 6), max_size=6),
 )
-def test_law_equals_its_definition(
+def test_distribution_equals_its_definition(
   logits, temperature, top_k, top_p, suppress_ids
 ):
   settings = {
@@ -271,17 +277,17 @@ def test_law_equals_its_definition(
     "suppress_ids": tuple(suppress_ids),
   }
   # Where a sum of masses falls on top_p, rounding decides: not a case to test.
-  lower = sampling_fakes.law_by_definition(
+  lower = sampling_fakes.distribution_by_definition(
     logits, top_p=top_p - 1e-5, **settings
   )
-  upper = sampling_fakes.law_by_definition(
+  upper = sampling_fakes.distribution_by_definition(
     logits, top_p=min(top_p + 1e-5, 1.0), **settings
   )
   hypothesis.assume(np.array_equal(lower, upper))
-  law = jax.nn.softmax(
+  distribution = jax.nn.softmax(
     decoding.sampling_logits(jnp.array(logits), top_p=top_p, **settings)
   )
-  np.testing.assert_allclose(law, lower, rtol=2e-5, atol=1e-7)
+  np.testing.assert_allclose(distribution, lower, rtol=2e-5, atol=1e-7)
 
 
 def test_program_sorts_only_when_asked_to():

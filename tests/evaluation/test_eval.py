@@ -180,12 +180,8 @@ def test_two_evaluations_are_compared(greedy, sampled):
     assert paired.p_value < 0.05
     assert a.low < a.value < a.high
     # One run has an output for each example, the other three: they weigh alike.
-    swapped = compare.compare(
-      str(sampled[0]), str(greedy[0]), name, method="bootstrap"
-    )[name].paired
-    assert swapped.p_value == pytest.approx(paired.p_value, abs=0.01)
-  alone = compare.interval(str(greedy[0]), "per")
-  assert alone == results["per"].a
+    swapped = compare.compare(str(sampled[0]), str(greedy[0]), name)
+    assert swapped[name].paired.p_value == paired.p_value
   text = compare.report([str(greedy[0]), str(sampled[0])])
   assert f"{greedy[1]['per']:.2f}" in text and "wer" in text
 

@@ -9,10 +9,10 @@ import pytest
 from gkd_jax.evaluation import measurements
 
 
-def test_log_law_has_no_mass_on_padding_of_the_vocabulary():
+def test_log_probs_have_no_mass_on_padding_of_the_vocabulary():
   logits = loss_batches.random_batch()[0]
   got = jax.jit(
-    lambda x: measurements.log_law(x, temperature=0.7, num_real_tokens=5)
+    lambda x: measurements.log_probs_at(x, temperature=0.7, num_real_tokens=5)
   )(logits.astype(jnp.bfloat16))
   rounded = np.asarray(logits.astype(jnp.bfloat16), np.float64)
   expected = loss_batches.log_softmax64(rounded[:, :, :5] / 0.7)
@@ -24,11 +24,11 @@ def test_acceptance_is_the_expected_min_of_1_and_the_ratio():
   teacher, student, _, _ = loss_batches.random_batch()
   p, q = map(np.exp, map(loss_batches.log_softmax64, (teacher, student)))
   expected = (q * np.minimum(1, p / q)).sum(-1)
-  compared = jax.jit(measurements.compare_laws)(np.log(p), np.log(q))
+  compared = jax.jit(measurements.token_divergences)(np.log(p), np.log(q))
   np.testing.assert_allclose(compared["acceptance"], expected, rtol=1e-5)
   assert expected.min() > 0.01 and expected.max() < 0.95
-  for name, law in (("teacher_entropy", p), ("student_entropy", q)):
-    entropy = -(law * np.log(law)).sum(-1)
+  for name, probs in (("teacher_entropy", p), ("student_entropy", q)):
+    entropy = -(probs * np.log(probs)).sum(-1)
     np.testing.assert_allclose(compared[name], entropy, rtol=1e-4)
   forward = (p * np.log(p / q)).sum(-1)
   np.testing.assert_allclose(compared["forward_kl"], forward, rtol=1e-4)
@@ -56,12 +56,12 @@ def test_calibration_by_hand():
   # (probability of the likeliest token, whether it is the target), in bins of
   # (0.6, 0.8] and (0.8, 1]; 1 belongs to the last one, and 0.5 to (0.4, 0.6].
   cases = [(0.7, True), (0.75, False), (0.9, True), (1.0, True), (0.5, False)]
-  law = np.array([[c, 0.6 * (1 - c), 0.4 * (1 - c)] for c, _ in cases])
-  law = np.pad(law, ((0, 1), (0, 0)), constant_values=np.nan)[None]
+  probs = np.array([[c, 0.6 * (1 - c), 0.4 * (1 - c)] for c, _ in cases])
+  probs = np.pad(probs, ((0, 1), (0, 0)), constant_values=np.nan)[None]
   targets = np.array([[0 if right else 1 for _, right in cases] + [0]])
   weights = np.array([[1.0] * 5 + [0.0]])
   with np.errstate(divide="ignore"):
-    log_probs = np.log(law).astype(np.float32)
+    log_probs = np.log(probs).astype(np.float32)
   sums = jax.jit(
     lambda *args: measurements.calibration_sums(*args, num_bins=5)
   )(log_probs, targets, weights)
@@ -78,15 +78,15 @@ def test_calibration_by_hand():
 def test_calibration_of_a_law_that_means_what_it_says():
   rng = np.random.default_rng(0)
   logits = 2 * rng.normal(size=(40, 100, 5))
-  law = np.exp(loss_batches.log_softmax64(logits))
-  draws = (rng.random((40, 100, 1)) > law.cumsum(-1)[..., :-1]).sum(-1)
+  probs = np.exp(loss_batches.log_softmax64(logits))
+  draws = (rng.random((40, 100, 1)) > probs.cumsum(-1)[..., :-1]).sum(-1)
   ones = np.ones((40, 100))
   ece = lambda log_probs: measurements.expected_calibration_error(
     measurements.calibration_sums(jnp.asarray(log_probs), draws, ones)
   )
   # 4,000 tokens in 15 bins: about 15 Monte Carlo errors of 0.5 / sqrt(4000 / 15)
   # are averaged.
-  assert ece(np.log(law)) < 3
+  assert ece(np.log(probs)) < 3
   sharper = loss_batches.log_softmax64(3 * logits)
   assert ece(sharper) > 10
 

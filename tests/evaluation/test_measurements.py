@@ -115,12 +115,12 @@ def test_on_the_students_own_samples(measured):
 
 def test_calibration_is_at_temperature_1_and_by_token(measured):
   (model, params, _), features, (scores, tables) = measured
-  law = np.exp(
+  probs = np.exp(
     loss_batches.log_softmax64(jax.jit(model.student.logits)(params, features))
   )
   counted = features["decoder_loss_weights"] > 0
-  confidence = law.max(-1)[counted]
-  right = (law.argmax(-1) == features["decoder_target_tokens"])[counted]
+  confidence = probs.max(-1)[counted]
+  right = (probs.argmax(-1) == features["decoder_target_tokens"])[counted]
   gap = 0.0
   for m in range(15):
     here = (confidence > m / 15) & (confidence <= (m + 1) / 15)

@@ -216,12 +216,14 @@ def test_laws_of_the_outputs(tmp_path):
     row[1 : len(record["targets"])] = record["targets"][:-1]
   batch = features()[0] | {"decoder_input_tokens": inputs}
   # Of the 24 logits 20 are tokens.
-  laws = loss_batches.log_softmax64(model.logits(params, batch)[..., :20] / 2.0)
-  for law, record in zip(laws, records, strict=True):
-    law = law[: len(record["targets"])]
-    ids = np.argsort(-law, axis=-1)[:, :3]
+  log_probs = loss_batches.log_softmax64(
+    model.logits(params, batch)[..., :20] / 2.0
+  )
+  for log_prob, record in zip(log_probs, records, strict=True):
+    log_prob = log_prob[: len(record["targets"])]
+    ids = np.argsort(-log_prob, axis=-1)[:, :3]
     np.testing.assert_array_equal(record["top_k_ids"], ids)
-    top = np.take_along_axis(law, ids, axis=-1)
+    top = np.take_along_axis(log_prob, ids, axis=-1)
     tail = np.log1p(-np.exp(top).sum(-1, keepdims=True))
     np.testing.assert_allclose(
       record["top_k_log_probs"], np.concatenate([top, tail], -1), atol=2e-5
@@ -233,7 +235,7 @@ def test_references_as_they_are(tmp_path):
   write(tmp_path / "out", targets="references", top_k=20)
   batch, examples = features()
   scores = model.score_batch(params, batch)
-  law = loss_batches.log_softmax64(model.logits(params, batch)[..., :20])
+  log_prob = loss_batches.log_softmax64(model.logits(params, batch)[..., :20])
   for i, record in enumerate(read(tmp_path / "out")):
     targets = examples[i]["targets"]
     np.testing.assert_array_equal(record["targets"], targets)
@@ -242,7 +244,7 @@ def test_references_as_they_are(tmp_path):
     assert ids.shape == (len(targets), 20) and np.all(stored[:, -1] < -1e4)
     np.testing.assert_allclose(
       stored[:, :-1],
-      np.take_along_axis(law[i, : len(targets)], ids, axis=-1),
+      np.take_along_axis(log_prob[i, : len(targets)], ids, axis=-1),
       rtol=1e-3,  # float16
     )
 
@@ -284,10 +286,7 @@ def test_wrong_settings_are_told(tmp_path):
     write(tmp_path / "out", task=mixture)
   with pytest.raises(ValueError, match=r"\.jsonl'; set OUTPUT_PATH"):
     infer.infer(
-      model,
-      checkpoint_path="",
-      mixture_or_task_name=task.name,
-      task_feature_lengths=LENGTHS,
+      infer.DecodeSettings(model, "", task.name, LENGTHS),
       output_path=str(tmp_path / "out.jsonl"),
       shards=evaluation.Shards(),
     )

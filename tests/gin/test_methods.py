@@ -33,7 +33,7 @@ ALONE = ("sft", "seqkd")  # no teacher in memory
 
 
 def kl(p, q):
-  """Of laws `[..., V]` in float64, zero probabilities excluded."""
+  """Of distributions `[..., V]` in float64, zero probabilities excluded."""
   return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
 
 
@@ -124,7 +124,7 @@ def params_of(model, seed):
   tree = jax.jit(
     lambda key: model.get_initial_variables(key, shapes)["params"]
   )(jax.random.key(seed))
-  # Larger, so that laws differ from token to token and samples end early.
+  # Larger, so that distributions differ from token to token and samples end early.
   return jax.tree.map(lambda x: 1.5 * x, tree)
 
 

@@ -61,7 +61,7 @@ def sample_markov(table, key, **settings):
   return compiled_markov(static)(table, key, arrays)
 
 
-def law_by_definition(
+def distribution_by_definition(
   logits, temperature=1.0, top_k=0, top_p=1.0, suppress_ids=()
 ):
   """Float64 probabilities `[V]`, token by token, from the definitions."""

@@ -1,12 +1,10 @@
 """Models trained by rewards, and batches of their rollouts."""
 
-import pathlib
-
 import jax
 import numpy as np
 import toy_models
 
-from gkd_jax import data, models, partitioning, training
+from gkd_jax import data, files, models, partitioning, training
 
 SYMBOLS = "0123456789+-=;#"  # of arithmetic_cot, from id 3 on
 
@@ -22,10 +20,10 @@ class Lists:
     return self.batches[(self.position - 1) % len(self.batches)]
 
   def save_state(self, path):
-    pathlib.Path(path, "position").write_text(str(self.position))
+    (files.absolute(path) / "position").write_text(str(self.position))
 
   def restore_state(self, path):
-    self.position = int(pathlib.Path(path, "position").read_text())
+    self.position = int((files.absolute(path) / "position").read_text())
 
 
 def symbols(text):

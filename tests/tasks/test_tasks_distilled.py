@@ -31,11 +31,11 @@ def record(index, number=0, **more):
   } | more
 
 
-def write(prefix, shards, num_samples=1, laws=None):
+def write(prefix, shards, num_samples=1, storage=None):
   manifest = {
     "settings": {"NUM_SHARDS": len(shards), "NUM_SAMPLES": num_samples},
     "num_examples": sum(map(len, shards)) // num_samples,
-    "laws": laws,
+    teacher_shards.STORAGE: storage,
   }
   teacher_shards.write_manifest(str(prefix), manifest)
   paths = teacher_shards.shard_paths(str(prefix), len(shards))
@@ -100,19 +100,19 @@ def test_a_whole_epoch_is_shuffled_and_dealt_to_processes(tmp_path, registry):
     assert dealt != sorted(dealt)
 
 
-def test_laws_are_read_whatever_their_storage(tmp_path, registry):
+def test_top_k_log_probs_are_read_whatever_their_storage(tmp_path, registry):
   ids = np.array([[3, 40000], [5, 6], [1, 0]])
   log_probs = np.array([[-0.5, -1, -3e4], [-0.25, -2, -4], [-8, -9, -0.125]])
   for name, stored in (
     ("narrow", ("uint16", "float16")),
     ("wide", ("int32", "float32")),
   ):
-    laws = {"top_k": 2, "ids": stored[0], "log_probs": stored[1]}
+    storage = {"top_k": 2, "ids": stored[0], "log_probs": stored[1]}
     row = record(0) | {
       "top_k_ids": ids.astype(stored[0]),
       "top_k_log_probs": log_probs.astype(stored[1]),
     }
-    prefix = write(tmp_path / name, [[row]], laws=laws)
+    prefix = write(tmp_path / name, [[row]], storage=storage)
     task = distilled.add_distilled_task(name, prefix, "arithmetic_cot")
     (got,) = rows(task.get_dataset(split="train"))
     np.testing.assert_array_equal(got["top_k_ids"], ids)
@@ -160,7 +160,7 @@ def test_the_original_trims_its_own_rows(tmp_path, registry):
 def test_unfinished_and_other_files_are_told(tmp_path, registry, monkeypatch):
   task = distilled.add_distilled_task("taught", "$SHARDS/out", "arithmetic_cot")
   monkeypatch.setenv("SHARDS", str(tmp_path))
-  with pytest.raises(ValueError, match=r"there is no .*out-manifest\.json"):
+  with pytest.raises(ValueError, match=r"without .*out-manifest\.json"):
     task.get_dataset(split="train")
   prefix = write(tmp_path / "out", [[record(0)], [record(1)]])
   assert len(rows(task.get_dataset(split="train"))) == 2

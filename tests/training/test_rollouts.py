@@ -5,10 +5,12 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import remote_files
 import toy_decoder_only
 import toy_models
 import toy_rollouts
 
+from gkd_jax import files
 from gkd_jax.training import rollouts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,7 +128,7 @@ def train(model, batches, state, teacher, steps, run):
   return state
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
+def test_a_resumed_run_is_the_same_to_the_bit():
   model, params, teacher = toy_rollouts.rl(
     baseline="running_mean", samples_per_prompt=1
   )
@@ -137,16 +139,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
   first = train(
     model, batches, toy_models.state(params, optimizer), teacher, range(2), run
   )
-  batches.save_state(tmp_path)
+  folder = files.absolute(remote_files.new())
+  batches.save_state(folder)
   expected = train(model, batches, first, teacher, range(2, 4), run)
   resumed = toy_rollouts.make(model, data_batches)
-  resumed.restore_state(tmp_path)
+  resumed.restore_state(folder)
   got = train(model, resumed, first, teacher, range(2, 4), run)
   for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
     np.testing.assert_array_equal(a, b)
-  (tmp_path / "running_mean.json").unlink()
+  (folder / "running_mean.json").unlink()
   with pytest.raises(ValueError, match="set BASELINE"):
-    resumed.restore_state(tmp_path)
+    resumed.restore_state(folder)
 
 
 def test_other_models_get_the_batches_of_the_data(tmp_path):

@@ -5,14 +5,14 @@ Run `python docs/results/scale/table.py` from the repository's root after
 added to a report by hand is shown below its command.
 """
 
+import itertools
 import json
 import pathlib
 from typing import Any
 
-from gkd_jax.planning import hlo, program_report
+from gkd_jax.planning import hlo, program_report, topologies
 
 _HERE = pathlib.Path(__file__).parent
-_GIB = 2**30
 _PHASES = {
   "sampling": "sampling",
   "teacher": "teacher",
@@ -67,7 +67,8 @@ def document() -> str:
 
 def _choice(report: dict[str, Any]) -> list[str]:
   """Returns a section with what `gkd fit` printed at its end."""
-  lengths = report["task_feature_lengths"]
+  lengths, rows = report["task_feature_lengths"], report["candidates"]
+  whole = [program_report.whole_lines(row) for row in rows if "report" in row]
   return [
     "",
     f"### {report['title']}, {report['topology']}",
@@ -77,7 +78,10 @@ def _choice(report: dict[str, Any]) -> list[str]:
     "",
     "```",
     f"$ {report['command']}",
-    *program_report.fit_lines(report),
+    program_report.FIT_HEADER,
+    *map(program_report.fit_line, rows),
+    *itertools.chain.from_iterable(whole),
+    program_report.choice(report["best"]),
     "```",
     *(["", report["note"]] if "note" in report else []),
   ]
@@ -94,13 +98,15 @@ def _row(report: dict[str, Any], phase: str) -> str:
   """Returns a line of the table: FLOP, GiB and time of one device."""
   program = report["phases"][phase]
   memory, lengths = program["memory"], report["task_feature_lengths"]
-  size = lambda name: f"{memory[name] / _GIB:.2f}" if name in memory else "?"
+  size = lambda name: (
+    f"{memory[name] / topologies.GIB:.2f}" if name in memory else "?"
+  )
   numbers = ["?"] * 5
   if least := program.get("roofline"):
     sent = hlo.sent_bytes(program["collectives"], False)
     numbers = [
       f"{program['flops'] / 1e12:.2f}",
-      f"{sent / _GIB:.2f}",
+      f"{sent / topologies.GIB:.2f}",
       f"{least['seconds'] * 1e3:.1f}",
       f"{program['tokens_per_second']:,.0f}",
       f"{program['mfu']:.0%}",
@@ -112,7 +118,7 @@ def _row(report: dict[str, Any], phase: str) -> str:
     _PHASES[phase],
     size("arguments"),
     size("temporaries"),
-    f"{size('peak')} of {report['hbm_bytes'] / _GIB:.2f}",
+    f"{size('peak')} of {report['hbm_bytes'] / topologies.GIB:.2f}",
     {True: "yes", False: "no", None: "?"}[program["fits"]],
     *numbers,
     f"{program['compile_seconds']:.0f} s",
