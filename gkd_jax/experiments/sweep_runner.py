@@ -409,7 +409,7 @@ def check_here(
       raise ValueError(f"{cell.name}: {reason[0]}") from None
     if cell.command == "train" and cell.done == "final.json":
       try:
-        split = gin.query_parameter("FINAL_EVAL_SPLIT")
+        split = gin.query_parameter("%FINAL_EVAL_SPLIT")
       except ValueError:
         split = None
       if not split:

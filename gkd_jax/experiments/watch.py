@@ -70,7 +70,7 @@ def watch(
   """Shows runs until all of them are finished.
 
   A run is finished when it has written `final.json`, as runs do for which
-  `train.train.final_eval_split` is set. A terminal shows a table that is redrawn
+  `FINAL_EVAL_SPLIT` is set. A terminal shows a table that is redrawn
   each second. Elsewhere a line is printed every 15 seconds, and one for each run
   that ends.
 

@@ -81,11 +81,10 @@ def fit(
     chip: whose memory limits and whose rates rank the candidates.
     topology: see there.
     dataset: see there.
-    partitioner: with the executor "jit"; model axis, parameters sharded over
-      data and microbatches are searched.
+    partitioner: with the executor "jit". Its model axis, sharding of parameters
+      over data and number of microbatches are searched.
     seed: see there.
-    model_axis: its sizes to try; None for all with which a batch's rows fill the
-      data axis.
+    model_axis: sizes to try; None for all whose data axis divides the batch.
     compiled_whole: how many that fit are compiled whole.
     output_path: folder for `fit.json` and the compiled programs; a search that
       was interrupted continues there.
@@ -304,7 +303,7 @@ class _Search:
       f"--gin.NUM_PARTITIONS={candidate.num_partitions}",
       f"--gin.NUM_MICROBATCHES={candidate.num_microbatches}",
       f"--gin.SHARD_PARAMS_OVER_DATA={candidate.shard_params_over_data}",
-      # Of the teacher as well, which has no backward pass.
+      # Binds the teacher's too, which has no backward pass.
       f'--gin.{name}="{candidate.remat_policy}"',
     ]
 

@@ -59,12 +59,12 @@ def precompile(
   a run fits: their arguments are all that the run keeps on its devices.
 
   Args:
-    model: see `train.train`, as all that is not named here.
+    model: see `train.train`.
     optimizer: see there.
-    devices: what to compile for, from `topologies.devices`.
-    chip: what they are; None: no roofline.
-    topology: their name, for the report.
-    dataset: lengths and batch size are read.
+    devices: to compile for, from `topologies.devices`.
+    chip: of the devices; None for no roofline.
+    topology: name of the devices, for the report.
+    dataset: its lengths and batch size are used.
     partitioner: with the executor "jit".
     seed: see there.
     phases: some of `PHASES`; by default those that the model has.
@@ -120,7 +120,7 @@ class Programs:
     dataset: see there.
     partitioner: see there.
     seed: see there.
-    devices: what to compile for.
+    devices: to compile for.
   """
 
   def __init__(
@@ -182,7 +182,7 @@ class Programs:
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
     """
-    # A program is of the order of its devices, which its text does not say.
+    # The text of a program does not contain the order of its devices.
     order = ",".join(str(device.id) for device in self.mesh.devices.flat)
     target = f"{topology} {order}"
     program = _compile(*self.lower(phase), target, folder, name or phase)
@@ -205,7 +205,7 @@ class Programs:
     return losses.num_chunks(tokens, size or losses.DEFAULT_CHUNK_SIZE)
 
   def lower(self, phase: str) -> tuple[jax.stages.Lowered, Any]:
-    """The phase's program, and its arguments."""
+    """Lowers a phase's program; returns it with its arguments."""
     run = self._run
     if phase == SAMPLING:
       arguments = run.state.params, self._batch, self._key
@@ -219,7 +219,7 @@ class Programs:
     return run.step.lower(*arguments, source=phase), arguments
 
   def _sampler(self):
-    """Sampling as a program of its own, or the roll-outs that a reward judges."""
+    """Returns the program that samples, for a reward if the model has one."""
     if not self._model.needs_rewards:
       return partitioning.jit(self._model.sample_batch, self.mesh)
     return partitioning.jit(
@@ -229,7 +229,7 @@ class Programs:
     )
 
   def _judge(self):
-    """Makes judged roll-outs the batch of the step."""
+    """Makes samples with their rewards the batch of the step."""
     outputs = jax.eval_shape(
       self._model.roll_out, self._run.state.params, self._batch, self._key
     )
@@ -285,7 +285,7 @@ def chosen_phases(
   if not model.features_have_known_shapes:
     raise ValueError(
       "expected a model with a teacher or SFT, got stored log-probs, whose"
-      " number only the data know; set MODEL"
+      " number per token depends on the data; set MODEL"
     )
   possible = tuple(_phases(model))
   unknown = [phase for phase in phases or () if phase not in possible]

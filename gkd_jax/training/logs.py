@@ -24,8 +24,7 @@ from gkd_jax import files, types
 
 _COMPILING = "/jax/core/compile/backend_compile_duration"
 _CACHE_HITS = "/jax/compilation_cache/cache_hits"
-# Metrics of distillation and of SFT that are means over output tokens, so that
-# their weight is the number of these.
+# Means over output tokens, of distillation and of SFT: their weights count these.
 _PER_TOKEN = ("top1_agreement", "accuracy")
 
 _events: collections.Counter = collections.Counter()
@@ -45,8 +44,7 @@ def use_cache(folder: str | None = None) -> str:
 
   Args:
     folder: the cache; "" for none. None is `JAX_COMPILATION_CACHE_DIR`, or a
-      folder of this machine in the user's cache: programs are compiled for one
-      kind of processor.
+      folder for this machine, whose processor they fit, in the user's cache.
 
   Returns:
     The folder, or "".
@@ -84,11 +82,8 @@ class TrainLog:
     start: step that the run starts or resumes at.
     total: last step.
     console: where to show progress; the default is the standard output.
-    wandb_project: project of Weights & Biases to write to as well. A resumed
-      run continues its run there.
-
-  Raises:
-    ImportError: if `wandb_project` is set and wandb is not installed.
+    wandb_project: project of Weights & Biases to write to as well (extra
+      `wandb`). A resumed run continues its run there.
   """
 
   def __init__(
@@ -156,9 +151,8 @@ class TrainLog:
       self._pairs.setdefault(name, []).append(pair)
     self._on_policy += source != "data"
     # Other processes are taken to have as many input tokens as this one.
-    processes = jax.process_count()
-    self._rows += processes * len(batch["decoder_target_tokens"])
-    self._tokens += processes * _input_tokens(batch)
+    self._rows += jax.process_count() * len(batch["decoder_target_tokens"])
+    self._tokens += jax.process_count() * _input_tokens(batch)
     if self._bar:
       self._bar.advance(self._task)
 
@@ -202,7 +196,7 @@ class TrainLog:
     The time since the last `write` is left out of the rates.
     """
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
-    if self._writes:
+    if self._tensorboard:
       self._tensorboard.text("examples", _markdown(examples), step)
       self._tensorboard.flush()
       files.append_json_lines(
@@ -226,13 +220,12 @@ class TrainLog:
     self._time = time.monotonic()
 
   def _record(self, step, scalars):
-    if not self._writes:
+    if not self._tensorboard:
       return
     # JSON has no NaN.
     finite = {k: v if np.isfinite(v) else None for k, v in scalars.items()}
-    files.append_json_lines(
-      self._dir / "metrics.jsonl", [{"step": step, **finite}]
-    )
+    row = {"step": step, **finite}
+    files.append_json_lines(self._dir / "metrics.jsonl", [row])
     for name, value in scalars.items():
       self._tensorboard.scalar(name, value, step)
     self._tensorboard.flush()
@@ -250,8 +243,8 @@ class TrainLog:
       self._bar.update(self._task, completed=step, status=status, refresh=True)
     else:
       left = int((self._total - step) * scalars["seconds_per_step"])
-      eta = f"ETA {left // 60}:{left % 60:02d}"
-      self.say(f"step {step}/{self._total} {status} {eta}")
+      eta = f"{left // 60}:{left % 60:02d}"
+      self.say(f"step {step}/{self._total} {status} ETA {eta}")
 
 
 def _wandb_run(project: str, folder: epath.Path) -> Any:
@@ -263,14 +256,14 @@ def _wandb_run(project: str, folder: epath.Path) -> Any:
       f"expected the package wandb for the project {project!r}, got {error};"
       " run `pip install 'gkd_jax[wandb]'` or set WANDB_PROJECT = None"
     ) from error
-  name_file, config_file = folder / "wandb_run.txt", folder / "config.gin"
-  if not name_file.exists():
-    files.write_text(name_file, uuid.uuid4().hex)
+  id_file, config_file = folder / "wandb_run.txt", folder / "config.gin"
+  if not id_file.exists():
+    files.write_text(id_file, uuid.uuid4().hex)
   config = config_file.read_text() if config_file.exists() else ""
   return wandb.init(
     project=project,
     name=folder.name,
-    id=name_file.read_text(),
+    id=id_file.read_text(),
     resume="allow",
     dir=None if files.is_remote(folder) else os.fspath(folder),
     config=dict(re.findall(r"^([A-Z][A-Z0-9_]*) = (.*)$", config, re.M)),

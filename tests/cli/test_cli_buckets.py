@@ -18,7 +18,7 @@ from gkd_jax import checkpoints, files
 from gkd_jax.tasks import teacher_outputs, teacher_shards
 
 LENGTHS = {"inputs": 16, "targets": 24}
-FINAL = "--gin_bindings=train.train.final_eval_split = 'test'"
+FINAL = "--gin.FINAL_EVAL_SPLIT='test'"
 
 
 @pytest.fixture(name="empty", autouse=True)

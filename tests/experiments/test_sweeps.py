@@ -169,7 +169,7 @@ def test_errors_of_flags():
 
 SMOKE = """
 [macros]
-"FINAL_EVAL_SPLIT" = "test"
+FINAL_EVAL_SPLIT = "test"
 [axes]
 BATCH_SIZE = [8]
 [stages.first]
@@ -184,7 +184,7 @@ gin_file = "experiments/smoke_teacher.gin"
     ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
     ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
     ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
-    ("final_eval_split", "eval_period", "set FINAL_EVAL_SPLIT"),
+    ("FINAL_EVAL_SPLIT", "EVAL_NUM_EXAMPLES", "set FINAL_EVAL_SPLIT"),
   ],
 )
 def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
