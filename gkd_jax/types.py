@@ -57,6 +57,18 @@ class StepInputs(NamedTuple):
   row_ids: jax.Array
 
 
+class Int8Matrix(NamedTuple):
+  """A matrix in a quarter of float32's memory.
+
+  Attributes:
+    values: `[D, V]` int8.
+    scales: `[V]` float32; column v is `values[:, v] * scales[v]`.
+  """
+
+  values: jax.Array
+  scales: jax.Array
+
+
 class TokensToLogits(Protocol):
   """One step of incremental decoding."""
 

@@ -9,8 +9,7 @@ unset PYTHONDONTWRITEBYTECODE
 .venv-test/bin/pip install --quiet --no-compile -e ".[demo,test]"
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 .venv-test/bin/ruff check .
-# Types are checked beside the tests, and fail the script as well.
-.venv-test/bin/pyright --pythonpath .venv-test/bin/python &
-types=$!
-.venv-test/bin/python -m pytest -q -n 2 --dist worksteal "$@"
-wait "$types"
+.venv-test/bin/pyright --pythonpath .venv-test/bin/python
+# A file's tests share programs and fixtures: they run in one process, and the
+# files in the order of tests/conftest.py.
+.venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

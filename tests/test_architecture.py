@@ -19,7 +19,7 @@ MAY_IMPORT = {
   "kernels": "divergences partitioning types",
   "losses": "divergences kernels partitioning types",
   "network": "kernels losses partitioning types",
-  "decoding": "losses partitioning types",
+  "decoding": "kernels losses partitioning types",
   "models": "decoding divergences losses network partitioning schedules types",
   "data": "files tasks types",
   "training": "data files losses models optimizers partitioning schedules types",

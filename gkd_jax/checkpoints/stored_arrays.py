@@ -200,7 +200,7 @@ def converted(
 class _Int8:
   """A matrix in int8 with one scale per column, or row: its maximum / 127.
 
-  Equal to `losses.quantize_head`. A part of it needs the maxima of whole
+  Equal to `network.projections.quantize`. A part of it needs the maxima of whole
   columns: these are read first, once for each range of columns, unless the part
   itself has whole columns.
 

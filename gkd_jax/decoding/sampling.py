@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gkd_jax import losses, types
+from gkd_jax import kernels, losses, types
 from gkd_jax.decoding import loops
 
 # Tokens per group in `_two_stage_categorical`. Vocabularies are padded to multiples.
@@ -374,7 +374,7 @@ def _draw(logits, row_keys, position):
     `(tokens, log_probs)`, `[B]` int32 and `[B]` float32.
   """
   if row_keys is None:
-    tokens = losses.argmax(logits)
+    tokens = kernels.argmax(logits)
     drawn = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, drawn - jax.nn.logsumexp(logits, axis=-1)
   position = jnp.broadcast_to(position, row_keys.shape[:1])
@@ -412,9 +412,9 @@ def _two_stage_categorical(logits, keys):
   group = jnp.zeros((logits.shape[0], 1), jnp.int32)
   if groups > 1:
     scores = jnp.log(mass) + noise[:, members:]
-    group = losses.argmax(scores)[:, None]
+    group = kernels.argmax(scores)[:, None]
   logits = jnp.take_along_axis(logits, group[:, None], axis=2)[:, :, 0]
-  member = losses.argmax(logits + noise[:, :members])[:, None]
+  member = kernels.argmax(logits + noise[:, :members])[:, None]
   drawn = jnp.take_along_axis(logits, member, axis=1)[:, 0]
   log_probs = drawn - jnp.log(jnp.sum(mass, axis=-1))
   return (member * groups + group)[:, 0], log_probs

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Divergences between next-token distributions, by name.
+
+kl      the divergences as the papers print them, and their registry
+stable  the terms of their sums, without cancellation
+"""
 
 from etils import epy
 
@@ -11,9 +15,10 @@ with epy.lazy_api_imports(globals()):
     jsd,
     names,
     normalized_jsd,
+    parameters,
+    register,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
-    sums_over_vocabulary,
     total_variation,
   )

@@ -5,8 +5,8 @@ log-probs `[..., V]` in any float type and return nats per position `[...]` in
 float32. Values and gradients are finite at log-probs of -1e9 and of -inf: a
 log-prob below -1e10 counts as -1e10.
 
-All but total variation are built from one quantity, for distributions a, b and a share
-s of b in their mixture:
+All but total variation are computed from one quantity, for distributions a, b
+and a share s of b in their mixture:
 
   K_s(a, b) = KL(a ‖ (1-s) a + s b) / s
 
@@ -22,6 +22,8 @@ s of b in their mixture:
 Sources: Agarwal et al. (arXiv 2306.13649), section 2; total variation: Wen et
 al. (arXiv 2307.15190); skew KLs: Ko et al. (arXiv 2402.03898). β and α are
 constants: no gradient flows into them.
+
+To add a divergence, write it here and decorate it with `register`.
 """
 
 import difflib
@@ -35,11 +37,28 @@ import jax.numpy as jnp
 from gkd_jax import types
 from gkd_jax.divergences import stable
 
+_REGISTRY: dict[str, Callable[..., jax.Array]] = {}
 
+
+def register(divergence: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Registers a divergence for `get` under its function's name.
+
+  Args:
+    divergence: a function of teacher and student log-probs `[..., V]`, giving
+      `[...]`; its hyper-parameters are keyword-only arguments.
+
+  Returns:
+    The function itself.
+  """
+  _REGISTRY[divergence.__name__] = divergence
+  return divergence
+
+
+@register
 def forward_kl(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> jax.Array:
-  """KL(p ‖ q) = Σ p log(p / q), which covers the teacher's modes.
+  """Computes KL(p ‖ q) = Σ p log(p / q), which covers the teacher's modes.
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(forward_kl(p, q)), 4)
@@ -55,10 +74,11 @@ def forward_kl(
   return stable.skewed_kl(teacher_log_probs, student_log_probs, 1.0, 0.0)
 
 
+@register
 def reverse_kl(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> jax.Array:
-  """KL(q ‖ p) = Σ q log(q / p), which seeks one of the teacher's modes.
+  """Computes KL(q ‖ p) = Σ q log(q / p), which seeks one mode of the teacher.
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(reverse_kl(p, q)), 4)
@@ -74,17 +94,18 @@ def reverse_kl(
   return stable.skewed_kl(student_log_probs, teacher_log_probs, 1.0, 0.0)
 
 
+@register
 def jsd(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
   beta: float | jax.Array,
 ) -> jax.Array:
-  """JSD(β) = β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q.
+  """Computes JSD(β) = β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q.
 
-  β is the teacher's share, of the mixture and of the sum (the paper's
-  equation 1). Near p = q it is β (1-β) times a KL, so β scales the gradient
-  too; `normalized_jsd` does not.
+  β is the teacher's share of the mixture and of the sum (equation 1 of the
+  paper). Near p = q the JSD is β (1-β) times a KL, so β scales the gradient
+  too; that of `normalized_jsd` is not scaled.
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(jsd(p, q, beta=0.5)), 4)
@@ -99,8 +120,8 @@ def jsd(
     `[...]` nats per position, float32, at most the binary entropy of β.
 
   Raises:
-    ValueError: a β that is known when tracing is outside of (0, 1). At 0 and 1
-      the formula is 0 whatever p and q are: the KLs are its scaled limits.
+    ValueError: β is known when tracing and outside of (0, 1). At 0 and 1 the
+      formula is 0 for all p and q; its scaled limits are the KLs.
   """
   beta = _checked("beta", beta)
   if isinstance(beta, float) and beta in (0, 1):
@@ -113,28 +134,29 @@ def jsd(
   return scale * normalized_jsd(teacher_log_probs, student_log_probs, beta=beta)
 
 
+@register
 def generalized_jsd(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
   beta: float | jax.Array,
 ) -> jax.Array:
-  """`jsd`, but β = 0 means forward KL and β = 1 means reverse KL.
+  """Computes `jsd`; β = 0 means forward KL and β = 1 means reverse KL.
 
-  The reading of the paper's experiments and of TRL, and what the gin macros
+  This is how the paper's experiments and TRL read β, and what the gin macros
   `DIVERGENCE = 'jsd'` and `BETA` mean. Its scale jumps at both ends.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
     student_log_probs: `[..., V]` log q.
     beta: in [0, 1], a number or a traced scalar; only the divergence that it
-      picks is computed (all three where `vmap` maps over it).
+      picks is computed (all three if `vmap` maps over it).
 
   Returns:
     `[...]` nats per position, float32.
 
   Raises:
-    ValueError: a β that is known when tracing is outside of [0, 1].
+    ValueError: β is known when tracing and outside of [0, 1].
   """
   beta = _checked("beta", beta)
   branches = [forward_kl, functools.partial(jsd, beta=beta), reverse_kl]
@@ -145,15 +167,17 @@ def generalized_jsd(
   return jax.lax.switch(index, branches, teacher_log_probs, student_log_probs)
 
 
+@register
 def normalized_jsd(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
   beta: float | jax.Array,
 ) -> jax.Array:
-  """JSD(β) / (β (1-β)): KL(p ‖ q) at β = 0, KL(q ‖ p) at 1, smooth between.
+  """Computes JSD(β) / (β (1-β)): KL(p ‖ q) at β = 0, KL(q ‖ p) at β = 1.
 
-  β then sets the direction alone, and not the size of the gradient with it.
+  It is continuous in β, which sets the direction of the divergence and leaves
+  the gradient's scale alone.
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> [round(float(normalized_jsd(p, q, beta=b)), 4) for b in (0, 0.5, 1)]
@@ -168,7 +192,7 @@ def normalized_jsd(
     `[...]` nats per position, float32.
 
   Raises:
-    ValueError: a β that is known when tracing is outside of [0, 1].
+    ValueError: β is known when tracing and outside of [0, 1].
   """
   beta = _checked("beta", beta)
   if isinstance(beta, float) and beta in (0, 1):
@@ -181,10 +205,11 @@ def normalized_jsd(
   )
 
 
+@register
 def total_variation(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array
 ) -> jax.Array:
-  """½ Σ |p - q|, f-distill's divergence: between 0 and 1, and no unit.
+  """Computes ½ Σ |p - q|, between 0 and 1, without a unit (f-distill).
 
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(total_variation(p, q)), 4)
@@ -203,13 +228,14 @@ def total_variation(
   return 0.5 * jnp.sum(jnp.abs(pair.gap), axis=-1)
 
 
+@register
 def skew_forward_kl(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
   alpha: float | jax.Array = 0.1,
 ) -> jax.Array:
-  """KL(p ‖ α p + (1-α) q), DistiLLM's skew KL; forward KL at α = 0.
+  """Computes KL(p ‖ α p + (1-α) q), DistiLLM's skew KL; forward KL at α = 0.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
@@ -221,20 +247,21 @@ def skew_forward_kl(
     `[...]` nats per position, float32, at most -log α.
 
   Raises:
-    ValueError: an α that is known when tracing is outside of [0, 1).
+    ValueError: α is known when tracing and outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
   kl = stable.skewed_kl(teacher_log_probs, student_log_probs, 1 - alpha, alpha)
   return (1 - alpha) * kl
 
 
+@register
 def skew_reverse_kl(
   teacher_log_probs: jax.Array,
   student_log_probs: jax.Array,
   *,
   alpha: float | jax.Array = 0.1,
 ) -> jax.Array:
-  """KL(q ‖ (1-α) p + α q), DistiLLM's skew reverse KL; reverse KL at α = 0.
+  """Computes KL(q ‖ (1-α) p + α q), DistiLLM's; reverse KL at α = 0.
 
   Args:
     teacher_log_probs: `[..., V]` log p.
@@ -246,7 +273,7 @@ def skew_reverse_kl(
     `[...]` nats per position, float32, at most -log α.
 
   Raises:
-    ValueError: an α that is known when tracing is outside of [0, 1).
+    ValueError: α is known when tracing and outside of [0, 1).
   """
   alpha = _checked_skew(alpha)
   kl = stable.skewed_kl(student_log_probs, teacher_log_probs, 1 - alpha, alpha)
@@ -254,7 +281,7 @@ def skew_reverse_kl(
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
-  """-Σ p log p, in nats per position.
+  """Computes the entropy -Σ p log p, in nats per position.
 
   >>> round(float(entropy(jnp.log(jnp.array([0.5, 0.5])))), 4)
   0.6931
@@ -269,40 +296,24 @@ def entropy(log_probs: jax.Array) -> jax.Array:
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-_REGISTRY: dict[str, Callable[..., jax.Array]] = {
-  function.__name__: function
-  for function in (
-    forward_kl,
-    reverse_kl,
-    jsd,
-    generalized_jsd,
-    normalized_jsd,
-    total_variation,
-    skew_forward_kl,
-    skew_reverse_kl,
-  )
-}
-
-
 def names() -> list[str]:
-  """Returns the names that `get` knows, sorted."""
+  """Returns the names of all divergences, sorted."""
   return sorted(_REGISTRY)
 
 
-def sums_over_vocabulary(divergence: types.Divergence) -> bool:
-  """Whether a divergence is known to be a sum of a term for each token of V.
+def parameters(name: str) -> tuple[str, ...]:
+  """Returns the names of a divergence's hyper-parameters.
 
-  That of a part of V is then a part of the sum. True of all in `names()`, with
-  hyper-parameters bound or not; of a function of the user's nothing is known.
-
-  >>> sums_over_vocabulary(get("jsd", beta=0.5))
-  True
+  >>> parameters("jsd"), parameters("forward_kl")
+  (('beta',), ())
 
   Args:
-    divergence: a function of two log-probs.
+    name: one of `names()`.
+
+  Raises:
+    ValueError: there is no such name.
   """
-  function = getattr(divergence, "func", divergence)
-  return any(function is known for known in _REGISTRY.values())
+  return tuple(_options(name))
 
 
 def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
@@ -317,20 +328,14 @@ def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
     **hyper: `beta` or `alpha`, where the divergence takes it.
 
   Returns:
-    A function of teacher and student log-probs `[..., V]`, giving nats `[...]`.
+    A function of teacher and student log-probs `[..., V]`, giving nats `[...]`,
+    and a pytree of its hyper-parameters.
 
   Raises:
     ValueError: there is no such name (the message holds the nearest ones), or
       a hyper-parameter is missing, not taken, or out of its range.
   """
-  if name not in _REGISTRY:
-    near = difflib.get_close_matches(str(name), _REGISTRY) or names()
-    raise ValueError(
-      f"expected a divergence such as {', '.join(near)}, got {name!r};"
-      " set DIVERGENCE"
-    )
-  parameters = inspect.signature(_REGISTRY[name]).parameters.values()
-  options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+  options = _options(name)
   for key, value in hyper.items():
     if key not in options:
       raise ValueError(
@@ -343,15 +348,27 @@ def get(name: str, **hyper: float | jax.Array) -> types.Divergence:
         f"expected a {key} for the divergence {name!r}, got none;"
         f" set {key.upper()}"
       )
-  divergence = functools.partial(_REGISTRY[name], **hyper)
-  # Values out of range fail here, and not in the first step.
+  divergence = jax.tree_util.Partial(_REGISTRY[name], **hyper)
+  # Values out of range raise here, not in the first step.
   abstract = jax.ShapeDtypeStruct((1,), jnp.float32)
   jax.eval_shape(divergence, abstract, abstract)
   return divergence
 
 
+def _options(name):
+  """Returns the hyper-parameters of a divergence, by name."""
+  if name not in _REGISTRY:
+    near = difflib.get_close_matches(str(name), _REGISTRY) or names()
+    raise ValueError(
+      f"expected a divergence such as {', '.join(near)}, got {name!r};"
+      " set DIVERGENCE"
+    )
+  parameters = inspect.signature(_REGISTRY[name]).parameters.values()
+  return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def _checked(name: str, value: float | jax.Array) -> float | jax.Array:
-  """The value: a float, in [0, 1], if it is known when tracing."""
+  """Returns the value: a float in [0, 1] if it is known when tracing."""
   if isinstance(value, jax.core.Tracer):
     return jax.lax.stop_gradient(value)
   known = float(value)

@@ -134,7 +134,7 @@ def _sums(model, params, teacher_params, batch, key, start):
   real = student.num_real_tokens
   sums = {
     "calibration": calibration_sums(
-      log_probs_at(logits, num_real_tokens=real),
+      losses.log_probs(logits, num_real_tokens=real),
       batch["decoder_target_tokens"],
       weights,
     )
@@ -161,12 +161,12 @@ def _compare(
 ) -> dict[str, jax.Array]:
   """Returns sums by position `[T]` of `token_divergences`, and counts."""
   real = model.student.num_real_tokens
-  p = log_probs_at(
+  p = losses.log_probs(
     model.teacher.logits(teacher_params, batch),
     temperature=model.teacher_temperature,
     num_real_tokens=real,
   )
-  q = log_probs_at(
+  q = losses.log_probs(
     student_logits,
     temperature=model.student_temperature,
     num_real_tokens=real,
@@ -214,30 +214,6 @@ def _bins(sums: Mapping[str, np.ndarray]) -> dict[str, list]:
     "accuracy": mean("correct"),
     "count": counts.astype(int).tolist(),
   }
-
-
-def log_probs_at(
-  logits: jax.Array,
-  *,
-  temperature: float = 1.0,
-  num_real_tokens: int | None = None,
-) -> jax.Array:
-  """Returns float32 log-probs at a temperature, vocabulary padding masked.
-
-  >>> logits = jnp.log(jnp.array([1.0, 3.0, 5.0]))
-  >>> jnp.exp(log_probs_at(logits, num_real_tokens=2)).round(2).tolist()
-  [0.25, 0.75, 0.0]
-
-  Args:
-    logits: `[..., V]` in any float type.
-    temperature: divides the logits, above 0.
-    num_real_tokens: ids from this one on are padding; None for V.
-
-  Returns:
-    `[..., V]` in nats, -1e9 or below at padding.
-  """
-  logits = logits.astype(jnp.float32) / temperature
-  return jax.nn.log_softmax(losses.mask_vocab_padding(logits, num_real_tokens))
 
 
 def acceptance_rate(

@@ -1,4 +1,11 @@
-"""TODO."""
+"""Losses of token sequences: distillation, cross-entropy, policy gradients.
+
+distillation     losses from whole logits; normalisation by length
+fused            the distillation loss from hidden states, in chunks of tokens
+stored           the distillation loss from a teacher's stored top-k log-probs
+policy_gradient  rewards, baselines, REINFORCE and MiniLLM
+vocabulary       log-probs; padding of the vocabulary
+"""
 
 from etils import epy
 
@@ -14,10 +21,8 @@ with epy.lazy_api_imports(globals()):
   )
   from gkd_jax.losses.fused import (
     DEFAULT_CHUNK_SIZE,
-    Int8Head,
     fused_distillation_loss,
     num_chunks,
-    quantize_head,
   )
   from gkd_jax.losses.policy_gradient import (
     RunningMean,
@@ -33,9 +38,9 @@ with epy.lazy_api_imports(globals()):
     top_k_log_probs,
   )
   from gkd_jax.losses.vocabulary import (
-    argmax,
     check_num_real_tokens,
     check_temperatures,
+    log_probs,
     mask_vocab_padding,
     target_log_probs,
   )

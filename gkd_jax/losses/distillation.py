@@ -2,18 +2,18 @@
 
 Every loss returns `(loss_sum, weight_sum, aux)`. The caller adds sums and
 weights over microbatches and devices and divides once, so that the gradient
-depends on none of them. `aux` are `types.Metrics`, per token whatever the
-normalisation of the loss, and carry no gradient.
+does not depend on how a batch is split. `aux` are `types.Metrics`, per token
+whatever the normalisation of the loss, without a gradient.
 
-All is computed in float32. A position of weight 0 adds neither value nor
-gradient, even where its logits are NaN or infinite.
+Everything is computed in float32. A position of weight 0 contributes neither
+value nor gradient, even where its logits are NaN or infinite.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import divergences, types
+from gkd_jax import divergences, kernels, types
 from gkd_jax.divergences import stable
 from gkd_jax.losses import vocabulary
 
@@ -23,7 +23,7 @@ def token_weights(
   length_normalization: str,
   segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Weights that turn per-token losses into the loss's sum.
+  """Computes the weights of per-token losses in the loss's sum.
 
   >>> w, n = token_weights(jnp.array([[1., 1.], [1., 0.]]), "sequence")
   >>> w.tolist(), float(n)
@@ -32,9 +32,9 @@ def token_weights(
   Args:
     weights: `[B, T]`, 0 at padding.
     length_normalization: "sequence": the tokens of each sequence share a weight
-      of 1, the paper's 1/L_y (equation 2). "token": `weights` as they are.
-    segment_ids: `[B, T]` int, which sequence of a packed row each token belongs
-      to; None for one sequence per row.
+      of 1, the paper's 1/L_y (equation 2). "token": `weights` unchanged.
+    segment_ids: `[B, T]` int, the sequence of a packed row that each token
+      belongs to; None for one sequence per row.
 
   Returns:
     The weights `[B, T]` float32, and their sum `[]` float32: the number of
@@ -42,7 +42,7 @@ def token_weights(
     the sum of `weights`.
 
   Raises:
-    ValueError: another `length_normalization`, or shapes that differ.
+    ValueError: an unknown `length_normalization`, or shapes that differ.
   """
   if length_normalization not in ("sequence", "token"):
     raise ValueError(
@@ -80,7 +80,7 @@ def distillation_loss(
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """Divergence of the student from the teacher, position by position.
+  """Computes the divergence of the student from the teacher at each position.
 
   `loss_sum / weight_sum` is the paper's equation 2 averaged over sequences, or
   the mean over tokens. The result is not multiplied by squared temperatures.
@@ -97,16 +97,15 @@ def distillation_loss(
       stop them outside.
     student_logits: `[B, T, V]`.
     weights: `[B, T]`, 0 at padding.
-    divergence: a name in `divergences` without hyper-parameters to set, or what
-      `divergences.get` returns.
+    divergence: a name in `divergences` without required hyper-parameters, or
+      what `divergences.get` returns.
     teacher_temperature: divides the teacher's logits, a number above 0 or a
       traced scalar.
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
-    num_real_tokens: R; token ids from R on are padding of the vocabulary, and
-      neither distribution has mass there: value, gradient and metrics are those of the
-      first R logits. None for R = V.
+    num_real_tokens: R; token ids from R on are padding of the vocabulary.
+      Value, gradient and metrics are those of the first R logits. None: R = V.
 
   Returns:
     `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
@@ -117,8 +116,8 @@ def distillation_loss(
 
   Raises:
     ValueError: shapes that differ, a temperature not above 0, a
-      `num_real_tokens` outside of 1..V, or a name or length normalisation that
-      does not exist.
+      `num_real_tokens` outside of 1..V, or an unknown name or length
+      normalisation.
   """
   if teacher_logits.shape != student_logits.shape:
     raise ValueError(
@@ -159,7 +158,7 @@ def token_losses(
   student_temperature: float | jax.Array,
   num_real_tokens: int | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The divergence and the metrics of each token, from float32 logits.
+  """Computes the divergence and the metrics of each token.
 
   Args:
     teacher_logits: `[..., V]`, finite.
@@ -167,7 +166,7 @@ def token_losses(
     divergence: see `distillation_loss`, as the other arguments.
     teacher_temperature: divides the teacher's logits.
     student_temperature: divides the student's logits.
-    num_real_tokens: token ids from here on have no mass; None: there are none.
+    num_real_tokens: see `vocabulary.mask_vocab_padding`.
 
   Returns:
     Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
@@ -177,16 +176,11 @@ def token_losses(
       1..V.
   """
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
-  p = vocabulary.mask_vocab_padding(
-    teacher_logits / teacher_temperature, num_real_tokens
-  )
-  q = vocabulary.mask_vocab_padding(
-    student_logits / student_temperature, num_real_tokens
-  )
-  p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+  p = vocabulary.log_probs(teacher_logits, teacher_temperature, num_real_tokens)
+  q = vocabulary.log_probs(student_logits, student_temperature, num_real_tokens)
   loss = divergence(p, q)
   p, q = jax.lax.stop_gradient((p, q))
-  agree = vocabulary.argmax(p) == vocabulary.argmax(q)
+  agree = kernels.argmax(p) == kernels.argmax(q)
   return loss, summed_metrics(p, q) | {AGREEMENT: agree}
 
 
@@ -194,7 +188,7 @@ AGREEMENT = "top1_agreement"
 
 
 def summed_metrics(p: jax.Array, q: jax.Array) -> dict[str, jax.Array]:
-  """All of `TOKEN_METRICS` but `AGREEMENT`: those that are sums over V.
+  """Computes all of `TOKEN_METRICS` but `AGREEMENT`.
 
   Args:
     p: `[..., V]` the teacher's log-probs.
@@ -223,11 +217,11 @@ def cross_entropy_loss(
   length_normalization: str = "token",
   segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """T5X's cross-entropy with label smoothing and z-loss.
+  """Computes T5X's cross-entropy with label smoothing and z-loss.
 
-  With smoothing ε the target's share is 1-ε, and ε is spread evenly over the
-  other V-1 tokens. The entropy of that distribution is subtracted, so that the least
-  possible loss is 0 for every ε.
+  With smoothing ε the target's probability is 1-ε, and ε is spread evenly over
+  the other V-1 tokens. The entropy of that distribution is subtracted, so that
+  the minimum of the loss is 0 for every ε.
 
   >>> logits = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
   >>> loss, weight, _ = cross_entropy_loss(
@@ -240,7 +234,7 @@ def cross_entropy_loss(
     targets: `[B, T]` int.
     weights: `[B, T]`, 0 at padding.
     label_smoothing: ε in [0, 1).
-    z_loss: factor of log(Z)², which each token adds; Z is the sum of
+    z_loss: factor of log(Z)², added to each token's loss; Z is the sum of
       exp(logits).
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
@@ -248,12 +242,12 @@ def cross_entropy_loss(
   Returns:
     `loss_sum` in nats and `weight_sum`, both `[]` float32, as in
     `distillation_loss`; with "token", T5X's loss without a normalising factor.
-    Then metrics per token: `cross_entropy` (z-loss not included), `z_loss`, and
-    `accuracy` of the first-ranked token.
+    Then metrics per token: `cross_entropy` (without z-loss), `z_loss`, and
+    `accuracy` of the most likely token.
 
   Raises:
-    ValueError: shapes that differ, an ε outside of [0, 1), or a length
-      normalisation that does not exist.
+    ValueError: shapes that differ, an ε outside of [0, 1), or an unknown length
+      normalisation.
   """
   _check_shape("targets", targets, logits.shape[:-1])
   _check_shape("weights", weights, logits.shape[:-1])
@@ -263,8 +257,8 @@ def cross_entropy_loss(
       " set label_smoothing"
     )
   logits = _masked(logits, weights)
-  # As log_softmax, but without writing out `[B, T, V]` log-probs, of which only
-  # the target's are needed, and the sum when smoothing.
+  # log_softmax without `[B, T, V]` log-probs in memory: only the target's, and
+  # with smoothing their sum, are needed.
   largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
   shifted = logits - largest[:, :, None]
   log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
@@ -283,16 +277,15 @@ def cross_entropy_loss(
   per_token = {
     "cross_entropy": cross_entropy,
     "z_loss": penalty,
-    "accuracy": vocabulary.argmax(logits) == targets,
+    "accuracy": kernels.argmax(logits) == targets,
   }
   return loss_sum, weight_sum, _token_metrics(per_token, weights)
 
 
 def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
-  """Float32 logits, 0 where the weight is.
+  """Returns float32 logits, 0 where the weight is 0.
 
-  Replaced before the softmax: masking the loss after it would still let NaN
-  through, in the gradient.
+  Masking the loss after the softmax would leave NaN in the gradient.
   """
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
 

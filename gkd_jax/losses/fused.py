@@ -6,11 +6,11 @@ loss is computed, so is its gradient with respect to the student's hidden states
 and head. The backward pass only scales them. The idea is that of Liger's chunked
 losses (arXiv 2410.10989, section 3.2).
 
-Padding is left out: tokens of weight 0 are moved behind the others, and chunks
+Padding is skipped: tokens of weight 0 are sorted behind the others, and chunks
 that hold nothing else are not computed.
 
-What happens within a chunk is `fused_chunks`. C stands for the tokens of a chunk,
-R for the shards of the data axis (1 without a mesh).
+C is the number of tokens of a chunk, R the number of shards of the data axis (1
+without a mesh).
 """
 
 import functools
@@ -20,42 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import divergences, partitioning, types
-from gkd_jax.losses import distillation, fused_chunks, vocabulary
+from gkd_jax import divergences, kernels, partitioning, types
+from gkd_jax.losses import distillation, vocabulary
 from gkd_jax.partitioning import meshes
-
-
-class Int8Head(NamedTuple):
-  """A teacher's head in a quarter of the memory; see `quantize_head`.
-
-  Attributes:
-    values: `[D, V]` int8.
-    scales: `[V]` float32; a column of the head is `values[:, v] * scales[v]`.
-  """
-
-  values: jax.Array
-  scales: jax.Array
-
-
-def quantize_head(head: jax.Array) -> Int8Head:
-  """Rounds each column of a head to multiples of 1/127 of its largest entry.
-
-  >>> head = quantize_head(jnp.array([[1.27, 0.0], [-0.5, 0.0]]))
-  >>> head.values.tolist(), head.scales.shape
-  ([[127, 0], [-50, 0]], (2,))
-
-  Args:
-    head: `[D, V]`.
-
-  Returns:
-    The head; its product with hidden states is off by at most half a step of
-    each column, |hidden|₁ · scale / 2.
-  """
-  head = head.astype(jnp.float32)
-  scales = jnp.max(jnp.abs(head), axis=0) / 127
-  steps = head / jnp.where(scales > 0, scales, 1.0)[None]
-  return Int8Head(jnp.round(steps).astype(jnp.int8), scales)
-
 
 DEFAULT_CHUNK_SIZE = 256
 
@@ -70,7 +37,7 @@ def fused_distillation_loss(
   student_hidden: jax.Array,
   student_head: jax.Array,
   teacher_hidden: jax.Array,
-  teacher_head: jax.Array | Int8Head,
+  teacher_head: jax.Array | types.Int8Matrix,
   weights: jax.Array,
   *,
   divergence: str | types.Divergence,
@@ -83,16 +50,16 @@ def fused_distillation_loss(
   data_axis: str = "data",
   model_axis: str = "model",
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """`distillation.distillation_loss` of `hidden @ head`, without whole logits.
+  """Computes `distillation.distillation_loss` of `hidden @ head`, in chunks.
 
-  A gradient flows into the student's hidden states and head alone; the teacher
-  and all settings are constants. Products are taken in the wider type of hidden
-  states and head and summed in float32; all else is float32.
+  Gradients flow into the student's hidden states and head only; the teacher and
+  all settings are constants. Matrix products use the wider type of hidden
+  states and head and are summed in float32; everything else is float32.
 
   On a mesh that is set while tracing (`jax.set_mesh`) each data shard goes
   through its own tokens, and the head's gradient is summed over shards once. A
-  head split over its vocabulary stays split: what is exchanged of the logits is
-  a few numbers per token.
+  head sharded over its vocabulary stays sharded: devices exchange a few numbers
+  per token, not logits.
 
   >>> hidden, weights = jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), jnp.ones((1, 2))
   >>> heads = jnp.log(jnp.array([[[0.75, 0.25]] * 2, [[0.5, 0.5]] * 2]))
@@ -113,17 +80,17 @@ def fused_distillation_loss(
     length_normalization: see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `distillation.token_weights`.
     num_real_tokens: see `distillation.distillation_loss`.
-    chunk_size: most tokens of a chunk, on each data shard. On a CPU temporary
-      memory is twice V · chunk_size float32 and more beside the gradients.
-    data_axis: of the mesh, over which rows are split, as over its slices.
-    model_axis: of the mesh, over which a vocabulary that it divides is split.
+    chunk_size: most tokens of a chunk, on each data shard. Temporary memory is
+      at least three float32 arrays of chunk_size · V numbers.
+    data_axis: mesh axis that shards the batch, within a slice.
+    model_axis: mesh axis that shards a vocabulary that it divides.
 
   Returns:
     `loss_sum`, `weight_sum` and metrics, as `distillation.distillation_loss`.
 
   Raises:
-    ValueError: as `distillation.distillation_loss`, a `chunk_size` below 1, or hidden
-      states that do not fit their head.
+    ValueError: as `distillation.distillation_loss`, a `chunk_size` below 1, or
+      hidden states that do not fit their head.
   """
   vocab_size = _check_shapes(
     student_hidden, student_head, teacher_hidden, teacher_head, weights
@@ -131,32 +98,34 @@ def fused_distillation_loss(
   _check_chunk_size(chunk_size)
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
   vocabulary.check_num_real_tokens(num_real_tokens, vocab_size)
-  if isinstance(divergence, str):
-    divergence = divergences.get(divergence)
   shares, weight_sum = distillation.token_weights(
     weights, length_normalization, segment_ids
   )
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
-  if divergences.sums_over_vocabulary(divergence):
-    layout = layout._replace(tiles=_tiles(vocab_size, layout))
   order, chunks = _real_first(layout, weights)
   tokens = _Tokens(
-    jax.lax.stop_gradient(_by_shard(layout, teacher_hidden)),
+    _by_shard(layout, teacher_hidden),
     _by_shard(layout, weights),
     _by_shard(layout, shares),
     order,
   )
-  rules_of, settings = _split_settings(
-    divergence, teacher_temperature, student_temperature, num_real_tokens
+  if isinstance(divergence, str):
+    divergence = divergences.get(divergence)
+  settings, traced = _split(
+    _Settings(
+      _as_tree(divergence),
+      teacher_temperature,
+      student_temperature,
+      num_real_tokens,
+    )
   )
+  constants = tokens, _whole_columns(layout, teacher_head), traced
   sums: Any = _loss(
-    rules_of,
-    layout,
+    (layout, settings),
     _by_shard(layout, student_hidden),
     layout.constrain(student_head, None, layout.model_axis),
-    tokens,
-    jax.lax.stop_gradient((_whole_columns(layout, teacher_head), settings)),
+    jax.lax.stop_gradient(constants),
     chunks,
   )
   total = jnp.sum(weights)
@@ -165,59 +134,66 @@ def fused_distillation_loss(
   return loss, weight_sum, metrics
 
 
-def _whole_columns(layout, head):
-  """A teacher's head as it is used, each column whole on a device."""
-  if isinstance(head, Int8Head):
-    return head._replace(values=_whole_columns(layout, head.values))
-  return layout.constrain(head, None, layout.model_axis)
-
-
 _LOSS = "loss"  # beside the names of the metrics
 
 
 class _Tokens(NamedTuple):
-  """Tokens of a batch, `[R, tokens of a shard, ...]`, and their order."""
+  """A batch's tokens, `[R, tokens of a shard, ...]`, and their order."""
 
   teacher_hidden: jax.Array
   weights: jax.Array
   shares: jax.Array
-  order: jax.Array  # places of the tokens, those of padding last
+  order: jax.Array  # indices of the tokens, those of padding last
+
+
+class _Settings(NamedTuple):
+  """Arguments of `distillation.token_losses` after the logits; a pytree."""
+
+  divergence: jax.tree_util.Partial
+  teacher_temperature: float | jax.Array
+  student_temperature: float | jax.Array
+  num_real_tokens: int | None
+
+
+def _as_tree(divergence):
+  """Returns a divergence as a pytree of its hyper-parameters."""
+  if isinstance(divergence, functools.partial):
+    bound = divergence.args, divergence.keywords
+    return jax.tree_util.Partial(divergence.func, *bound[0], **bound[1])
+  return jax.tree_util.Partial(divergence)
+
+
+def _split(settings):
+  """Returns a function of a tree's traced leaves to the tree, and those leaves.
+
+  A custom_vjp takes arrays only as arguments. Numbers stay Python numbers,
+  which are checked and pick the cheaper formulas.
+  """
+  leaves, structure = jax.tree.flatten(settings)
+  is_array = [isinstance(x, jax.Array) for x in leaves]
+
+  def rebuild(arrays):
+    arrays = iter(arrays)
+    return structure.unflatten(
+      next(arrays) if traced else x
+      for x, traced in zip(leaves, is_array, strict=True)
+    )
+
+  return rebuild, [x for x in leaves if isinstance(x, jax.Array)]
 
 
 class _Layout(NamedTuple):
-  """How the tokens are cut, and on which axes of the mesh things lie."""
+  """Size of a chunk, and the mesh axes that shard the arrays."""
 
   chunk: int
   data_shards: int
   data_axis: str | tuple[str, ...] | None
   model_axis: str | None
   has_mesh: bool
-  tiles: fused_chunks.Tiles  # of the vocabulary, on a CPU
 
   def constrain(self, x, *axes):
-    """`x`, split over these axes of the mesh, where there is one."""
+    """Shards `x` over these axes of the mesh, if there is one."""
     return jax.lax.with_sharding_constraint(x, P(*axes)) if self.has_mesh else x
-
-
-def _split_settings(divergence, *rest):
-  """A function of settings to `Rules`, and the settings that are arrays.
-
-  custom_vjp has to be handed those; numbers stay numbers, which are checked.
-  """
-  hyper = {}
-  if isinstance(divergence, functools.partial):
-    hyper, divergence = divergence.keywords, divergence.func
-  fixed = [hyper, *rest]
-  leaves, tree = jax.tree.flatten(fixed, is_leaf=lambda x: x is None)
-  arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
-  numbers = [None if i in arrays else x for i, x in enumerate(leaves)]
-
-  def rules_of(arrays):
-    values = [arrays.get(i, x) for i, x in enumerate(numbers)]
-    hyper, *rest = jax.tree.unflatten(tree, values)
-    return fused_chunks.Rules(functools.partial(divergence, **hyper), *rest)
-
-  return rules_of, arrays
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
@@ -226,34 +202,25 @@ def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
   parts = sizes.get(model_axis, 1)
   shards = 1 if shape[0] % shards else shards
   of_shard = shape[0] * shape[1] // shards
-  # As few chunks as there can be, all of one size.
-  chunk = -(-of_shard // num_chunks(of_shard, chunk_size))
   return _Layout(
-    chunk,
+    # As few chunks as possible, all of one size.
+    -(-of_shard // num_chunks(of_shard, chunk_size)),
     shards,
     row_axes if shards > 1 else None,
     model_axis if parts > 1 and vocab_size % parts == 0 else None,
     bool(sizes),
-    fused_chunks.Tiles(1, vocab_size),
   )
 
 
-# Numbers in a tile: some ten arrays of so many are in a CPU's cache.
-_TILE = 2**17
-
-
-def _tiles(vocab_size, layout):
-  """Equal tiles for a CPU; one where the vocabulary has no fitting divisor."""
-  most = _TILE // layout.chunk
-  if layout.model_axis is None:
-    for width in range(min(vocab_size, most), most // 8, -1):
-      if vocab_size % width == 0:
-        return fused_chunks.Tiles(vocab_size // width, width)
-  return layout.tiles
+def _whole_columns(layout, head):
+  """Returns a teacher's head with each column whole on a device."""
+  if isinstance(head, types.Int8Matrix):
+    return head._replace(values=_whole_columns(layout, head.values))
+  return layout.constrain(head, None, layout.model_axis)
 
 
 def _by_shard(layout, x):
-  """`[B, T, ...]` -> `[R, tokens of a shard, ...]`, with padding to whole chunks."""
+  """Reshapes `[B, T, ...]` to `[R, tokens, ...]`, padded to whole chunks."""
   x = x.reshape(layout.data_shards, -1, *x.shape[2:])
   missing = -x.shape[1] % layout.chunk
   x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
@@ -261,7 +228,7 @@ def _by_shard(layout, x):
 
 
 def _real_first(layout, weights):
-  """Places of a shard's tokens, padding last, and how many chunks hold others."""
+  """Returns an order with padding last, and how many chunks hold real tokens."""
   real = _by_shard(layout, weights) > 0
   order = jnp.argsort(jnp.logical_not(real), axis=1, stable=True)
   longest = jnp.max(jnp.sum(real, axis=1))
@@ -271,140 +238,119 @@ def _real_first(layout, weights):
 _IN_BOUNDS = {"unique_indices": True, "mode": "promise_in_bounds"}
 
 
-def _take(x, places):
-  """`[R, tokens, ...]` at `[R, C]` places."""
-  return jax.vmap(lambda x, i: x.at[i].get(**_IN_BOUNDS))(x, places)
+def _take(x, indices):
+  """Returns rows `[R, C, ...]` of `[R, tokens, ...]`."""
+  return jax.vmap(lambda x, i: x.at[i].get(**_IN_BOUNDS))(x, indices)
 
 
-def _put(x, places, rows):
-  """`x` with rows `[R, C, ...]` at these places."""
-  return jax.vmap(lambda x, i, r: x.at[i].set(r, **_IN_BOUNDS))(x, places, rows)
+def _put(x, indices, rows):
+  """Returns `x` with rows `[R, C, ...]` written at these indices."""
+  return jax.vmap(lambda x, i, r: x.at[i].set(r, **_IN_BOUNDS))(
+    x, indices, rows
+  )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(rules_of, layout, hidden, head, tokens, constants, chunks):
-  """Sums over tokens of the loss and of each metric, by name."""
-  return _sums(rules_of, layout, hidden, head, tokens, constants, chunks, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(static, hidden, head, constants, chunks):
+  """Returns sums over tokens of the loss and of each metric, by name."""
+  return _sums(static, hidden, head, constants, chunks, with_gradient=False)[0]
 
 
-def _loss_forward(*arguments):
-  sums, d_hidden, d_head = _sums(*arguments, True)
+def _loss_forward(static, hidden, head, constants, chunks):
+  sums, d_hidden, d_head = _sums(
+    static, hidden, head, constants, chunks, with_gradient=True
+  )
+  d_head = jnp.sum(d_head, axis=0).astype(head.dtype)
   return sums, (d_hidden, d_head)
 
 
-def _loss_backward(rules_of, layout, gradients, d_sums):
-  del rules_of, layout
+def _loss_backward(static, gradients, d_sums):
+  del static
   scale = d_sums[_LOSS]
   scaled = (scale.astype(g.dtype) * g for g in gradients)
-  return *scaled, None, None, None
+  return *scaled, None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _sums(
-  rules_of, layout, hidden, head, tokens, constants, chunks, with_gradient
-):
-  """What `_loss` returns; with the gradient, also those of its two inputs."""
-  of = functools.partial(_over_chunks, rules_of, layout, with_gradient)
-  arguments = hidden, head, tokens, constants, chunks
-  whole = fused_chunks.Tiles(1, head.shape[1])
-  if layout.tiles == whole:
-    return of(whole, *arguments)
-  # An accelerator is faster with few large products.
-  return jax.lax.platform_dependent(
-    *arguments,
-    cpu=functools.partial(of, layout.tiles),
-    default=functools.partial(of, whole),
-  )
+def _sums(static, hidden, head, constants, chunks, *, with_gradient):
+  """Returns the sums over tokens, and gradients of hidden states and head.
 
-
-def _over_chunks(
-  rules_of,
-  layout,
-  with_gradient,
-  tiles,
-  hidden,
-  head,
-  tokens,
-  constants,
-  chunks,
-):
-  """`_sums`, by these tiles of the vocabulary."""
-  teacher_head, settings = constants
-  rules = rules_of(settings)
+  The head's gradient is `[R, D, V]` float32, of each shard; without a gradient
+  both are empty.
+  """
+  layout, rebuild = static
+  tokens, teacher_head, traced = constants
+  losses = functools.partial(_chunk_losses, rebuild(traced), with_gradient)
 
   def step(index, carry):
-    places = jax.lax.dynamic_slice_in_dim(
+    sums, *gradients = carry
+    indices = jax.lax.dynamic_slice_in_dim(
       tokens.order, index * layout.chunk, layout.chunk, axis=1
     )
-    weights = _take(tokens.weights, places)
-    shares = _take(tokens.shares, places)
-    # 0 at padding, where a NaN would get into the head's gradient as 0 · NaN.
-    of_real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, places), 0)
-    rows = of_real(hidden)
-    loss, metrics, residuals = fused_chunks.token_losses(
-      rules,
-      tiles,
-      _logits(layout, of_real(tokens.teacher_hidden), teacher_head),
+    weights = _take(tokens.weights, indices)
+    shares = _take(tokens.shares, indices).reshape(-1)
+    # 0 at padding, whose NaN would reach the head's gradient as 0 · NaN.
+    real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, indices), 0)
+    rows = real(hidden)
+    loss, metrics, d_logits = losses(
+      _logits(layout, real(tokens.teacher_hidden), teacher_head),
       _logits(layout, rows, head),
+      shares,
     )
-    weights, shares = weights.reshape(-1), shares.reshape(-1)
-    new = {name: weights * x for name, x in metrics.items()}
+    new = {name: weights.reshape(-1) * x for name, x in metrics.items()}
     new[_LOSS] = shares * loss
-    sums, *gradients = carry
     sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
     if with_gradient:
-      d_logits = fused_chunks.logits_gradient(rules, residuals, shares)
       gradients = _add_gradients(
-        layout, tiles, gradients, places, rows, head, d_logits
+        layout, *gradients, indices, rows, head, d_logits
       )
     return sums, *gradients
 
   names = (_LOSS, *distillation.TOKEN_METRICS)
-  start = ({name: jnp.zeros((), jnp.float32) for name in names},)
+  start = [{name: jnp.zeros((), jnp.float32) for name in names}]
   if with_gradient:
-    start += _no_gradients(layout, hidden, head)
-  done = jax.lax.fori_loop(0, chunks, step, start)
-  if not with_gradient:
-    return done[0]
-  sums, d_hidden, d_head = done
-  return sums, d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype)
+    d_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
+    start += [
+      layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
+      layout.constrain(d_head, layout.data_axis, None, layout.model_axis),
+    ]
+  return jax.lax.fori_loop(0, chunks, step, tuple(start))
 
 
-def _no_gradients(layout, hidden, head):
-  """Zeros for the gradients of hidden states and, on each shard, of the head."""
-  of_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
-  return (
-    layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
-    layout.constrain(of_head, layout.data_axis, None, layout.model_axis),
-  )
+def _chunk_losses(
+  settings, with_gradient, teacher_logits, student_logits, shares
+):
+  """Returns a chunk's losses and metrics `[N]`, and Σ share · loss's gradient.
+
+  The gradient is with respect to the student's logits `[N, V]`.
+  """
+
+  def rows(teacher_logits, student_logits, shares):
+    of = lambda x: distillation.token_losses(teacher_logits, x, *settings)
+    if not with_gradient:
+      return *of(student_logits), None
+    loss, pull, metrics = jax.vjp(of, student_logits, has_aux=True)
+    return loss, metrics, *pull(shares)
+
+  return kernels.map_rows(rows, teacher_logits, student_logits, shares)
 
 
-def _add_gradients(layout, tiles, gradients, places, rows, head, d_logits):
-  """Gradients of hidden states and head, with those of one chunk in them."""
-  d_hidden, d_head = gradients
-  of_rows = fused_chunks.rows_gradient(tiles, d_logits, head)
+def _add_gradients(layout, d_hidden, d_head, indices, rows, head, d_logits):
+  """Returns both gradients with those of one chunk added."""
+  of_rows = kernels.times_transposed(d_logits, head.astype(jnp.float32))
   of_rows = of_rows.reshape(rows.shape).astype(d_hidden.dtype)
-  rows = rows.astype(jnp.float32)
-  # Of the gradient's arrays few are in use at once, and wide products are faster.
-  tiles = tiles.joined(4)
-
-  def sweep(first, d_head):
-    part = tiles.of(d_logits, first)
-    if layout.data_shards == 1:
-      of_head = jnp.einsum("nd,nv->dv", rows[0], part)[None]
-    else:
-      by_shard = part.reshape(*rows.shape[:2], -1)
-      of_head = jnp.einsum("rcd,rcv->rdv", rows, by_shard)
-    return tiles.put(d_head, tiles.of(d_head, first) + of_head, first)
-
-  return _put(d_hidden, places, of_rows), tiles.each(sweep, d_head)
+  by_shard = d_logits.reshape(*rows.shape[:2], -1)
+  d_head = jax.vmap(kernels.add_product)(
+    d_head, rows.astype(jnp.float32), by_shard
+  )
+  return _put(d_hidden, indices, of_rows), d_head
 
 
 def _logits(layout, hidden, head):
-  """`[R, C, D]` and `[D, V]` -> `[R C, V]`, float32."""
-  if isinstance(head, Int8Head):
+  """Multiplies `[R, C, D]` by `[D, V]`: logits `[R C, V]`, float32."""
+  if isinstance(head, types.Int8Matrix):
     scales = head.scales.astype(jnp.float32)[None]
     return scales * _logits(layout, hidden, head.values)
   dtype = jnp.promote_types(hidden.dtype, head.dtype)
@@ -428,8 +374,8 @@ def _check_chunk_size(chunk_size):
 def _check_shapes(
   student_hidden, student_head, teacher_hidden, teacher_head, weights
 ):
-  """V, if all shapes fit."""
-  if isinstance(teacher_head, Int8Head):
+  """Returns V; raises ValueError unless all shapes fit."""
+  if isinstance(teacher_head, types.Int8Matrix):
     teacher_head = teacher_head.values
   sizes = teacher_head.shape[1], student_head.shape[1]
   if sizes[0] != sizes[1]:

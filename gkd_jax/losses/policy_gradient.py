@@ -1,12 +1,12 @@
 """Rewards of sampled outputs: credit, baselines, and the policy gradient.
 
 The gradient of E[r(y)] over the student's outputs y is E[A ∇ log q(y)], where
-the advantage A is the reward less a baseline that y has no part in (REINFORCE,
-Williams 1992; leave-one-out: Kool et al. 2019). Log-probs are those of the distribution
-that y was drawn from. Rewards and advantages are constants of the loss.
+the advantage A is the reward minus a baseline that does not depend on y
+(REINFORCE, Williams 1992; leave-one-out: Kool et al. 2019). Log-probs are those
+of the distribution that y was drawn from. Rewards and advantages are constants.
 
-Equation 5 of the GKD paper (arXiv 2306.13649) mixes it with the divergence:
-maximise (1-α) r(y) - α D(p ‖ q)(y). Here it is a loss, and is minimised.
+Equation 5 of the GKD paper (arXiv 2306.13649) mixes the reward with the
+divergence: maximise (1-α) r(y) - α D(p ‖ q)(y). `rl_gkd_loss` is its negative.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ CREDITS = ("sequence", "token")
 
 
 class RunningMean(NamedTuple):
-  """Mean of the rewards of the batches so far, the newest weighing most.
+  """Exponential moving average of the batches' mean rewards.
 
   Attributes:
     total: weighted sum of the batches' means.
@@ -33,11 +33,11 @@ class RunningMean(NamedTuple):
   weight: float = 0.0
 
   def mean(self) -> float:
-    """The mean; 0 before the first batch."""
+    """Returns the mean; 0 before the first batch."""
     return self.total / self.weight if self.weight else 0.0
 
   def updated(self, mean: float, decay: float) -> "RunningMean":
-    """With one more batch, of this mean; all before weigh `decay` times less.
+    """Returns the average with one more batch, of this mean.
 
     >>> RunningMean().updated(4.0, 0.5).updated(1.0, 0.5).mean()
     2.0
@@ -51,7 +51,7 @@ class RunningMean(NamedTuple):
 def reward_to_go(
   token_rewards: jax.Array, discount: float | jax.Array = 1.0
 ) -> jax.Array:
-  """Sums what is still to come: G_t = Σ_{s ≥ t} γ^(s-t) r_s.
+  """Computes the reward to go, G_t = Σ_{s ≥ t} γ^(s-t) r_s.
 
   >>> reward_to_go(jnp.array([[1.0, 0.0, 4.0]]), discount=0.5).tolist()
   [[2.0, 2.0, 4.0]]
@@ -74,17 +74,17 @@ def reward_to_go(
 
 
 def whiten(rewards: jax.Array) -> jax.Array:
-  """Rewards of mean 0 and standard deviation 1; 0 where all are equal.
+  """Normalises rewards to mean 0 and standard deviation 1; 0 if all are equal.
 
   >>> whiten(jnp.array([[1.0, 3.0], [1.0, 3.0]])).tolist()
   [[-1.0, 1.0], [-1.0, 1.0]]
 
   Args:
-    rewards: any shape; all of the batch together.
+    rewards: any shape, of the whole batch.
   """
   centred = rewards - jnp.mean(rewards)
   deviation = jnp.sqrt(jnp.mean(jnp.square(centred)))
-  # Equal rewards differ from their mean by rounding, which must not be blown up.
+  # Equal rewards differ from their mean by rounding, which must not be scaled.
   equal = deviation <= 1e-6 * jnp.max(jnp.abs(rewards))
   return jnp.where(equal, 0.0, centred / jnp.where(equal, 1.0, deviation))
 
@@ -98,13 +98,13 @@ def advantages(
   discount: float = 1.0,
   running_mean: float = 0.0,
 ) -> jax.Array:
-  """Each token's share in the reward, less the baseline.
+  """Computes each token's credit for the reward, minus the baseline.
 
-  With credit "sequence" every token of an output has r - b. With "token" it has
-  γ^(tokens after it) r - b_t: the last token is held most responsible. Under
-  leave-one-out, b is the mean of the prompt's other outputs, b_t that of what
-  they have at the same t (their reward, once they have ended). With γ = 1 both
-  credits are the same.
+  With credit "sequence" every token of an output gets r - b. With "token" it
+  gets γ^(tokens after it) r - b_t, so that the last token gets the most. Under
+  leave-one-out, b is the mean reward of the prompt's other outputs, and b_t the
+  mean of their credits at the same t (their reward, once they have ended). With
+  γ = 1 both credits are the same.
 
   >>> r = jnp.array([[1.0, 0.0, 2.0]])
   >>> one = jnp.ones((1, 3, 1))
@@ -144,13 +144,13 @@ def advantages(
 def check_settings(
   baseline: str, credit: str, discount: float, num_samples: int
 ):
-  """Raises a ValueError for settings of `advantages` that do not go together.
+  """Raises ValueError for settings of `advantages` that do not fit together.
 
   Args:
     baseline: see `advantages`.
     credit: see `advantages`.
     discount: see `advantages`.
-    num_samples: N, outputs of each prompt.
+    num_samples: N, the number of outputs of each prompt.
   """
   if baseline not in BASELINES:
     raise ValueError(
@@ -185,12 +185,12 @@ def policy_gradient_loss(
   *,
   length_normalization: str = "sequence",
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """The loss whose gradient is REINFORCE's: -Σ A_t log q(y_t).
+  """Computes -Σ A_t log q(y_t), whose gradient is REINFORCE's.
 
-  An output's tokens are summed and not averaged, since the gradient of its
+  Tokens of an output are summed, not averaged, since the gradient of the
   expected reward is that of the whole output's log-prob. `weight_sum` is that
-  of `distillation.distillation_loss` with the same `length_normalization`, so that
-  the two losses mix as sums.
+  of `distillation.distillation_loss` with the same `length_normalization`, so
+  that the sums of the two losses can be mixed.
 
   >>> loss, weight, _ = policy_gradient_loss(
   ...     jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, 3.0]]), jnp.ones((1, 2)))
@@ -198,18 +198,19 @@ def policy_gradient_loss(
   (9.0, 1.0)
 
   Args:
-    log_probs: `[B, T]` of the tokens, under the distribution that they were drawn from.
-    advantages: `[B, T]`, no gradient flows into them.
-    weights: `[B, T]`, 0 at what is no output.
+    log_probs: `[B, T]` nats of the tokens, under the distribution that they were
+      drawn from.
+    advantages: `[B, T]`; no gradient flows into them.
+    weights: `[B, T]`, 0 outside of outputs.
     length_normalization: "sequence": the weight is the number of outputs.
-      "token": of their tokens.
+      "token": the number of their tokens.
 
   Returns:
     `loss_sum` and `weight_sum`, `[]` float32, and metrics: `policy_gradient`,
     the loss, and `sampled_log_prob`, nats per token.
 
   Raises:
-    ValueError: another `length_normalization`.
+    ValueError: an unknown `length_normalization`.
   """
   if length_normalization not in ("sequence", "token"):
     raise ValueError(
@@ -235,14 +236,14 @@ def policy_gradient_loss(
 def rl_gkd_loss(
   policy_gradient: jax.Array, divergence: jax.Array, alpha: float
 ) -> jax.Array:
-  """Equation 5 as a loss: (1-α) policy gradient + α divergence.
+  """Computes equation 5 as a loss: (1-α) policy gradient + α divergence.
 
-  A term without a share is left out, so that nothing of it, not even a NaN,
-  gets in.
+  A term of weight 0 is left out, even if it is NaN.
 
   Args:
     policy_gradient: `[]`, from `policy_gradient_loss`.
-    divergence: `[]`, from `distillation.distillation_loss`, of the same weight.
+    divergence: `[]`, from `distillation.distillation_loss`, with the same
+      `weight_sum`.
     alpha: in [0, 1].
   """
   if alpha == 0:
@@ -258,7 +259,7 @@ IMPORTANCE = ("token", "exact")
 def mixture(
   teacher_log_probs: jax.Array, student_log_probs: jax.Array, share: float
 ) -> jax.Array:
-  """log(share p + (1-share) q), for a share below 1.
+  """Computes log(share p + (1-share) q), for a share below 1.
 
   Args:
     teacher_log_probs: log p, any shape.
@@ -281,13 +282,13 @@ def minillm_loss(
   importance: str = "token",
   normalize_returns: bool = True,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """A loss whose gradient is the paper's estimate; its value means nothing.
+  """Computes a loss whose gradient is MiniLLM's estimate (arXiv 2306.08543).
 
-  Importance weights w_t, with m the mixture that the outputs were drawn from:
-  "token": q(y_t) / m(y_t) on both terms of position t, the paper's
-  approximation, which varies little. "exact": the estimate without bias; a term
-  is weighted by the product of the ratios of all tokens that it depends on,
-  r_s by that of y_1 to y_s. It varies exponentially with the length.
+  The loss's value has no meaning. Importance weights, with m the mixture that
+  outputs were drawn from: "token": q(y_t) / m(y_t) on both terms of position t,
+  the paper's approximation, of low variance. "exact": the unbiased estimate,
+  which weights r_s by the product of the ratios of y_1 to y_s; its variance
+  grows exponentially with the length.
 
   Args:
     teacher_log_probs: `[B, T, V]` log p; -inf only where log q is.
@@ -296,17 +297,17 @@ def minillm_loss(
     weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
     teacher_mix: the teacher's share in the mixture.
     importance: "token" or "exact".
-    normalize_returns: divide R_{t+1} by the number of its terms. (The paper has
-      one term fewer there, which is 0 for the last but one token.)
+    normalize_returns: divide R_{t+1} by the number of its terms. (The paper
+      divides by one less, which is 0 for the last token but one.)
 
   Returns:
-    `loss_sum`, over outputs, of the sum over tokens of each; `weight_sum`, the
-    number of outputs; and metrics: `sequence_reverse_kl`, the mean of
-    log q(y) - log p(y) (of outputs of the mixture, not weighted),
-    `importance_weight` per token, and `policy_gradient`, the second term.
+    `loss_sum`, over outputs and their tokens; `weight_sum`, the number of
+    outputs; and metrics: `sequence_reverse_kl`, the mean of log q(y) - log p(y)
+    over outputs of the mixture, unweighted, `importance_weight` per token, and
+    `policy_gradient`, the second term.
 
   Raises:
-    ValueError: another `importance`.
+    ValueError: an unknown `importance`.
   """
   check_importance(importance)
   weights = weights.astype(jnp.float32)
@@ -328,7 +329,7 @@ def minillm_loss(
   advantages = later if importance == "exact" else shares * later
   long, number, _ = policy_gradient_loss(log_q, advantages, weights)
   single = divergences.reverse_kl(teacher_log_probs, student_log_probs)
-  # The distribution at a padded position may hold anything.
+  # Log-probs at padding may hold anything.
   single = jnp.sum(shares * jnp.where(weights > 0, single, 0.0))
   aux = {
     "sequence_reverse_kl": (jnp.sum(q - p), number),

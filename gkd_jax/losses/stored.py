@@ -1,12 +1,12 @@
 """Distillation from a teacher's stored top-k log-probs, the tail kept.
 
-Of each next-token distribution only the k likeliest tokens are stored, and the mass of
-all others as one more bucket. Merging tokens into a bucket can only lower an
+Of each next-token distribution the k likeliest tokens are stored, and the mass
+of all others as one more bucket. Merging tokens into a bucket can only lower an
 f-divergence (the data-processing inequality), so the loss is between 0 and the
 exact one, grows with k, and is exact at k = V. Every divergence in
 `divergences` is an f-divergence of (p, q). Without the bucket neither holds: a
-distribution renormalised over its top k does not see mass that the student puts outside,
-and a truncated sum may be negative.
+distribution renormalised over its top k misses the student's mass outside of
+it, and a truncated sum may be negative.
 """
 
 import jax
@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from gkd_jax import types
 from gkd_jax.losses import distillation, vocabulary
 
-# Log-probs are stored as at least this: exp is 0 well above it, and float16
-# holds it.
+# Lower bound of stored log-probs: its exp is 0, and float16 can represent it.
 LEAST_LOG_PROB = -3e4
-# A logit without mass; finite, so that a bucket of such alone has a gradient.
+# A logit without mass; finite, so that a bucket without mass has a gradient.
 _NO_MASS = -1e9
 
 
@@ -29,7 +28,7 @@ def top_k_log_probs(
   teacher_temperature: float | jax.Array = 1.0,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The k likeliest tokens of each distribution, and their log-probs and the tail's.
+  """Computes the k likeliest tokens, their log-probs and the tail's.
 
   >>> ids, log_probs = top_k_log_probs(jnp.log(jnp.array([0.1, 0.6, 0.3])), 1)
   >>> ids.tolist(), [round(float(x), 4) for x in jnp.exp(log_probs)]
@@ -38,15 +37,14 @@ def top_k_log_probs(
   Args:
     teacher_logits: `[..., V]` in any float type.
     top_k: k, from 1 to V (to R, if there is padding).
-    teacher_temperature: divides the logits; the stored distribution is of this
-      temperature, since none other can be had from a tail.
-    num_real_tokens: R; ids from R on are padding of the vocabulary and have no
-      mass. None for R = V.
+    teacher_temperature: divides the logits; the tail's log-prob holds at this
+      temperature only.
+    num_real_tokens: see `vocabulary.mask_vocab_padding`.
 
   Returns:
-    Ids `[..., k]` int32 from the likeliest down, of equal ones the lowest
-    first, and log-probs `[..., k + 1]` float32 in nats, at least
-    `LEAST_LOG_PROB`. The last is the tail's.
+    Ids `[..., k]` int32 from the likeliest down, the lowest id first among equal
+    ones, and log-probs `[..., k + 1]` float32 in nats, at least
+    `LEAST_LOG_PROB`. The last one is the tail's.
 
   Raises:
     ValueError: a k out of range.
@@ -57,8 +55,8 @@ def top_k_log_probs(
       f"expected top_k within 1..{size}, the number of tokens, got {top_k};"
       " set TOP_K"
     )
-  logits = vocabulary.mask_vocab_padding(
-    teacher_logits.astype(jnp.float32) / teacher_temperature, num_real_tokens
+  logits = vocabulary.scaled_logits(
+    teacher_logits, teacher_temperature, num_real_tokens
   )
   _, ids = jax.lax.top_k(logits, top_k)
   log_probs = jax.nn.log_softmax(_bucket_logits(logits, ids))
@@ -77,7 +75,7 @@ def stored_distillation_loss(
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
-  """`distillation.distillation_loss` of the k + 1 buckets of `top_k_log_probs`.
+  """Computes `distillation.distillation_loss` of k + 1 buckets.
 
   >>> ids, stored = top_k_log_probs(jnp.log(jnp.array([[[0.6, 0.3, 0.1]]])), 1)
   >>> student = jnp.log(jnp.array([[[0.75, 0.15, 0.1]]]))
@@ -87,26 +85,27 @@ def stored_distillation_loss(
   0.15
 
   Args:
-    teacher_ids: `[B, T, k]` int, distinct at each position of weight above 0.
-    teacher_log_probs: `[B, T, k + 1]` nats, the tail's last, at the teacher's
-      temperature, in any float type; normalised here, as float16 rounds.
+    teacher_ids: `[B, T, k]` int of `top_k_log_probs`, distinct at each position
+      of weight above 0.
+    teacher_log_probs: `[B, T, k + 1]` nats in any float type, the tail's last;
+      they are normalised again, since float16 rounds.
     student_logits: `[B, T, V]`.
     weights: `[B, T]`, 0 at padding.
     divergence: see `distillation.distillation_loss`.
     student_temperature: divides the student's logits.
     length_normalization: "sequence" or "token", see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows.
-    num_real_tokens: R of `top_k_log_probs`.
+    num_real_tokens: see `vocabulary.mask_vocab_padding`.
 
   Returns:
-    `loss_sum` and `weight_sum` as of `distillation.distillation_loss`. So are the
-    metrics, of the buckets: the KLs and entropies are lower bounds.
-    `top1_agreement` is of the whole vocabulary, and `teacher_tail_mass` and
-    `student_tail_mass` are the shares outside of the top k.
-    An id outside of 0..V-1 gives NaN.
+    `loss_sum`, `weight_sum` and metrics, as `distillation.distillation_loss`.
+    KLs and entropies are those of the buckets, which are lower bounds;
+    `top1_agreement` is that of the whole vocabulary. `teacher_tail_mass` and
+    `student_tail_mass` are the probabilities outside of the top k. An id outside
+    of 0..V-1 gives NaN.
 
   Raises:
-    ValueError: shapes that do not fit.
+    ValueError: shapes that differ.
   """
   expected = (*teacher_ids.shape[:-1], teacher_ids.shape[-1] + 1)
   if teacher_log_probs.shape != expected:
@@ -119,11 +118,12 @@ def stored_distillation_loss(
       f"expected teacher ids for positions {student_logits.shape[:-1]}, got"
       f" {teacher_ids.shape[:-1]}; set TASK_FEATURE_LENGTHS"
     )
-  # Replaced before the softmax: see `losses`.
+  # Masked before the softmax, which would leave NaN in the gradient.
   present = weights[:, :, None] > 0
-  logits = jnp.where(present, student_logits.astype(jnp.float32), 0.0)
-  logits = vocabulary.mask_vocab_padding(
-    logits / student_temperature, num_real_tokens
+  logits = vocabulary.scaled_logits(
+    jnp.where(present, student_logits, 0.0),
+    student_temperature,
+    num_real_tokens,
   )
   student = _bucket_logits(logits, teacher_ids)
   loss, weight, metrics = distillation.distillation_loss(
@@ -154,10 +154,10 @@ def stored_distillation_loss(
 
 
 def _bucket_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
-  """Logits `[..., k + 1]` of the tokens `ids`, and of all others as one.
+  """Returns logits `[..., k + 1]` of the tokens `ids`, and of all others as one.
 
-  The rest is summed as it is: 1 minus the others' mass has no digits left where
-  it is small.
+  The tail is summed, since 1 minus the others' mass loses precision where the
+  tail is small.
   """
   picked = jnp.take_along_axis(logits, ids, axis=-1, mode="fill")
   others = jnp.put_along_axis(logits, ids, _NO_MASS, axis=-1, inplace=False)

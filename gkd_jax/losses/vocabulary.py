@@ -1,4 +1,4 @@
-"""TODO."""
+"""From logits to log-probs, with padding of the vocabulary masked."""
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,25 @@ def mask_vocab_padding(
   *,
   fill_value: float = -1e9,
 ) -> jax.Array:
-  """Logits by which the padding of a vocabulary has no mass.
+  """Sets the logits of vocabulary padding to a value that gives no mass.
 
-  A mask and not a slice, which would move a vocabulary that is sharded. It has
-  to follow a temperature, so that none can undo it.
+  A mask, since a slice would move a sharded vocabulary between devices. Apply
+  it after a temperature, which would scale the fill value.
 
-  >>> mask_vocab_padding(jnp.array([1.0, 2.0, 3.0]), 2, fill_value=-jnp.inf).tolist()
+  >>> x = jnp.array([1.0, 2.0, 3.0])
+  >>> mask_vocab_padding(x, 2, fill_value=-jnp.inf).tolist()
   [1.0, 2.0, -inf]
 
   Args:
     logits: `[..., V]`.
     num_real_tokens: R; ids from R on are padding. None for R = V.
-    fill_value: the logit of padding. The divergences need a finite one; -inf where
-      tokens are drawn from the distribution.
+    fill_value: logit of padding; finite for divergences, -inf for sampling.
 
   Returns:
     Logits of the same shape and type.
 
   Raises:
-    ValueError: an R outside of 1..V.
+    ValueError: R is outside of 1..V.
   """
   if num_real_tokens is None:
     return logits
@@ -37,33 +37,66 @@ def mask_vocab_padding(
   return jnp.where(ids < num_real_tokens, logits, fill_value)
 
 
-def argmax(x: jax.Array, largest: jax.Array | None = None) -> jax.Array:
-  """`argmax` in two sweeps that a CPU vectorises; 0 where there is a NaN.
-
-  `jnp.argmax` itself took ten times as long for 8 rows of 32,128. The ids are
-  compared as float32, which is exact for V up to 2^24 and again faster.
-
-  >>> argmax(jnp.array([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]])).tolist()
-  [1, 0]
+def scaled_logits(
+  logits: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  num_real_tokens: int | None = None,
+) -> jax.Array:
+  """Divides logits by a temperature and masks vocabulary padding.
 
   Args:
-    x: `[..., V]` float.
-    largest: `[..., 1]`, of each row, where it is known, which saves a sweep; or
-      of the whole row that `x` is a part of.
+    logits: `[..., V]` in any float type.
+    temperature: above 0.
+    num_real_tokens: see `mask_vocab_padding`.
 
   Returns:
-    `[...]` int32, the lowest index of equal ones; V where `largest` is not in
-    the row.
+    `[..., V]` float32.
   """
-  if largest is None:
-    largest = jnp.max(x, axis=-1, keepdims=True)
-  ids = jax.lax.broadcasted_iota(jnp.float32, x.shape, x.ndim - 1)
-  first = jnp.min(jnp.where(x < largest, x.shape[-1], ids), axis=-1)
-  return first.astype(jnp.int32)
+  logits = logits.astype(jnp.float32) / temperature
+  return mask_vocab_padding(logits, num_real_tokens)
+
+
+def log_probs(
+  logits: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  num_real_tokens: int | None = None,
+) -> jax.Array:
+  """Computes a model's next-token log-probs.
+
+  >>> logits = jnp.log(jnp.array([1.0, 3.0, 4.0]))
+  >>> jnp.exp(log_probs(logits, num_real_tokens=2)).round(2).tolist()
+  [0.25, 0.75, 0.0]
+
+  Args:
+    logits: `[..., V]` in any float type.
+    temperature: divides the logits; above 0.
+    num_real_tokens: see `mask_vocab_padding`.
+
+  Returns:
+    `[..., V]` nats, float32; -1e9 or below at vocabulary padding.
+  """
+  return jax.nn.log_softmax(scaled_logits(logits, temperature, num_real_tokens))
+
+
+def target_log_probs(
+  log_probs: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Picks the log-probs of the target tokens.
+
+  Args:
+    log_probs: `[B, T, V]` nats.
+    targets: `[B, T]` int32.
+    weights: `[B, T]`.
+
+  Returns:
+    `[B, T]` nats; 0 where the weight is 0, as PAD may have a log-prob of -inf.
+  """
+  picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)
+  return jnp.where(weights > 0, picked[:, :, 0], 0.0)
 
 
 def check_num_real_tokens(number: int | None, vocab_size: int) -> None:
-  """Raises ValueError unless the number, if there is one, is within 1..V."""
+  """Raises ValueError unless the number is None or within 1..V."""
   if number is not None and not 1 <= number <= vocab_size:
     raise ValueError(
       f"expected num_real_tokens within 1..{vocab_size}, the vocab_size, got"
@@ -75,7 +108,7 @@ def check_temperatures(
   teacher_temperature: float | jax.Array,
   student_temperature: float | jax.Array,
 ) -> None:
-  """Raises ValueError unless both, where they are known, are above 0."""
+  """Raises ValueError if a temperature is known when tracing and not above 0."""
   for name, value in (
     ("teacher_temperature", teacher_temperature),
     ("student_temperature", student_temperature),
@@ -84,18 +117,3 @@ def check_temperatures(
       raise ValueError(
         f"expected a {name} above 0, got {value}; set {name.upper()}"
       )
-
-
-def target_log_probs(
-  log_probs: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-  """Log-probs `[B, T]` of the targets; 0 where the weight is.
-
-  Args:
-    log_probs: `[B, T, V]` log-probs.
-    targets: `[B, T]` int32.
-    weights: `[B, T]`.
-  """
-  picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
-  # A PAD after the end has log-prob -inf, which times 0 were NaN.
-  return jnp.where(weights > 0, picked, 0.0)

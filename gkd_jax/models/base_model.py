@@ -349,10 +349,13 @@ class BaseTransformerModel:
 
   def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
     """Returns the log-prob of each row's targets, `[B]`, nats summed over tokens."""
-    log_probs = jax.nn.log_softmax(self.logits(params, batch))
-    targets = batch["decoder_target_tokens"]
-    picked = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)
-    return jnp.sum(picked[:, :, 0] * self.loss_weights(batch), axis=-1)
+    weights = self.loss_weights(batch)
+    picked = losses.target_log_probs(
+      losses.log_probs(self.logits(params, batch)),
+      batch["decoder_target_tokens"],
+      weights,
+    )
+    return jnp.sum(picked * weights, axis=-1)
 
 
 _GREEDY = functools.partial(decoding.sample, temperature=0.0)

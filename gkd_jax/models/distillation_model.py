@@ -103,7 +103,8 @@ class DistillationModel:
     Raises:
       ValueError: a β is missing, or given to a divergence without one.
     """
-    if self.divergence in ("jsd", "normalized_jsd"):
+    parameters = divergences.parameters(self.divergence)
+    if "beta" in parameters:
       if self.beta is None:
         raise ValueError(
           f"expected a β for the divergence {self.divergence!r}, got none;"
@@ -118,7 +119,7 @@ class DistillationModel:
         f" {self.beta} with {self.divergence!r}; set DIVERGENCE = 'jsd' or"
         " BETA = None"
       )
-    if self.divergence in ("skew_forward_kl", "skew_reverse_kl"):
+    if "alpha" in parameters:
       return divergences.get(self.divergence, alpha=self.skew_alpha)
     return divergences.get(self.divergence)
 

@@ -1,4 +1,12 @@
-"""TODO."""
+"""Networks in flax.linen, with T5X's parameter names and calls.
+
+t5            encoder-decoder T5
+decoder_only  T5's decoder alone
+blocks        the layers that both share
+layers        norm, attention, MLP, relative positions
+projections   weight matrices in several types, embeddings
+layer_loops   layers unrolled or scanned
+"""
 
 from etils import epy
 

@@ -1,9 +1,9 @@
-"""T5's decoder alone, with the names and the call of T5X's `examples/decoder_only`.
+"""T5's decoder alone, with names and call of T5X's `examples/decoder_only`.
 
-One row holds a prompt and the output that follows it. Causal attention everywhere
-makes a language model; attention in both directions over the prompt makes a prefix
-LM (Raffel et al. 2020, arXiv 1910.10683, section 3.2.1). Relative positions are
-those of a decoder in either case: keys ahead of a query share bucket 0.
+One row holds a prompt and its output. With causal attention everywhere this is a
+language model; with attention in both directions over the prompt, a prefix LM
+(Raffel et al. 2020, arXiv 1910.10683, section 3.2.1). Relative positions are
+those of a decoder in both cases: keys ahead of a query share bucket 0.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax.network import layer_loops, layers, projections, t5
+from gkd_jax.network import blocks, layer_loops, layers, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class TransformerConfig:
       and logits are float32.
     emb_dim: D.
     num_heads: H.
-    num_layers: depth.
+    num_layers: number of layers.
     head_dim: K.
     mlp_dim: F.
     mlp_activations: see `layers.MlpBlock`.
-    dropout_rate: everywhere.
+    dropout_rate: of all dropout layers.
     logits_via_embedding: True ties the output head to the token embedding and
       divides the logits by sqrt(D).
     remat_policy: see `t5.T5Config`.
@@ -52,40 +52,7 @@ class TransformerConfig:
   def __post_init__(self):
     sizes = "vocab_size", "emb_dim", "num_heads", "num_layers"
     sizes += "head_dim", "mlp_dim"
-    t5.check_config(self, "decoder_only_network", sizes)
-
-
-class DecoderLayer(nn.Module):
-  """Self-attention and MLP, each after a norm and inside a residual."""
-
-  config: TransformerConfig
-  deterministic: bool
-  prefill: bool
-  weights: str = "float32"
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, bias: jax.Array, decode_index: jax.Array | None
-  ) -> jax.Array:
-    """`[B, T, D]` and a bias that broadcasts to `[B, H, T, T]` -> `[B, T, D]`."""
-    config, deterministic = self.config, self.deterministic
-    y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = layers.attention(config, self.weights, name="self_attention")(
-      y,
-      None,
-      bias,
-      deterministic=deterministic,
-      decode_index=decode_index,
-      prefill=self.prefill,
-    )
-    x = x + layers.dropout(config)(y, deterministic=deterministic)
-    x = t5.constrain(x)
-    y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, self.weights, name="mlp")(
-      y, deterministic=deterministic
-    )
-    x = x + layers.dropout(config)(y, deterministic=deterministic)
-    return t5.constrain(x)
+    blocks.check_config(self, "decoder_only_network", sizes)
 
 
 class Decoder(nn.Module):
@@ -113,9 +80,9 @@ class Decoder(nn.Module):
       mask: bool `[B, 1, T, T]`; not read when decoding.
       deterministic: no dropout.
       decode: read the cache, and write one position into it.
-      prefill_lengths: int32 `[B]`: make the cache of these T positions, and go
-        on from this one in each row. Not with `decode`.
-      return_hidden: return what is multiplied with the head, `[B, T, D]`.
+      prefill_lengths: int32 `[B]`: create the cache from these T positions, to
+        continue from this one in each row. Not with `decode`.
+      return_hidden: return the head's input, `[B, T, D]`.
     """
     config = self.config
     relative = layers.RelativePositionBiases(
@@ -140,25 +107,26 @@ class Decoder(nn.Module):
     embed = projections.embed(config, self.weights, name="token_embedder")
     x = layers.dropout(config)(embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
-      DecoderLayer,
-      (config, deterministic, prefill_lengths is not None, self.weights),
+      blocks.DecoderLayer,
+      (config, deterministic, self.weights, None, prefill_lengths is not None),
       config.num_layers,
       self.scan_layers,
       x,
       bias,
       index,
     )
-    x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-    x = layers.dropout(config)(x, deterministic=deterministic)
-    if return_hidden:
-      return layers.scaled_hidden(config, x)
-    if config.logits_via_embedding:
-      return embed.attend(x) / jnp.sqrt(config.emb_dim)
-    return projections.to_logits(config, self.weights, name="logits_dense")(x)
+    return blocks.output(
+      config,
+      self.weights,
+      embed,
+      x,
+      deterministic=deterministic,
+      return_hidden=return_hidden,
+    )
 
   def _next_position(self, relative):
-    """Each row's position `[B]`, and the bias `[B, H, 1, T]` of its query."""
-    missing = lambda: jnp.zeros((0,), jnp.int32)  # never: the cache is there
+    """Returns each row's position `[B]`, and its query's bias `[B, H, 1, T]`."""
+    missing = lambda: jnp.zeros((0,), jnp.int32)  # unused: the cache exists
     index = self.variable("cache", "cache_index", missing)
     current = index.value
     positions = self.variable("cache", "positions", missing).value
@@ -197,36 +165,35 @@ class DecoderWrapper(nn.Module):
     prefill_lengths: jax.Array | None = None,
     return_hidden: bool = False,
   ) -> jax.Array:
-    """Logits of the token after each position.
+    """Computes logits of the token after each position.
 
-    To decode, with a mutable "cache" collection: one call with `prefill` on the
-    rows as they are, prompts of whatever lengths included, makes the cache as
-    long as the rows. Each later call with `decode` takes one token per row, the
-    one at the row's own position, and moves that position on by one. The first
-    token to feed is the one at `prefill_lengths`: the last of the prompt, which
-    the prefill has seen already, but whose logits are wanted.
+    To decode, with a mutable "cache" collection: one call with `prefill` on
+    whole rows, whose prompts may have any lengths, creates a cache as long as
+    the rows. Each later call with `decode` takes one token per row, the one at
+    the row's own position, and advances that position by one. The first token
+    to feed is the one at `prefill_lengths`, the last of the prompt: the prefill
+    has seen it, but its logits are still needed.
 
     Args:
       decoder_input_tokens: int32 `[B, T]`, targets shifted right; T is 1 with
         `decode`.
       decoder_target_tokens: int32 `[B, T]`, for the mask: 0 is padding.
       decoder_segment_ids: int32 `[B, T]` of packed rows, or None.
-      decoder_positions: accepted for T5X's callers; relative positions need
-        none, since a packed sequence lies in one piece.
-      decoder_causal_attention: int32 `[B, T]`: positions of 1 see each other in
-        both directions. None: causal everywhere.
+      decoder_positions: ignored, for T5X's callers; relative positions need
+        none, since a packed sequence is contiguous.
+      decoder_causal_attention: int32 `[B, T]`: positions of 1 attend to each
+        other in both directions. None: causal everywhere.
       enable_dropout: needs the "dropout" rng.
-      decode: use the cache. Without one, an empty cache of this T is made, and
-        the logits mean nothing.
-      max_decode_length: accepted for T5X's callers; the cache is as long as the
-        rows that it was made of.
-      prefill: make the cache.
-      prefill_lengths: int32 `[B]`, position at which each row goes on.
+      decode: use the cache. If there is none, an empty one of length T is
+        created, and the logits have no meaning.
+      max_decode_length: ignored, for T5X's callers; the cache is as long as the
+        rows of the prefill.
+      prefill: create the cache.
+      prefill_lengths: int32 `[B]`, position at which each row continues.
       return_hidden: see Returns.
 
     Returns:
-      float32 logits `[B, T, V]`, or the `[B, T, D]` that the head turns into
-      them.
+      float32 logits `[B, T, V]`, or the head's input `[B, T, D]`.
 
     Raises:
       ValueError: `prefill` together with `decode`, or without lengths.

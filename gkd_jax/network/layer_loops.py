@@ -1,9 +1,9 @@
-"""A network's layers, one after the other: unrolled, or as the turns of a loop.
+"""A network's layers, unrolled or scanned.
 
-Unrolled, each layer is compiled by itself, and has its parameters under a name of
-its own: `layers_0/mlp/wo/kernel [F, D]`, `layers_1/...`. Scanned, one layer is
-compiled, and the parameters of all lie in one array, `layers/mlp/wo/kernel
-[layers, F, D]`, whose first axis is never split.
+Unrolled, each layer is compiled and has parameters under its own name:
+`layers_0/mlp/wo/kernel [F, D]`, `layers_1/...`. Scanned, one layer is compiled,
+and the parameters of all are stacked: `layers/mlp/wo/kernel [layers, F, D]`,
+whose first axis is never sharded.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
-# The name of the scanned layers' parameters, and that of their first axis.
+# Name of the scanned layers' parameters, and of their first axis.
 NAME = "layers"
 
-# By T5X's names, what of a layer is kept for the backward pass, which computes the
-# rest again: all, products with weights, nothing but its input.
+# T5X's name to what is kept of a layer for the backward pass, which computes the
+# rest again: everything, products with weights, only the layer's input.
 REMAT_POLICIES = {
   "none": None,
   "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -27,7 +27,7 @@ REMAT_POLICIES = {
 
 
 def layer_class(cls: Any, config: Any) -> Any:
-  """A layer's class, or one that computes some again in the backward pass."""
+  """Returns a layer's class, rematerialised as the configuration says."""
   policy = REMAT_POLICIES[config.remat_policy]
   return nn.remat(cls, policy=policy) if policy else cls
 
@@ -40,15 +40,15 @@ def apply(
   x: jax.Array,
   *shared: Any,
 ) -> jax.Array:
-  """Sends `x` through all layers of a stack; called in a compact method.
+  """Applies all layers to `x`; called in a compact method.
 
   Args:
     cls: class of a layer, called as `layer(x, *shared)`.
     fields: its fields, the first a network's configuration.
     length: number of layers.
-    scan: by a loop.
+    scan: whether to scan over the layers.
     x: `[B, T, D]`.
-    *shared: what all layers are given.
+    *shared: further arguments of all layers.
   """
   cls = layer_class(cls, fields[0])
   if not scan:
@@ -67,7 +67,7 @@ def apply(
 
 
 def check_unrolled(scan: bool) -> None:
-  """Raises ValueError for a scanned network that is to decode with a cache."""
+  """Raises ValueError for a scanned network, which cannot use a cache."""
   if scan:
     raise ValueError(
       "expected an unrolled network for decoding, got one with scan_layers;"
@@ -76,17 +76,17 @@ def check_unrolled(scan: bool) -> None:
 
 
 def unrolled(module: Any) -> Any:
-  """A network without a loop over its layers; see `unstacked`."""
+  """Returns a network without a scan over its layers; see `unstacked`."""
   return module.clone(scan_layers=False) if is_scanned(module) else module
 
 
 def is_scanned(module: Any) -> bool:
-  """Whether a network, ours or a user's own, loops over its layers."""
+  """Returns whether a network, perhaps a user's own, scans over its layers."""
   return getattr(module, "scan_layers", False)
 
 
 def unstacked(params: Any) -> Any:
-  """The parameters of a scanned network under the names of an unrolled one.
+  """Renames the parameters of a scanned network to those of an unrolled one.
 
   Args:
     params: tree of arrays, with or without stacks.

@@ -21,14 +21,14 @@ from gkd_jax.network import projections
 param_with_axes = flax_partitioning.param_with_axes
 Dense = projections.Dense
 Embed = projections.Embed
-# Added to attention logits that a mask rules out. A finite number: a row with
-# every key masked (padding) then attends evenly instead of giving NaN.
+# Added to masked attention logits. It is finite, so that a row whose keys are
+# all masked (padding) attends evenly instead of giving NaN.
 MASKED = -1e10
 _NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def same_segment(rows: jax.Array, columns: jax.Array) -> jax.Array:
-  """Mask `[B, 1, T, S]` from segment ids `[B, T]` and `[B, S]`."""
+  """Returns a mask `[B, 1, T, S]` from segment ids `[B, T]` and `[B, S]`."""
   return rows[:, None, :, None] == columns[:, None, None, :]
 
 
@@ -51,7 +51,7 @@ def relative_position_bucket(
   num_buckets: int = 32,
   max_distance: int = 128,
 ) -> jax.Array:
-  """Bucket of a relative position (Raffel et al. 2020, section 2.1).
+  """Returns the bucket of a relative position (Raffel et al. 2020, section 2.1).
 
   Half of the buckets hold one distance each; the other half grow
   logarithmically up to `max_distance`, beyond which all share the last one.
@@ -60,7 +60,7 @@ def relative_position_bucket(
     relative_position: int32 `[...]`, key position minus query position.
     bidirectional: True in the encoder: half of the buckets look ahead. False in
       the decoder: keys ahead of the query share bucket 0.
-    num_buckets: number of buckets in all.
+    num_buckets: total number of buckets.
     max_distance: first distance of the last bucket.
 
   Returns:
@@ -130,12 +130,12 @@ class RelativePositionBiases(nn.Module):
 def decode_bias(
   relative: RelativePositionBiases, current: jax.Array, positions: jax.Array
 ) -> jax.Array:
-  """Bias `[B, H, 1, T]` of one query in each row, with the keys after it masked.
+  """Returns the bias `[B, H, 1, T]` of one query per row; later keys are masked.
 
   Args:
     relative: the decoder's.
-    current: int32 `[B]`, each row's position; `[1]` where it is one for all.
-    positions: int32 `[T]`, those of the keys in the cache.
+    current: int32 `[B]`, each row's position; `[1]` if it is the same for all.
+    positions: int32 `[T]`, positions of the keys in the cache.
   """
   bias = relative(current, positions, bidirectional=False)  # [1, H, B, T]
   mask = mask_to_bias(positions[None] <= current[:, None])
@@ -208,17 +208,16 @@ class MlpBlock(nn.Module):
 class Attention(nn.Module):
   """Multi-head dot-product attention with a key-value cache.
 
-  Without a `decode_index` it is plain attention. With one it keeps keys and
-  values in the "cache" collection: self-attention writes those of the current
-  position; cross-attention projects the encoded inputs once, when the cache is
-  created, and reads them afterwards. `prefill` is plain self-attention that
-  leaves its keys and values in the cache.
+  With a `decode_index`, keys and values are kept in the "cache" collection:
+  self-attention writes those of the current position; cross-attention projects
+  the encoded inputs when the cache is created and reads them later. `prefill`
+  is self-attention over whole sequences that stores its keys and values.
 
   Attributes:
     num_heads: H.
     head_dim: K.
     dropout_rate: on the attention weights, shared along the queries.
-    dtype: of the computation; the softmax is float32 always.
+    dtype: of the computation; the softmax is always float32.
     weights: type of the kernels, see `projections`.
   """
 
@@ -266,11 +265,11 @@ class Attention(nn.Module):
       memory: `[B, S, D]` for cross-attention, None for self-attention.
       bias: float32, broadcastable to `[B, H, T, S]`, masks included.
       deterministic: no dropout.
-      decode_index: int32, the position being decoded (T is 1): a scalar, or
-        `[B]` with one for each row. None for attention over whole sequences.
+      decode_index: int32, the position that is decoded (T is 1): a scalar, or
+        `[B]` with one per row. None for attention over whole sequences.
       decode_length: length of the self-attention cache; set with `decode_index`
         when the cache is created.
-      prefill: make the cache of these T positions.
+      prefill: create the cache from these T positions.
 
     Returns:
       `[B, T, D]`.
@@ -309,7 +308,7 @@ class Attention(nn.Module):
     shape = (x.shape[0], self.num_heads, length, self.head_dim)
     cached = self._cached(name, lambda: jnp.zeros(shape, self.dtype))
     if not is_new and index.ndim:
-      # Not a scatter: a choice is local to each row, however rows are sharded.
+      # Not a scatter: `where` is local to each row, however rows are sharded.
       here = jnp.arange(cached.value.shape[2])[None] == index[:, None]
       cached.value = jnp.where(
         here[:, None, :, None], _by_head(self._project(name, x)), cached.value
@@ -322,33 +321,61 @@ class Attention(nn.Module):
 
   def _attend(self, query, key, value, bias, deterministic):
     """`[B, H, T, K]` and twice `[B, H, S, K]` -> `[B, T, H, K]`."""
-    drop = None
     if self.dropout_rate > 0 and not deterministic:
       drop = nn.Dropout(
         self.dropout_rate, broadcast_dims=(-2,), deterministic=False
       )
-    return jnp.swapaxes(kernels.attend(query, key, value, bias, drop), 1, 2)
+      out = dot_product_attention(query, key, value, bias, drop)
+    else:
+      out = kernels.attend(dot_product_attention, query, key, value, bias)
+    return jnp.swapaxes(out, 1, 2)
+
+
+def dot_product_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  bias: jax.Array,
+  drop: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+  """Computes softmax(query keyᵀ + bias) value; the softmax is float32.
+
+  Args:
+    query: `[B, H, T, K]`, scaled.
+    key: `[B, H, S, K]`.
+    value: `[B, H, S, K]`.
+    bias: float32, broadcastable to `[B, H, T, S]`.
+    drop: dropout of the attention weights, or None.
+
+  Returns:
+    `[B, H, T, K]` in the query's type.
+  """
+  logits = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32)
+  weights = jax.nn.softmax(logits + bias, axis=-1).astype(query.dtype)
+  if drop is not None:
+    weights = drop(weights)
+  return jnp.einsum("bhts,bhsk->bhtk", weights, value)
 
 
 def _by_head(x: jax.Array) -> jax.Array:
-  """`[B, S, H, K]` -> `[B, H, S, K]`, as attention reads it and the cache keeps it.
+  """Transposes `[B, S, H, K]` to `[B, H, S, K]`, the layout of the cache.
 
-  A decoding step then reads each head's keys in one piece. In the other layout
-  it transposes the whole cache first: on a CPU, attention alone to 256 positions
-  of 8 rows of T5 1.1 small took nine times as long. Where all positions attend
-  at once XLA's CPU backend chose a product with both sides transposed: twice
-  the time of a layer's attention, projections included, at 256 positions.
+  A decoding step then reads each head's keys contiguously. From the other layout
+  it transposes the whole cache first: on a CPU, attention to 256 positions of 8
+  rows of T5 1.1 small took nine times as long. Over whole sequences XLA's CPU
+  backend chose a product with both sides transposed: twice the time of a layer's
+  attention, projections included, at 256 positions.
   """
   return jnp.swapaxes(x, 1, 2)
 
 
 def dropout(config: Any) -> nn.Dropout:
-  """Dropout with one mask for all positions of a sequence, as in T5X."""
+  """Returns dropout with one mask for all positions of a sequence, as in T5X."""
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
 def attention(config: Any, weights: str, **kwargs) -> Attention:
-  """Attention of the configuration's sizes."""
+  """Returns the attention of a configuration."""
   return Attention(
     config.num_heads,
     config.head_dim,
@@ -360,7 +387,7 @@ def attention(config: Any, weights: str, **kwargs) -> Attention:
 
 
 def mlp(config: Any, weights: str, **kwargs) -> MlpBlock:
-  """Feed-forward block of the configuration's sizes."""
+  """Returns the feed-forward block of a configuration."""
   return MlpBlock(
     config.mlp_dim,
     config.mlp_activations,
@@ -372,7 +399,7 @@ def mlp(config: Any, weights: str, **kwargs) -> MlpBlock:
 
 
 def scaled_hidden(config: Any, x: jax.Array) -> jax.Array:
-  """What times the head is the logits: a tied head's logits are rescaled."""
+  """Returns the head's input: that of a tied head is divided by sqrt(D)."""
   if config.logits_via_embedding:
     return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim)
   return x

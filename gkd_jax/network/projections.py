@@ -1,16 +1,16 @@
-"""Weight matrices, and what is multiplied with them: projections, embeddings.
+"""Projections and embeddings, whose weight matrices have one of several types.
 
-`weights` says in which type a network keeps its matrices:
+`weights` is the type that a network stores its matrices in:
 
-  float32   as they are trained
-  auto      each in the type that it is used in: the same numbers, for half of
-            the memory where activations are bfloat16
+  float32   as trained
+  auto      each in the type of its product: the same numbers, in half of the
+            memory where activations are bfloat16
   bfloat16  all, the output head included
   int8      all, with a float32 scale for each column of a kernel (`kernel_scale`)
             and each row of an embedding (`embedding_scale`)
 
-Norms and relative positions are float32 always. Parameters of a network that is
-trained are float32.
+Norms and relative positions are always float32, and so are all parameters of a
+network that is trained.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,31 +21,31 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-from gkd_jax import kernels, losses, partitioning
+from gkd_jax import kernels, partitioning, types
 
 param_with_axes = flax_partitioning.param_with_axes
 WEIGHTS = ("float32", "auto", "bfloat16", "int8")
-# A matrix's name to the axis that has scales; they are named behind it.
+# A matrix's name to the axis of its scales, whose name ends with `SCALE`.
 SCALED_AXIS = {"kernel": 1, "embedding": 0}
 SCALE = "_scale"
-Head = jax.Array | losses.Int8Head
+Head = jax.Array | types.Int8Matrix
 TRUNCATED_NORMAL = nn.initializers.variance_scaling(
   1.0, "fan_in", "truncated_normal"
 )
 
 
 def stored_dtype(weights: str, used_in: Any) -> jnp.dtype:
-  """The type in which a matrix is kept.
+  """Returns the type in which a matrix is stored.
 
   >>> [str(stored_dtype(w, "bfloat16")) for w in WEIGHTS]
   ['float32', 'bfloat16', 'bfloat16', 'int8']
 
   Args:
     weights: of `WEIGHTS`.
-    used_in: type of the matrix in its product.
+    used_in: type of the matrix product.
 
   Raises:
-    ValueError: another name.
+    ValueError: an unknown name.
   """
   if weights not in WEIGHTS:
     raise ValueError(
@@ -55,8 +55,28 @@ def stored_dtype(weights: str, used_in: Any) -> jnp.dtype:
   return jnp.dtype(used_in if weights == "auto" else weights)
 
 
+def quantize(matrix: jax.Array) -> types.Int8Matrix:
+  """Rounds each column of a matrix to multiples of 1/127 of its largest entry.
+
+  >>> matrix = quantize(jnp.array([[1.27, 0.0], [-0.5, 0.0]]))
+  >>> matrix.values.tolist(), matrix.scales.shape
+  ([[127, 0], [-50, 0]], (2,))
+
+  Args:
+    matrix: `[D, V]`.
+
+  Returns:
+    The rounded matrix; its product with x is off by at most half a step of each
+    column, |x|₁ · scale / 2.
+  """
+  matrix = matrix.astype(jnp.float32)
+  scales = jnp.max(jnp.abs(matrix), axis=0) / 127
+  steps = matrix / jnp.where(scales > 0, scales, 1.0)[None]
+  return types.Int8Matrix(jnp.round(steps).astype(jnp.int8), scales)
+
+
 def _matrix(name, init, shape, axes, dtype):
-  """A module's matrix as it is kept, and its scales, or None."""
+  """Returns a module's stored matrix, and its scales or None."""
   if dtype == jnp.float32:
     return param_with_axes(name, init, shape, dtype, axes=axes), None
   if dtype != jnp.int8:
@@ -66,10 +86,10 @@ def _matrix(name, init, shape, axes, dtype):
 
   def draw(key):
     matrix = init(key, shape, jnp.float32)
-    columns = losses.quantize_head(matrix if axis else matrix.T)
+    columns = quantize(matrix if axis else matrix.T)
     return columns if axis else columns._replace(values=columns.values.T)
 
-  # Each with a key of its own, as Linen has it: of one distribution, not of one draw.
+  # Linen gives each its own key, so they fit in distribution only.
   values = param_with_axes(name, lambda key: draw(key).values, axes=axes)
   scales = param_with_axes(
     name + SCALE, lambda key: draw(key).scales, axes=(axes[axis],)
@@ -78,9 +98,9 @@ def _matrix(name, init, shape, axes, dtype):
 
 
 def _in_use(matrix, axes, dtype):
-  """A matrix as it lies and in the type that it has in its product."""
+  """Returns a matrix sharded and in the type of its product."""
   if matrix.dtype.itemsize < jnp.dtype(dtype).itemsize:
-    # Gathered in the narrower type.
+    # Gathered in the smaller type.
     return partitioning.constrain(matrix, *axes).astype(dtype)
   return partitioning.constrain(matrix.astype(dtype), *axes)
 
@@ -112,8 +132,8 @@ class Dense(nn.Module):
       self.kernel_axes,
       stored_dtype(self.weights, self.dtype),
     )
-    # One matrix product: XLA's CPU backend takes twice as long for the kernel's
-    # gradient when it contracts over batch and length as two axes.
+    # One axis of rows: XLA's CPU backend takes twice as long for the kernel's
+    # gradient when it contracts over batch and length.
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
     kernel = _in_use(kernel, self.kernel_axes, self.dtype)
     if scales is None:
@@ -134,7 +154,7 @@ class Embed(nn.Module):
     num_embeddings: V.
     features: D.
     dtype: of what is looked up.
-    weights: type of the table, see the module; "auto" is that of a table which
+    weights: type of the table, see the module; "auto" is that of a table that
       is no output head.
   """
 
@@ -154,9 +174,9 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 `[B, S]` -> `[B, S, D]` in `dtype`."""
-    # The table stays where it lies. Split over the data axis, each device looks
-    # up its features of all rows' tokens, and rows are exchanged: bytes of
-    # activations, not of the table, and as few for its gradient.
+    # The table is not gathered. Sharded over the data axis, each device looks up
+    # its features of all rows' tokens, and rows are exchanged: bytes of
+    # activations, not of the table, for its gradient too.
     x = partitioning.embed_lookup(self.embedding, tokens)
     if self.scales is not None:
       scales = jnp.take(self.scales, tokens, axis=0)[:, :, None]
@@ -166,14 +186,14 @@ class Embed(nn.Module):
     )
 
   def attend(self, x: jax.Array) -> jax.Array:
-    """`[B, T, D]` -> logits `[B, T, V]` by the transposed table, float32."""
+    """Multiplies `[B, T, D]` by the transposed table: logits `[B, T, V]`."""
     table = _in_use(self.embedding, ("vocab", "embed"), jnp.float32)
     logits = jnp.dot(x.astype(jnp.float32), table.T)
     return logits if self.scales is None else logits * self.scales[None, None]
 
 
 def embed(config: Any, weights: str, **kwargs) -> Embed:
-  """The embedding of the configuration's sizes."""
+  """Returns the token embedding of a configuration."""
   if weights == "auto" and config.logits_via_embedding:
     weights = "float32"  # in which `attend` uses it
   return Embed(
@@ -182,20 +202,20 @@ def embed(config: Any, weights: str, **kwargs) -> Embed:
 
 
 def to_logits(config: Any, weights: str, **kwargs) -> Dense:
-  """The output head of the configuration's sizes, in float32."""
+  """Returns the output head of a configuration, in float32."""
   axes = ("embed", "vocab")
   return Dense(config.vocab_size, axes, weights=weights, **kwargs)
 
 
 def head(params: Mapping[str, Any], *, tied: bool) -> Head:
-  """The output head `[D, V]` as it is kept.
+  """Returns the stored output head `[D, V]`.
 
   Args:
-    params: of the projection to logits, or of the embedding.
+    params: parameters of the projection to logits, or of the embedding.
     tied: whether they are the embedding's.
   """
   name = "embedding" if tied else "kernel"
   values = params[name].T if tied else params[name]
   if name + SCALE in params:
-    return losses.Int8Head(values, params[name + SCALE])
+    return types.Int8Matrix(values, params[name + SCALE])
   return values

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import partitioning
-from gkd_jax.network import layer_loops, layers, projections
+from gkd_jax.network import blocks, layer_loops, layers, projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +25,18 @@ class T5Config:
       and logits are float32.
     emb_dim: D.
     num_heads: H.
-    num_encoder_layers: encoder depth.
-    num_decoder_layers: decoder depth.
+    num_encoder_layers: number of encoder layers.
+    num_decoder_layers: number of decoder layers.
     head_dim: K.
     mlp_dim: F.
     mlp_activations: `("relu",)` for T5 1.0, `("gelu", "linear")` for T5 1.1.
-    dropout_rate: everywhere.
+    dropout_rate: of all dropout layers.
     logits_via_embedding: True ties the output head to the token embedding and
       divides the logits by sqrt(D) (T5 1.0).
-    float32_attention_logits: kept for T5X's gin files; the attention softmax is
-      float32 here whatever it says.
-    remat_policy: what the backward pass computes again of each layer: "none",
-      "minimal" all but the products with weights, "full" everything.
+    float32_attention_logits: ignored, for T5X's gin files; the attention softmax
+      is always float32.
+    remat_policy: what the backward pass computes again: "none", "minimal" all
+      but the products with weights, "full" all of each layer.
   """
 
   vocab_size: int
@@ -55,7 +54,7 @@ class T5Config:
   remat_policy: str = "none"
 
   def __post_init__(self):
-    check_config(self, "network", _SIZES)
+    blocks.check_config(self, "network", _SIZES)
 
 
 _SIZES = (
@@ -67,111 +66,6 @@ _SIZES = (
   "head_dim",
   "mlp_dim",
 )
-
-
-def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
-  """Checks what every network's configuration has.
-
-  Args:
-    config: a dataclass with the sizes, `remat_policy` and `dropout_rate`.
-    module: that defines its class, for the message.
-    sizes: names of the fields that are at least 1.
-
-  Raises:
-    ValueError: a field is out of its range.
-  """
-  name = type(config).__name__
-  for size in sizes:
-    if getattr(config, size) < 1:
-      raise ValueError(
-        f"expected {name}.{size} of at least 1, got {getattr(config, size)};"
-        f" set {module}.{name}.{size}"
-      )
-  if config.remat_policy not in layer_loops.REMAT_POLICIES:
-    raise ValueError(
-      f"expected {name}.remat_policy in {list(layer_loops.REMAT_POLICIES)}, got"
-      f" {config.remat_policy!r}; set {module}.{name}.remat_policy"
-    )
-  if not 0 <= config.dropout_rate < 1:
-    raise ValueError(
-      f"expected a dropout rate in [0, 1), got {config.dropout_rate};"
-      " set DROPOUT_RATE"
-    )
-
-
-def constrain(x: jax.Array) -> jax.Array:
-  """`[B, T, D]`, with rows on the data axis of the mesh."""
-  return partitioning.constrain(x, "batch", "length", "embed")
-
-
-class EncoderLayer(nn.Module):
-  """Self-attention and MLP, each after a norm and inside a residual."""
-
-  config: T5Config
-  deterministic: bool
-  weights: str = "float32"
-
-  @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
-    config, deterministic = self.config, self.deterministic
-    y = layers.LayerNorm(config.dtype, name="pre_attention_layer_norm")(x)
-    y = layers.attention(config, self.weights, name="attention")(
-      y, None, bias, deterministic=deterministic
-    )
-    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
-    y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, self.weights, name="mlp")(
-      y, deterministic=deterministic
-    )
-    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
-
-
-class DecoderLayer(nn.Module):
-  """Self-attention, cross-attention and MLP."""
-
-  config: T5Config
-  deterministic: bool
-  decode_length: int | None
-  weights: str = "float32"
-
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    encoded: jax.Array,
-    bias: jax.Array,
-    cross_bias: jax.Array,
-    decode_index: jax.Array | None,
-  ) -> jax.Array:
-    """`[B, T, D]` and the encoded `[B, S, D]` -> `[B, T, D]`."""
-    config, deterministic = self.config, self.deterministic
-    y = layers.LayerNorm(config.dtype, name="pre_self_attention_layer_norm")(x)
-    y = layers.attention(config, self.weights, name="self_attention")(
-      y,
-      None,
-      bias,
-      deterministic=deterministic,
-      decode_index=decode_index,
-      decode_length=self.decode_length,
-    )
-    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
-    y = layers.LayerNorm(config.dtype, name="pre_cross_attention_layer_norm")(x)
-    y = layers.attention(
-      config, self.weights, name="encoder_decoder_attention"
-    )(
-      y,
-      encoded,
-      cross_bias,
-      deterministic=deterministic,
-      decode_index=decode_index,
-    )
-    x = constrain(x + layers.dropout(config)(y, deterministic=deterministic))
-    y = layers.LayerNorm(config.dtype, name="pre_mlp_layer_norm")(x)
-    y = layers.mlp(config, self.weights, name="mlp")(
-      y, deterministic=deterministic
-    )
-    return constrain(x + layers.dropout(config)(y, deterministic=deterministic))
 
 
 class Encoder(nn.Module):
@@ -197,7 +91,7 @@ class Encoder(nn.Module):
     )
     x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
-      EncoderLayer,
+      blocks.EncoderLayer,
       (config, deterministic, self.weights),
       config.num_encoder_layers,
       self.scan_layers,
@@ -205,7 +99,7 @@ class Encoder(nn.Module):
       bias,
     )
     x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
-    return constrain(
+    return blocks.constrain(
       nn.Dropout(config.dropout_rate)(x, deterministic=deterministic)
     )
 
@@ -239,9 +133,9 @@ class Decoder(nn.Module):
       mask: bool `[B, 1, T, T]`, or None when decoding.
       cross_mask: bool `[B, 1, T, S]`.
       deterministic: no dropout.
-      decode: use the cache. The first call creates it and decodes nothing.
+      decode: use the cache. The first call only creates it.
       max_decode_length: cache length, needed by the call that creates it.
-      return_hidden: return what is multiplied with the head, `[B, T, D]`.
+      return_hidden: return the head's input, `[B, T, D]`.
     """
     config = self.config
     relative = layers.RelativePositionBiases(
@@ -258,26 +152,27 @@ class Decoder(nn.Module):
       )
     x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
-      DecoderLayer,
-      (config, deterministic, max_decode_length, self.weights),
+      blocks.DecoderLayer,
+      (config, deterministic, self.weights, max_decode_length),
       config.num_decoder_layers,
       self.scan_layers,
       x,
-      encoded,
       bias,
-      layers.mask_to_bias(cross_mask),
       index,
+      encoded,
+      layers.mask_to_bias(cross_mask),
     )
-    x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-    x = layers.dropout(config)(x, deterministic=deterministic)
-    if return_hidden:
-      return layers.scaled_hidden(config, x)
-    if config.logits_via_embedding:
-      return self.embed.attend(x) / jnp.sqrt(config.emb_dim)
-    return projections.to_logits(config, self.weights, name="logits_dense")(x)
+    return blocks.output(
+      config,
+      self.weights,
+      self.embed,
+      x,
+      deterministic=deterministic,
+      return_hidden=return_hidden,
+    )
 
   def _decode_bias(self, relative, max_decode_length):
-    """The position being decoded, of all rows or `[B]`, and its bias."""
+    """Returns the position that is decoded, `[]` or `[B]`, and its bias."""
     is_new = not self.has_variable("cache", "cache_index")
     zero = lambda: jnp.zeros((), jnp.int32)
     index = self.variable("cache", "cache_index", zero)
@@ -348,12 +243,12 @@ class Transformer(nn.Module):
     max_decode_length: int | None = None,
     return_hidden: bool = False,
   ) -> jax.Array:
-    """Logits of the decoder.
+    """Computes logits of the decoder.
 
     With `decode=True` and a mutable "cache" collection, the first call creates
-    the cache (cross-attention keys and values included) and its logits mean
-    nothing; each later call takes one token per row and returns the logits of
-    the token after it.
+    the cache, cross-attention keys and values included, and its logits have no
+    meaning; each later call takes one token per row and returns logits of the
+    next one.
 
     Args:
       encoded: `[B, S, D]` from `encode`.
@@ -362,19 +257,18 @@ class Transformer(nn.Module):
       decoder_target_tokens: int32 `[B, T]`, for the mask: 0 is padding.
       encoder_segment_ids: int32 `[B, S]` of packed rows, or None.
       decoder_segment_ids: int32 `[B, T]` of packed rows, or None.
-      decoder_positions: accepted for T5X's callers; relative positions need
-        none, since a packed sequence lies in one piece.
+      decoder_positions: ignored, for T5X's callers; relative positions need
+        none, since a packed sequence is contiguous.
       enable_dropout: needs the "dropout" rng.
       decode: use the key-value cache.
       max_decode_length: cache length, needed when the cache is created.
       return_hidden: see Returns.
 
     Returns:
-      float32 logits `[B, T, V]`, or the `[B, T, D]` that `output_head` turns into
-      them.
+      float32 logits `[B, T, V]`, or the head's input `[B, T, D]`.
 
     Raises:
-      ValueError: packing was asked for together with `decode`.
+      ValueError: packed inputs together with `decode`.
     """
     del decoder_positions
     if decode and encoder_segment_ids is not None:

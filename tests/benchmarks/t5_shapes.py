@@ -55,7 +55,7 @@ def our_params(model: Any, seed: int) -> Any:
 
   def draw(path, leaf):
     name = path[-1].key
-    # The laws of a T5: norms 1, embeddings of deviation 1, kernels of their input.
+    # As in T5: norms 1, embeddings of deviation 1, kernels scaled by their input.
     if name == "scale":
       return jnp.ones(leaf.shape, leaf.dtype)
     spread = leaf.shape[-2] ** -0.5 if name == "kernel" else 1.0

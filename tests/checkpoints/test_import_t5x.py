@@ -255,7 +255,7 @@ def test_a_checkpoint_of_the_step_is_not_written_over(written):
 
 
 def test_t5x_restores_what_is_written(written, expected):
-  pytest.importorskip("t5x", reason="t5x is not on PyPI; see the README")
+  pytest.importorskip("t5x", reason="t5x is not on PyPI; see docs/from_t5x.md")
   from t5x import adafactor
   from t5x import checkpoints as t5x_checkpoints
   from t5x import partitioning as t5x_partitioning

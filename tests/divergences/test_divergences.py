@@ -14,6 +14,7 @@ import pytest
 from jax import test_util
 
 from gkd_jax import divergences
+from gkd_jax.divergences import kl
 
 BETAS = (0.1, 0.5, 0.9)
 T5_VOCAB = 32128
@@ -425,3 +426,20 @@ def test_known_arrays_are_checked_as_numbers_are():
     divergences.get("jsd", beta=jnp.float32(1.5))
   with pytest.raises(ValueError, match="forward_kl"):
     divergences.get("jsd", beta=np.float32(0.0))
+
+
+def test_a_registered_divergence_is_found_with_its_parameters(monkeypatch):
+  monkeypatch.setattr(kl, "_REGISTRY", dict(kl._REGISTRY))
+
+  @divergences.register
+  def renyi(p, q, *, order):
+    return jax.nn.logsumexp(order * p + (1 - order) * q, axis=-1) / (order - 1)
+
+  assert "renyi" in divergences.names()
+  assert divergences.parameters("renyi") == ("order",)
+  p, q = np.log([[0.5, 0.5], [0.75, 0.25]]).astype(np.float32)
+  expected = np.log(0.5**2 / 0.75 + 0.5**2 / 0.25)
+  got = divergences.get("renyi", order=2.0)(p, q)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  with pytest.raises(ValueError, match="set ORDER"):
+    divergences.get("renyi")

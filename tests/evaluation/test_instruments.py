@@ -6,14 +6,15 @@ import loss_batches
 import numpy as np
 import pytest
 
+from gkd_jax import losses
 from gkd_jax.evaluation import measurements
 
 
 def test_log_probs_have_no_mass_on_padding_of_the_vocabulary():
   logits = loss_batches.random_batch()[0]
-  got = jax.jit(
-    lambda x: measurements.log_probs_at(x, temperature=0.7, num_real_tokens=5)
-  )(logits.astype(jnp.bfloat16))
+  got = jax.jit(lambda x: losses.log_probs(x, 0.7, 5))(
+    logits.astype(jnp.bfloat16)
+  )
   rounded = np.asarray(logits.astype(jnp.bfloat16), np.float64)
   expected = loss_batches.log_softmax64(rounded[:, :, :5] / 0.7)
   np.testing.assert_allclose(got[:, :, :5], expected, atol=1e-5)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import pathlib
 import re
+import tempfile
 
 import gin_probe
 import jax
@@ -91,7 +92,8 @@ def names(file):
   return (folder, stem, "base") if folder == "flan" else (folder, method, size)
 
 
-def built(file, tmp_path):
+@functools.cache
+def built(file):
   """What a user's command makes; with those paths that it has to name."""
   # What the command in the header sets.
   command = (ROOT / file).read_text().partition("#   gkd train")[2]
@@ -100,7 +102,8 @@ def built(file, tmp_path):
     for name in re.findall(r"^#     --gin\.([A-Z_]+)=", command, re.M)
   }
   assert "MODEL_DIR" in given
-  return gin_probe.parts_of(file, tmp_path, **given)
+  with tempfile.TemporaryDirectory() as folder:
+    return gin_probe.parts_of(file, pathlib.Path(folder), **given)
 
 
 _COUNTED = {}
@@ -140,9 +143,9 @@ def test_all_numbers_of_figure_1_have_a_file():
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_sizes_are_the_published_ones(file, tmp_path):
+def test_sizes_are_the_published_ones(file):
   _, _, size = names(file)
-  parts = built(file, tmp_path)
+  parts = built(file)
   model = parts["model"]
   assert formula(size) == COUNTS[size]
   assert count_of(model.student, parts["lengths"]) == COUNTS[size]
@@ -156,9 +159,9 @@ def test_sizes_are_the_published_ones(file, tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_settings_are_those_of_the_tables(file, tmp_path):
+def test_settings_are_those_of_the_tables(file):
   folder, method, size = names(file)
-  parts = built(file, tmp_path)
+  parts = built(file)
   steps, batch, peak, warmup, cooldown, dropout, inputs, targets, heat, task = (
     TABLES[folder]
   )
@@ -220,8 +223,8 @@ def test_header_says_how_to_run_it_and_what_to_expect(file):
 @pytest.mark.parametrize(
   "folder", ["xsum", "gsm8k"]
 )  # without dropout, with it
-def test_a_step_of_the_small_student_traces_at_full_size(folder, tmp_path):
-  parts = built(f"experiments/{folder}/on_policy_gkd_small.gin", tmp_path)
+def test_a_step_of_the_small_student_traces_at_full_size(folder):
+  parts = built(f"experiments/{folder}/on_policy_gkd_small.gin")
   model, optimizer, rows = (
     parts[k] for k in ("model", "optimizer", "batch_size")
   )

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from loss_batches import log_softmax64
 
 from gkd_jax import divergences, losses, models, training
-from gkd_jax.losses import fused, fused_chunks
+from gkd_jax.kernels import row_blocks
+from gkd_jax.losses import fused
+from gkd_jax.network import projections
 
 BETAS = {"jsd": 0.3, "generalized_jsd": 0.3, "normalized_jsd": 0.3}
 
@@ -60,20 +62,12 @@ def assert_close(got, expected, tolerance=1e-5):
     )
 
 
-def in_two_tiles(monkeypatch):
-  """Has chunks of four tokens go over 16 token ids in two halves."""
-  monkeypatch.setattr(fused, "_TILE", 32)
-  layout = fused._layout((4, 5), 16, 4, "data", "model")
-  assert layout.chunk == 4
-  assert fused._tiles(16, layout) == (2, 8)
-
-
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 @pytest.mark.parametrize("name", divergences.names())
 def test_equals_the_dense_loss(name, normalization, monkeypatch):
   arguments = inputs()
-  if normalization == "token":
-    in_two_tiles(monkeypatch)
+  if normalization == "token":  # two of a chunk's tokens at a time
+    monkeypatch.setattr(row_blocks, "_BLOCK", 32)
 
   def of(function, **options):
     def loss(beta, temperature, *arguments):
@@ -98,8 +92,7 @@ def test_equals_the_dense_loss(name, normalization, monkeypatch):
   assert_close(got, of(dense))
 
 
-def test_a_divergence_that_is_no_sum_is_not_cut_into_tiles(monkeypatch):
-  in_two_tiles(monkeypatch)
+def test_a_divergence_that_is_no_sum_over_the_vocabulary():
   # Largest at the vocabulary's padding, which has no gradient all the same.
   largest = lambda p, q: jnp.max(p - 2 * q, axis=-1)
   settings = {"divergence": largest, "num_real_tokens": 14}
@@ -130,23 +123,25 @@ def test_memory_is_that_of_a_chunks_logits_and_the_gradients():
     shape(4, 256),
   )
   memory = program.compile().memory_analysis()
-  # Both logits, one of which gives its place to the slopes; the head's gradient is
-  # formed where it is returned. Some ten arrays of a tile are a sixteenth each.
+  # Both logits and the gradient of the student's; the head's gradient is formed
+  # where it is returned. Some ten arrays of four rows are a 32nd each.
   logits = 4 * vocab_size * chunk
   assert memory.temp_size_in_bytes > 2 * logits
-  assert memory.temp_size_in_bytes < 3 * logits
+  assert memory.temp_size_in_bytes < 4 * logits
 
 
-@pytest.mark.parametrize("tiles", [(1, 4), (2, 2), (4, 1)])
-def test_agreement_is_of_the_first_of_equal_ones(tiles):
+def test_agreement_is_of_the_first_of_equal_ones():
   # All pairs of distributions of four logits that are 0 or 1.
-  distributions = np.array(
-    list(itertools.product([0.0, 1.0], repeat=4)), np.float32
+  logits = np.array(list(itertools.product([0.0, 1.0], repeat=4)), np.float32)
+  p, q = np.repeat(logits, 16, axis=0), np.tile(logits, (16, 1))
+  of = functools.partial(
+    losses.token_losses,
+    divergence=divergences.forward_kl,
+    teacher_temperature=3.0,
+    student_temperature=0.7,
+    num_real_tokens=None,
   )
-  p, q = np.repeat(distributions, 16, axis=0), np.tile(distributions, (16, 1))
-  rules = fused_chunks.Rules(divergences.get("forward_kl"), 3.0, 0.7, None)
-  of = functools.partial(losses.token_losses, rules, fused_chunks.Tiles(*tiles))
-  _, metrics, _ = jax.jit(of)(p, q)
+  _, metrics = jax.jit(of)(p, q)
   expected = p.argmax(-1) == q.argmax(-1)
   assert 0 < expected.sum() < 256
   np.testing.assert_array_equal(metrics["top1_agreement"], expected)
@@ -228,7 +223,7 @@ def test_no_real_token_gives_zero():
 def test_teacher_heads_in_int8_and_bfloat16():
   hidden, head, teacher_hidden, teacher_head, weights = inputs(3)
   teacher_head = teacher_head.at[:, 3].set(0.0)
-  small = losses.quantize_head(teacher_head)
+  small = projections.quantize(teacher_head)
   wide = np.asarray(small.values, np.float64) * np.asarray(small.scales)
   step = np.abs(np.asarray(teacher_head)).max(0) / 127
   assert np.all(np.abs(wide - teacher_head) <= step / 2 * 1.0001)

@@ -22,6 +22,7 @@ from gkd_jax import (
   partitioning,
   schedules,
   training,
+  types,
 )
 from gkd_jax.checkpoints import parameters, stored_arrays, t5x
 from gkd_jax.network import layer_loops, projections
@@ -150,7 +151,7 @@ def test_a_product_is_off_by_half_a_step(dtype):
   params = read({"kernel": kernel}, KERNEL)
   assert params["kernel"].dtype == np.int8
   head = projections.head(params, tied=False)
-  assert isinstance(head, losses.Int8Head)
+  assert isinstance(head, types.Int8Matrix)
   assert head.values is params["kernel"] and head.scales.shape == (24,)
   dense = projections.Dense(24, ("embed", "mlp"), dtype, weights="int8")
   got = dense.apply({"params": params}, x)
@@ -166,7 +167,7 @@ def test_a_product_is_off_by_half_a_step(dtype):
 def test_numbers_are_rounded_as_heads_are():
   kernel = np.random.default_rng(1).normal(size=(40, 24)).astype(np.float32)
   got = read({"kernel": kernel}, KERNEL)
-  head = losses.quantize_head(jnp.array(kernel))
+  head = projections.quantize(jnp.array(kernel))
   np.testing.assert_array_equal(got["kernel"], head.values)
   np.testing.assert_allclose(got["kernel_scale"], head.scales, rtol=2e-7)
 

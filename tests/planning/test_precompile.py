@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -322,8 +321,13 @@ def test_only_what_is_asked_for_is_built():
 
 
 def test_command_needs_neither_data_nor_checkpoints(tmp_path):
-  done = run_gkd(
-    "--topology=cpu:4", "--phases=teacher", f"--output_path={tmp_path}"
+  done = command_line.gkd(
+    "precompile",
+    "--gin_file=experiments/smoke.gin",
+    "--topology=cpu:4",
+    "--phases=teacher",
+    f"--output_path={tmp_path}",
+    NUM_PARTITIONS=2,
   )
   assert done.returncode == 0, done.stderr
   assert "cpu:4: 4 devices as {'data': 2, 'model': 2}" in done.stdout
@@ -331,21 +335,6 @@ def test_command_needs_neither_data_nor_checkpoints(tmp_path):
   written = json.loads((tmp_path / "precompile.json").read_text())
   memory = written["phases"]["teacher"]["memory"]
   assert f"peak {memory['peak'] / 2**20:.3f} MiB" in done.stdout
-
-
-def run_gkd(*arguments):
-  return subprocess.run(
-    [
-      *(sys.executable, "-m", "gkd_jax.main", "precompile"),
-      *("--gin_file=experiments/smoke.gin", "--gin.NUM_PARTITIONS=2"),
-      *arguments,
-    ],
-    capture_output=True,
-    text=True,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    timeout=300,
-    check=False,
-  )
 
 
 def test_without_the_tpu_compiler_the_command_says_what_to_install(monkeypatch):

@@ -1,11 +1,13 @@
-"""Each form of a product gives the numbers of float64 numpy."""
+"""Both forms of attention give the numbers of float64 numpy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_loops import loops
 
 from gkd_jax import kernels
+from gkd_jax.network import layers
 
 
 def _softmax_attention(query, key, value, bias):
@@ -38,19 +40,18 @@ def _attention_inputs(rows, heads, length, size):
   return query, key, value, bias
 
 
-def _loops(function, *arguments):
-  text = jax.jit(function).lower(*arguments).as_text()
-  return text.count("stablehlo.while")
+def attend(*inputs):
+  return kernels.attend(layers.dot_product_attention, *inputs)
 
 
-@pytest.mark.parametrize("length, loops", [(8, 0), (512, 1)])
-def test_attention_and_its_gradient(length, loops):
+@pytest.mark.parametrize("length, count", [(8, 0), (512, 1)])
+def test_attention_and_its_gradient(length, count):
   exact = _attention_inputs(2, 2, length, 4)
   pull = np.random.default_rng(1).standard_normal(exact[0].shape)
   inputs = [jnp.asarray(x, jnp.float32) for x in exact]
-  assert _loops(kernels.attend, *inputs) == loops
+  assert loops(attend, *inputs) == count
 
-  out, of_pull = jax.vjp(kernels.attend, *inputs)
+  out, of_pull = jax.vjp(attend, *inputs)
   np.testing.assert_allclose(out, _softmax_attention(*exact)[1], atol=2e-6)
   for got, want in zip(
     of_pull(jnp.asarray(pull, jnp.float32)),
@@ -65,7 +66,7 @@ def test_a_query_without_keys_attends_evenly(length):
   rng = np.random.default_rng(0)
   query, key, value = rng.standard_normal((3, 1, 2, length, 2), np.float32)
   bias = jnp.full((1, 1, 1, 1), -1e10)
-  out = jax.jit(kernels.attend)(query, key, value, bias)
+  out = jax.jit(attend)(query, key, value, bias)
   mean = np.mean(value, axis=2, keepdims=True)
   np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-6)
 
@@ -73,7 +74,7 @@ def test_a_query_without_keys_attends_evenly(length):
 @pytest.mark.parametrize("length", [300, 600])
 def test_attention_in_bfloat16(length):
   ones = jnp.ones((1, 2, length, 1), jnp.bfloat16)
-  out = kernels.attend(ones, ones, ones, jnp.zeros((1, 1, 1, 1)))
+  out = attend(ones, ones, ones, jnp.zeros((1, 1, 1, 1)))
   assert out.dtype == jnp.bfloat16
   # Each weight, alike, is off by at most 2^-9 of itself.
   np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, rtol=2**-8)
@@ -84,48 +85,16 @@ def test_dropout_takes_weights_and_not_their_sum():
   inputs = jnp.zeros((1, 1, 1, 1)), jnp.zeros((1, 1, 3, 1))
   value = jnp.array([1.0, 10.0, 100.0]).reshape(1, 1, 3, 1)
   keep = jnp.array([1.0, 0.0, 1.0]).reshape(1, 1, 1, 3)
-  out = kernels.attend(*inputs, value, jnp.zeros(()), lambda w: w * keep)
+  out = layers.dot_product_attention(
+    *inputs, value, jnp.zeros(()), lambda w: w * keep
+  )
   np.testing.assert_allclose(out[0, 0, 0, 0], 101 / 3, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "rows, shape, loops",
-  [
-    (2, (1024, 1024), 1),
-    (8, (512, 2048), 1),
-    (16, (1024, 1024), 1),
-    (1, (1024, 1024), 0),  # a matrix times a vector is fast as it is
-    (17, (1024, 1024), 0),
-    (8, (512, 1024), 1),
-    (8, (256, 1024), 0),  # small
-    (8, (2048, 768), 0),  # narrow
-    (8, (1030, 1024), 0),  # rows of the kernel that 8 does not divide
-    (8, (1024, 1030), 0),  # columns that 32 does not divide
-  ],
-)
-def test_few_rows_times_a_large_matrix(rows, shape, loops):
-  rng = np.random.default_rng(0)
-  x, kernel = rng.standard_normal((rows, shape[0])), rng.standard_normal(shape)
-  inputs = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-  assert _loops(kernels.project, *inputs) == loops
-  y = jax.jit(kernels.project)(*inputs)
-  np.testing.assert_allclose(y, x @ kernel, atol=2e-4)
-
-
-def test_few_rows_keep_their_types():
-  x, kernel = jnp.ones((2, 1024), jnp.bfloat16), jnp.ones((1024, 1024))
-  assert kernels.project(x, kernel).dtype == jnp.float32
-  y = kernels.project(x, kernel.astype(jnp.bfloat16))
-  assert y.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(np.asarray(y, np.float32), 1024.0)
-
-
-def test_a_mesh_keeps_the_plain_forms():
+def test_a_mesh_keeps_the_plain_form():
   mesh = jax.make_mesh(
     (2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2
   )
   with jax.set_mesh(mesh):
-    matrix = jnp.ones((1024, 1024))
-    assert _loops(kernels.project, jnp.ones((8, 1024)), matrix) == 0
     heads = jnp.ones((2, 2, 512, 4))
-    assert _loops(kernels.attend, heads, heads, heads, jnp.zeros(())) == 0
+    assert loops(attend, heads, heads, heads, jnp.zeros(())) == 0

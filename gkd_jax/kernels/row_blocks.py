@@ -1,0 +1,78 @@
+"""Work on a chunk's logits, a few rows at a time on a CPU."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax.kernels import dispatch
+
+# Numbers of a block of rows: about ten arrays of this size fit a CPU's cache.
+_BLOCK = 2**17
+# Least and most columns of a sum that a part of a product is added to.
+_NARROW, _WIDE = 512, 4096
+
+
+def map_rows(f: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """Computes `f(*arrays)`, for an f that treats every row by itself.
+
+  XLA's CPU backend writes each intermediate array of a softmax or a divergence
+  to memory. A few rows at a time, these stay in the cache, and no array but
+  arguments and results has the size of all rows.
+
+  Args:
+    f: a function of arrays `[..., V]` or `[...]`, which returns a tree of such.
+    *arrays: `[N, V]` or `[N]`, the first of them `[N, V]`.
+
+  Returns:
+    What `f(*arrays)` returns: arrays `[N, ...]`.
+  """
+  rows = max(1, _BLOCK // arrays[0].shape[-1])
+  if arrays[0].shape[0] <= rows:
+    return f(*arrays)
+  kernel = lambda *arrays: jax.lax.map(
+    lambda row: f(*row), arrays, batch_size=rows
+  )
+  return dispatch.on_cpu(kernel, f, *arrays)
+
+
+def add_product(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Computes total + xᵀ y.
+
+  XLA's CPU backend writes a product to memory before it is added. A few columns
+  at a time, no second array of the sum's size is needed.
+
+  Args:
+    total: `[D, V]` float32.
+    x: `[N, D]` float32.
+    y: `[N, V]` float32.
+
+  Returns:
+    `[D, V]` float32.
+  """
+  size = total.shape[1]
+  width = next(w for w in range(min(size, _WIDE), 0, -1) if size % w == 0)
+  if not _NARROW <= width < size:
+    return _add_product(total, x, y)
+  kernel = functools.partial(_add_product_by_columns, width)
+  return dispatch.on_cpu(kernel, _add_product, total, x, y)
+
+
+def _add_product(total, x, y):
+  return total + jnp.einsum("nd,nv->dv", x, y)
+
+
+def _add_product_by_columns(width, total, x, y):
+  def add(i, total):
+    columns = functools.partial(
+      jax.lax.dynamic_slice_in_dim,
+      start_index=i * width,
+      slice_size=width,
+      axis=1,
+    )
+    part = _add_product(columns(total), x, columns(y))
+    return jax.lax.dynamic_update_slice_in_dim(total, part, i * width, axis=1)
+
+  return jax.lax.fori_loop(0, total.shape[1] // width, add, total)
