@@ -89,23 +89,22 @@ class TokensToLogits(Protocol):
 
 
 class TransformerModel(Protocol):
-  """What `GKDModel` needs of a student and of a teacher.
+  """What distillation needs of a student and of a teacher.
 
-  The methods of T5X's model protocol, and those by which a batch's outputs are
-  replaced with the student's own. T is the decoder's length; where a row of the
-  decoder holds a prompt too, it counts.
+  `models.BaseTransformerModel` adds T5X's losses, scores and predictions. T is
+  the decoder's length, prompts in decoder rows included.
   """
 
   num_real_tokens: int | None
-  """Token ids from here on are padding of the vocabulary; None: there are none."""
+  """Token ids from here on are vocabulary padding; None: no padding."""
 
   FEATURE_CONVERTER_CLS: Any
-  """seqio's converter of the features that the model reads: a name in seqio, or
-  a class. Student and teacher have the same."""
+  """seqio's feature converter: a name in seqio, or a class. Student and teacher
+  have the same."""
 
   @property
   def config(self) -> Any:
-    """The network's sizes, `vocab_size` and `dropout_rate` among them."""
+    """The network's configuration: `vocab_size`, `dropout_rate` and sizes."""
     ...
 
   def get_initial_variables(
@@ -117,7 +116,7 @@ class TransformerModel(Protocol):
     """Returns freshly drawn `params`, and `params_axes`, their logical axes.
 
     Args:
-      rng: key.
+      rng: random key.
       input_shapes: feature name to shape, at least those of the input tokens.
       input_types: feature name to dtype, int32 by default.
     """
@@ -126,10 +125,10 @@ class TransformerModel(Protocol):
   def encode(
     self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
   ) -> PyTree:
-    """What depends on the inputs alone, for sampling and for the loss.
+    """Returns the encoded inputs, which sampling and the loss share.
 
-    The encoded inputs `[B, S, D]`, or an empty tree where there is no encoder.
-    Dropout only with a key.
+    That is `[B, S, D]`, or an empty tree where there is no encoder. Dropout only
+    with a key.
     """
     ...
 
@@ -140,7 +139,7 @@ class TransformerModel(Protocol):
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Teacher-forced logits `[B, T, V]` on the batch's decoder tokens."""
+    """Returns teacher-forced logits `[B, T, V]` of the batch's outputs."""
     ...
 
   def decoder_hidden(
@@ -150,15 +149,15 @@ class TransformerModel(Protocol):
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Hidden states `[B, T, D]`; times `output_head` they are `decoder_logits`."""
-    ...
-
-  def decoder_params(self, params: Any) -> Any:
-    """Those that `decoder_logits`, `decoder_hidden` and `output_head` read."""
+    """Returns hidden states `[B, T, D]`; times `output_head` they are the logits."""
     ...
 
   def output_head(self, params: Any) -> Any:
-    """The head `[D, V]`, of the parameters or made of them; see `fused_loss`."""
+    """Returns the head `[D, V]`; see `losses.fused_distillation_loss`."""
+    ...
+
+  def decoder_params(self, params: Any) -> Any:
+    """Returns the parameters that the decoder and its head read."""
     ...
 
   def start_decoding(
@@ -182,18 +181,18 @@ class TransformerModel(Protocol):
     Returns:
       A step, the cache before the first token, and the arguments of
       `decoding.sample` that depend on the rows: `row_axes` and, where rows
-      start or end apart, `start_tokens` and `row_lengths`.
+      differ in where they start or end, `start_tokens` and `row_lengths`.
     """
     ...
 
   def has_inputs(self, batch: Batch) -> jax.Array:
-    """Whether each row holds an example, `[B]` bool; not one of padding."""
+    """Returns whether each row holds an example, `[B]` bool, not just padding."""
     ...
 
   def output_features(
     self, batch: Batch, tokens: jax.Array, weights: jax.Array
   ) -> dict[str, jax.Array]:
-    """The features that change when the rows get these outputs.
+    """Returns the features that change when the rows get other outputs.
 
     Args:
       batch: features before.
@@ -203,48 +202,7 @@ class TransformerModel(Protocol):
     ...
 
   def loss_weights(self, batch: Batch) -> jax.Array:
-    """Weights of the loss `[B, T]` float32: 0 at what is no output."""
-    ...
-
-  def loss_fn(
-    self, params: Any, batch: Batch, dropout_rng: jax.Array | None
-  ) -> tuple[jax.Array, Metrics]:
-    """T5X's loss: cross-entropy summed over target tokens, and metrics."""
-    ...
-
-  def eval_fn(self, params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """`loss_fn` without dropout."""
-    ...
-
-  def predict_batch(
-    self, params: Any, batch: Batch, rng: jax.Array | None = None
-  ) -> jax.Array:
-    """Outputs `[B, T]`, zeros after EOS."""
-    ...
-
-  def predict_batch_with_aux(
-    self,
-    params: Any,
-    batch: Batch,
-    rng: jax.Array | None = None,
-    decoder_params: Mapping[str, Any] | None = None,
-    return_all_decodes: bool | None = None,
-    num_decodes: int | None = None,
-  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-    """Outputs `[B, T]`, and `{"scores": [B]}`; or all N outputs of each row.
-
-    Args:
-      params: of the network.
-      batch: features; outputs in them are not read.
-      rng: key; may be None where nothing is drawn.
-      decoder_params: options of the decoding; greedy by default.
-      return_all_decodes: `[B, N, T]` and `[B, N]`, the best last.
-      num_decodes: N.
-    """
-    ...
-
-  def score_batch(self, params: Any, batch: Batch) -> jax.Array:
-    """Log-prob of each row's targets, `[B]`, nats summed over tokens."""
+    """Returns loss weights `[B, T]` float32, 0 at prompts and padding."""
     ...
 
 

@@ -15,4 +15,4 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.kernels.attention import attend
   from gkd_jax.kernels.matmul import project, times_transposed
   from gkd_jax.kernels.reductions import argmax
-  from gkd_jax.kernels.row_blocks import add_product, map_rows
+  from gkd_jax.kernels.row_blocks import add_product, rows_gradient

@@ -1,6 +1,7 @@
 """Work on a chunk's logits, a few rows at a time on a CPU."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,27 +16,46 @@ _BLOCK = 2**17
 _NARROW, _WIDE = 512, 4096
 
 
-def map_rows(f: Callable[..., Any], *arrays: jax.Array) -> Any:
-  """Computes `f(*arrays)`, for an f that treats every row by itself.
+def rows_gradient(
+  losses_of: Callable[..., tuple[jax.Array, Any]],
+  teacher_logits: jax.Array,
+  student_logits: jax.Array,
+  shares: jax.Array,
+  *,
+  block: int | None = None,
+) -> tuple[jax.Array, Any, jax.Array]:
+  """Computes losses of rows, and the gradient of Σ share · loss by the student.
 
   XLA's CPU backend writes each intermediate array of a softmax or a divergence
   to memory. A few rows at a time, these stay in the cache, and no array but
   arguments and results has the size of all rows.
 
   Args:
-    f: a function of arrays `[..., V]` or `[...]`, which returns a tree of such.
-    *arrays: `[N, V]` or `[N]`, the first of them `[N, V]`.
+    losses_of: a function of the teacher's and the student's logits that treats
+      every row by itself; returns losses, and a tree of auxiliary arrays.
+    teacher_logits: `[N, V]`.
+    student_logits: `[N, V]`.
+    shares: `[N]`.
+    block: most rows at a time on a CPU; by default as fit into its cache.
 
   Returns:
-    What `f(*arrays)` returns: arrays `[N, ...]`.
+    The losses `[N]`, the auxiliary arrays `[N, ...]`, and the gradient `[N, V]`.
   """
-  rows = max(1, _BLOCK // arrays[0].shape[-1])
-  if arrays[0].shape[0] <= rows:
-    return f(*arrays)
-  kernel = lambda *arrays: jax.lax.map(
-    lambda row: f(*row), arrays, batch_size=rows
+  rows = math.prod(student_logits.shape[:-1])
+  if block is None:
+    block = max(1, _BLOCK // student_logits.shape[-1])
+  if rows > block:
+    plain = functools.partial(rows_gradient, losses_of, block=rows)
+    kernel = lambda *arrays: jax.lax.map(
+      lambda row: plain(*row), arrays, batch_size=block
+    )
+    return dispatch.on_cpu(
+      kernel, plain, teacher_logits, student_logits, shares
+    )
+  losses, pull, aux = jax.vjp(
+    functools.partial(losses_of, teacher_logits), student_logits, has_aux=True
   )
-  return dispatch.on_cpu(kernel, f, *arrays)
+  return losses, aux, *pull(shares)
 
 
 def add_product(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

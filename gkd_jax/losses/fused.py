@@ -253,15 +253,50 @@ def _put(x, indices, rows):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(static, hidden, head, constants, chunks):
   """Returns sums over tokens of the loss and of each metric, by name."""
-  return _sums(static, hidden, head, constants, chunks, with_gradient=False)[0]
+  return _loss_forward(static, hidden, head, constants, chunks)[0]
 
 
 def _loss_forward(static, hidden, head, constants, chunks):
-  sums, d_hidden, d_head = _sums(
-    static, hidden, head, constants, chunks, with_gradient=True
+  """Returns these sums, and the loss's gradients for hidden states and head."""
+  layout, rebuild = static
+  tokens, teacher_head, traced = constants
+  losses_of = functools.partial(
+    distillation.token_losses, **rebuild(traced)._asdict()
   )
-  d_head = jnp.sum(d_head, axis=0).astype(head.dtype)
-  return sums, (d_hidden, d_head)
+
+  def step(index, carry):
+    sums, d_hidden, d_head = carry
+    indices = jax.lax.dynamic_slice_in_dim(
+      tokens.order, index * layout.chunk, layout.chunk, axis=1
+    )
+    weights = _take(tokens.weights, indices)
+    shares = _take(tokens.shares, indices).reshape(-1)
+    # 0 at padding, whose NaN would reach the head's gradient as 0 · NaN.
+    real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, indices), 0)
+    rows = real(hidden)
+    loss, metrics, d_logits = kernels.rows_gradient(
+      losses_of,
+      _logits(layout, real(tokens.teacher_hidden), teacher_head),
+      _logits(layout, rows, head),
+      shares,
+    )
+    new = {name: weights.reshape(-1) * x for name, x in metrics.items()}
+    new[_LOSS] = shares * loss
+    sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
+    gradients = d_hidden, d_head
+    return sums, *_add_gradients(
+      layout, *gradients, indices, rows, head, d_logits
+    )
+
+  names = (_LOSS, *distillation.TOKEN_METRICS)
+  d_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
+  start = (
+    {name: jnp.zeros((), jnp.float32) for name in names},
+    layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
+    layout.constrain(d_head, layout.data_axis, None, layout.model_axis),
+  )
+  sums, d_hidden, d_head = jax.lax.fori_loop(0, chunks, step, start)
+  return sums, (d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype))
 
 
 def _loss_backward(static, gradients, d_sums):
@@ -272,69 +307,6 @@ def _loss_backward(static, gradients, d_sums):
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
-
-
-def _sums(static, hidden, head, constants, chunks, *, with_gradient):
-  """Returns the sums over tokens, and gradients of hidden states and head.
-
-  The head's gradient is `[R, D, V]` float32, of each shard; without a gradient
-  both are empty.
-  """
-  layout, rebuild = static
-  tokens, teacher_head, traced = constants
-  losses = functools.partial(_chunk_losses, rebuild(traced), with_gradient)
-
-  def step(index, carry):
-    sums, *gradients = carry
-    indices = jax.lax.dynamic_slice_in_dim(
-      tokens.order, index * layout.chunk, layout.chunk, axis=1
-    )
-    weights = _take(tokens.weights, indices)
-    shares = _take(tokens.shares, indices).reshape(-1)
-    # 0 at padding, whose NaN would reach the head's gradient as 0 · NaN.
-    real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, indices), 0)
-    rows = real(hidden)
-    loss, metrics, d_logits = losses(
-      _logits(layout, real(tokens.teacher_hidden), teacher_head),
-      _logits(layout, rows, head),
-      shares,
-    )
-    new = {name: weights.reshape(-1) * x for name, x in metrics.items()}
-    new[_LOSS] = shares * loss
-    sums = {name: sums[name] + jnp.sum(x) for name, x in new.items()}
-    if with_gradient:
-      gradients = _add_gradients(
-        layout, *gradients, indices, rows, head, d_logits
-      )
-    return sums, *gradients
-
-  names = (_LOSS, *distillation.TOKEN_METRICS)
-  start = [{name: jnp.zeros((), jnp.float32) for name in names}]
-  if with_gradient:
-    d_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
-    start += [
-      layout.constrain(jnp.zeros_like(hidden), layout.data_axis),
-      layout.constrain(d_head, layout.data_axis, None, layout.model_axis),
-    ]
-  return jax.lax.fori_loop(0, chunks, step, tuple(start))
-
-
-def _chunk_losses(
-  settings, with_gradient, teacher_logits, student_logits, shares
-):
-  """Returns a chunk's losses and metrics `[N]`, and Σ share · loss's gradient.
-
-  The gradient is with respect to the student's logits `[N, V]`.
-  """
-
-  def rows(teacher_logits, student_logits, shares):
-    of = lambda x: distillation.token_losses(teacher_logits, x, *settings)
-    if not with_gradient:
-      return *of(student_logits), None
-    loss, pull, metrics = jax.vjp(of, student_logits, has_aux=True)
-    return loss, metrics, *pull(shares)
-
-  return kernels.map_rows(rows, teacher_logits, student_logits, shares)
 
 
 def _add_gradients(layout, d_hidden, d_head, indices, rows, head, d_logits):

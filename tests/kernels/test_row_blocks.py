@@ -1,5 +1,7 @@
 """Rows a few at a time: the plain form's values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,29 +12,27 @@ from gkd_jax import kernels
 from gkd_jax.kernels import row_blocks
 
 
-def softmax_sum(logits, scale):
-  """A row's `[...]` sum and `[..., V]` array."""
-  probs = jax.nn.softmax(logits)
-  return scale * jnp.sum(probs * logits, axis=-1), probs
+def products(p, q):
+  """Σ p softmax(q) of each row `[...]`, and the softmax `[..., V]`."""
+  probs = jax.nn.softmax(q)
+  return jnp.sum(p * probs, axis=-1), probs
 
 
 @pytest.mark.parametrize(("rows", "count"), [(3, 0), (8, 1), (10, 1)])
 def test_rows_by_blocks(rows, count, monkeypatch):
   monkeypatch.setattr(row_blocks, "_BLOCK", 4 * 6 + 5)  # four rows of six
   rng = np.random.default_rng(0)
-  logits, scale = rng.normal(size=(rows, 6)), rng.normal(size=rows)
-  inputs = jnp.asarray(logits, jnp.float32), jnp.asarray(scale, jnp.float32)
-  of = lambda *x: kernels.map_rows(softmax_sum, *x)
+  p, q, shares = (rng.normal(size=n) for n in ((rows, 6), (rows, 6), rows))
+  inputs = [jnp.asarray(x, jnp.float32) for x in (p, q, shares)]
+  of = functools.partial(kernels.rows_gradient, products)
   assert loops(of, *inputs) == count
-  got, pull = jax.vjp(jax.jit(of), *inputs)
-  exact = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  mean = np.sum(exact * logits, axis=-1)
-  np.testing.assert_allclose(got[0], scale * mean, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(got[1], exact, rtol=1e-5)
-  slopes = pull((jnp.ones(rows), jnp.zeros((rows, 6))))
-  by_logit = exact * (1 + logits - mean[:, None]) * scale[:, None]
-  np.testing.assert_allclose(slopes[0], by_logit, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(slopes[1], mean, rtol=1e-5, atol=1e-6)
+  losses, probs, gradient = jax.jit(of)(*inputs)
+  exact = np.exp(q) / np.exp(q).sum(-1, keepdims=True)
+  mean = np.sum(p * exact, axis=-1)
+  np.testing.assert_allclose(losses, mean, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(probs, exact, rtol=1e-5)
+  by_logit = shares[:, None] * exact * (p - mean[:, None])
+  np.testing.assert_allclose(gradient, by_logit, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_a_mesh_keeps_the_plain_forms():
   )
   with jax.set_mesh(mesh):
     matrix = jnp.ones((128, 2**17))
-    of = lambda x: kernels.map_rows(jax.nn.softmax, x)
-    assert loops(of, matrix) == 0
+    of = functools.partial(kernels.rows_gradient, products)
+    assert loops(of, matrix, matrix, jnp.ones(128)) == 0
     assert (
       loops(kernels.add_product, matrix, jnp.ones((1, 128)), matrix[:1]) == 0
     )
