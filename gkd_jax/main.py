@@ -167,12 +167,14 @@ def _gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _train():
   _start()
+  import jax
+
   import gin
   from gkd_jax import gin_utils, train
 
   if FLAGS.dry_run:
     print(gin.config_str())
-  else:
+  elif jax.process_index() == 0:
     gin_utils.save()
   gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
 

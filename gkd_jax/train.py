@@ -226,11 +226,9 @@ def _check_targets(batch, source, step):
 
 def _print_sizes(run, teacher_params):
   student = parameters.count_array_elements(run.state.params)
-  student_bytes = partitioning.bytes_per_device(
-    run.state, _shardings(run.state)
-  )
+  student_bytes = partitioning.bytes_per_device(run.state)
   teacher = parameters.count_array_elements(teacher_params)
-  teacher_bytes = parameters.held_bytes_per_device(teacher_params)
+  teacher_bytes = partitioning.bytes_per_device(teacher_params)
   print(
     f"student {student:,} parameters ({student_bytes:,} bytes per device with"
     f" optimizer), teacher {teacher:,} parameters ({teacher_bytes:,} bytes per"

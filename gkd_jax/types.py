@@ -32,6 +32,9 @@ TOP_K_IDS, TOP_K_LOG_PROBS = "top_k_ids", "top_k_log_probs"
 """Features of a batch with a teacher's stored top-k log-probs: ids `[B, T, k]`, and
 log-probs `[B, T, k + 1]`, the last of all other tokens together."""
 
+ADVANTAGES, REWARDS = "advantages", "rewards"
+"""Features of a batch whose outputs a reward has scored: `[B, T]` and `[B]`."""
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to `(sum, weight)`, both `[]` float32: sums add up over microbatches,
 devices and steps, and are divided by the summed weight once, at the end."""

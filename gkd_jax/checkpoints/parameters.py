@@ -32,13 +32,6 @@ def count_array_elements(params: Any) -> int:
   )
 
 
-def held_bytes_per_device(params: Any) -> int:
-  """Returns the bytes on one device of a tree of `jax.Array`s."""
-  return sum(
-    x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params)
-  )
-
-
 def shapes(config: network.T5Config) -> dict[str, tuple[int, ...]]:
   """Returns parameter path, joined by "/", to shape."""
   params = traverse_util.flatten_dict(_variables(config)["params"], sep="/")

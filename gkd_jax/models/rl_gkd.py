@@ -17,9 +17,6 @@ from gkd_jax import decoding, losses, types
 from gkd_jax.losses import policy_gradient
 from gkd_jax.models import base_model, gkd
 
-# Features that a judged batch has besides the model's own.
-ADVANTAGES, REWARDS = "advantages", "rewards"
-
 
 class RLGKDModel(gkd.GKDModel):
   """A student, a teacher, their divergence, and a reward of the outputs.
@@ -134,7 +131,7 @@ class RLGKDModel(gkd.GKDModel):
       ValueError: a batch without rewards where they are needed.
     """
     if self.needs_rewards:
-      if ADVANTAGES not in batch:
+      if types.ADVANTAGES not in batch:
         raise ValueError(
           "expected judged outputs, got a batch without advantages; use"
           " training.RolloutBatches"
@@ -167,7 +164,7 @@ class RLGKDModel(gkd.GKDModel):
     )
     gradient, _, more = losses.policy_gradient_loss(
       losses.target_log_probs(log_probs, targets, weights),
-      batch[ADVANTAGES],
+      batch[types.ADVANTAGES],
       weights,
       length_normalization=self.length_normalization,
     )
@@ -176,7 +173,7 @@ class RLGKDModel(gkd.GKDModel):
     metrics |= base_model.output_metrics(targets, weights) | more
     metrics |= {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
-      "reward": (jnp.sum(rows * batch[REWARDS]), jnp.sum(rows)),
+      "reward": (jnp.sum(rows * batch[types.REWARDS]), jnp.sum(rows)),
       "loss": (loss, weight),
     }
     return loss, metrics

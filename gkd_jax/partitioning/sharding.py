@@ -219,14 +219,13 @@ def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
   return rest.replace(params=params_shardings)
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
-  """Returns the bytes of a tree of arrays or shapes on one device."""
-  sizes = jax.tree.map(
-    lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-    tree,
-    shardings,
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes on one device of arrays, or of shapes with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+    if leaf.sharding is not None
   )
-  return sum(jax.tree.leaves(sizes))
 
 
 def input_shapes(

@@ -21,8 +21,8 @@ from gkd_jax import (
   optimizers,
   partitioning,
   training,
+  types,
 )
-from gkd_jax.models import rl_gkd
 from gkd_jax.partitioning import meshes
 from gkd_jax.planning import program_files, program_report, topologies
 
@@ -158,7 +158,7 @@ class Programs:
   @property
   def held_bytes(self) -> int:
     """Bytes that the arguments of a training step take on one device."""
-    return program_report.held_bytes(
+    return partitioning.bytes_per_device(
       (self._run.state, self._run.teacher, self._step_batch)
     )
 
@@ -236,8 +236,8 @@ class Programs:
     shape = outputs["decoder_loss_weights"].shape
     self.rows = shape[0]
     judged = {
-      rl_gkd.REWARDS: jax.ShapeDtypeStruct(shape[:1], jnp.float32),
-      rl_gkd.ADVANTAGES: jax.ShapeDtypeStruct(shape, jnp.float32),
+      types.REWARDS: jax.ShapeDtypeStruct(shape[:1], jnp.float32),
+      types.ADVANTAGES: jax.ShapeDtypeStruct(shape, jnp.float32),
     }
     self._step_batch = self._placed(outputs | judged)
 

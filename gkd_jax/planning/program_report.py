@@ -4,14 +4,12 @@ Also the text of what `gkd fit` finds.
 """
 
 import dataclasses
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
+from gkd_jax import partitioning
 from gkd_jax.planning import costs, hlo, topologies
 
 
@@ -121,18 +119,9 @@ def out_of_memory_report(error: Exception, arguments: Any) -> dict[str, Any]:
   match = re.search(r"RESOURCE_EXHAUSTED: ([^\n]*)", str(error))
   return {
     "fits": False,
-    "memory": {"arguments": held_bytes(arguments)},
+    "memory": {"arguments": partitioning.bytes_per_device(arguments)},
     "compiler_says": match[1] if match else str(error),
   }
-
-
-def held_bytes(arguments: Any) -> int:
-  """Returns the bytes that abstract arrays with shardings take on a device."""
-  return sum(
-    math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
-    for s in jax.tree.leaves(arguments)
-    if s.sharding is not None
-  )
 
 
 def memory(stats: Any) -> dict[str, int]:

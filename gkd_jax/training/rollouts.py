@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gkd_jax import files, losses, partitioning
-from gkd_jax.models import rl_gkd
+from gkd_jax import files, losses, partitioning, types
 
 _FILE = "running_mean.json"
 
@@ -114,8 +113,8 @@ class RolloutBatches:
     start = jax.process_index() * rows
     advantages = np.asarray(advantages).reshape(-1, length)
     return {
-      rl_gkd.REWARDS: judged,
-      rl_gkd.ADVANTAGES: advantages[start : start + rows],
+      types.REWARDS: judged,
+      types.ADVANTAGES: advantages[start : start + rows],
     }
 
   def _texts(self, batch, outputs):

@@ -76,7 +76,7 @@ def test_calibration_by_hand():
   assert got == pytest.approx(expected)
 
 
-def test_calibration_of_a_law_that_means_what_it_says():
+def test_calibration_of_a_calibrated_distribution():
   rng = np.random.default_rng(0)
   logits = 2 * rng.normal(size=(40, 100, 5))
   probs = np.exp(loss_batches.log_softmax64(logits))

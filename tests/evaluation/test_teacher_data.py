@@ -201,7 +201,7 @@ def test_other_settings_are_refused(tmp_path):
   assert sorted(tmp_path.iterdir()) == before
 
 
-def test_laws_of_the_outputs(tmp_path):
+def test_top_k_log_probs_of_the_outputs(tmp_path):
   model, params, _ = toy()
   write(
     tmp_path / "out",

@@ -118,7 +118,7 @@ CASES = {
     ),
   ],
 )
-def test_full_size_laws_train_as_the_teacher_in_memory(
+def test_full_top_k_trains_as_the_teacher_in_memory(
   task, tmp_path, kind, targets, options
 ):
   toy, _, converter = CASES[kind]
@@ -154,7 +154,7 @@ def test_full_size_laws_train_as_the_teacher_in_memory(
   np.testing.assert_allclose(got[:, 1], expected[:, 1], rtol=1e-4)
 
 
-def test_where_laws_stand_in_a_row(task):
+def test_where_log_probs_stand_in_a_row(task):
   """Behind the prompt in a decoder, trimmed with the targets in both."""
   example = {
     "inputs": [9, 4, 1],

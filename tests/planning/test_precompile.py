@@ -181,7 +181,9 @@ def test_the_old_state_s_memory_holds_the_new_one(model, phases):
     mesh,
     partitioning.parameter_rules(False),
   )
-  of_state = partitioning.bytes_per_device(state, shardings)
+  of_state = partitioning.bytes_per_device(
+    partitioning.with_shardings(state, shardings)
+  )
   for phase in ("data", "student"):
     assert phases[phase]["memory"]["aliased"] == of_state
 
