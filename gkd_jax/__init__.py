@@ -72,6 +72,7 @@ def _load_tasks_of_checkout():
     folder / "__init__.py",
     submodule_search_locations=[str(folder)],
   )
+  assert spec and spec.loader  # of a file's path there is one
   sys.modules[spec.name] = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(sys.modules[spec.name])
 

@@ -65,7 +65,7 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     manifest = json.loads(text)
     known = manifest["format"] == FORMAT
   except (ValueError, KeyError, TypeError):
-    manifest, known = None, False
+    manifest, known = {}, False
   if not known:
     raise ValueError(
       f"expected a manifest of format {FORMAT!r}, got {text[:80]!r} in {path};"

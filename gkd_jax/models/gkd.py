@@ -322,7 +322,7 @@ class GKDModel(distillation_model.DistillationModel):
     metrics = _sample_metrics(weights, ended, used, present)
     new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:
-      old = batch | {"decoder_loss_weights": self.student.loss_weights(batch)}
+      old = {**batch, "decoder_loss_weights": self.student.loss_weights(batch)}
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
     return dict(batch) | new, metrics
 

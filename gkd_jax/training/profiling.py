@@ -56,7 +56,7 @@ class Profiler:
       step: steps done before this one.
       outputs: arrays of the step, which is waited for.
     """
-    if self._tracing and step + 1 == self._steps[1]:
+    if self._tracing and self._steps and step + 1 == self._steps[1]:
       jax.block_until_ready(outputs)
       self._stop()
 

@@ -155,7 +155,7 @@ def jit_step(
 
 
 def pmap_step(
-  step: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+  step: Callable[..., Any], devices: Sequence[Any] | None = None
 ) -> Callable[..., Any]:
   """Compiles the step data parallel under `pmap`; call it as `jit_step`'s.
 
