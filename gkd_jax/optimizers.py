@@ -11,8 +11,8 @@ from gkd_jax import schedules, types
 class Optimizer:
   """A learning-rate schedule and the transformation that it multiplies.
 
-  The rate is applied by the step, from the state's step, not by optax from a
-  count of its own, so that a skipped update does not shift the schedule.
+  The training step applies the rate, by the state's step and not by a count of
+  optax's own, so that a skipped update does not shift the schedule.
 
   Attributes:
     learning_rate: step -> rate.
@@ -34,7 +34,7 @@ def adafactor(
   beta1: float | None = None,
   max_grad_norm: float | None = None,
 ) -> Optimizer:
-  """Adafactor (Shazeer and Stern 2018) with T5X's settings as defaults.
+  """Returns Adafactor (Shazeer and Stern 2018) with T5X's settings as defaults.
 
   Args:
     learning_rate: relative to each parameter's scale, unless
@@ -68,7 +68,7 @@ def adamw(
   weight_decay: float = 0.0,
   max_grad_norm: float | None = None,
 ) -> Optimizer:
-  """AdamW (Loshchilov and Hutter 2019).
+  """Returns AdamW (Loshchilov and Hutter 2019).
 
   Args:
     learning_rate: absolute.

@@ -1,8 +1,11 @@
 """A `jax.profiler` trace of a few training steps."""
 
+import os
 from typing import Any
 
 import jax
+
+from gkd_jax import files
 
 
 class Profiler:
@@ -29,7 +32,7 @@ class Profiler:
         "expected the first and the last step of a profile, such as (10, 13),"
         f" got {steps}; set PROFILE_STEPS"
       )
-    self._model_dir = model_dir
+    self._model_dir = os.fspath(files.absolute(model_dir))
     self._steps = steps
     self._tracing = False
 
