@@ -164,17 +164,13 @@ def test_a_step_in_slots_is_the_step():
   losses = []
   for slots in (None, 3):
     model, params, teacher_params = toy_models.gkd(decode_slots=slots)
-    loss, weight, metrics = jax.jit(
-      functools.partial(model.train_loss, source="student")
-    )(
-      params,
-      teacher_params,
-      toy_models.batch(),
-      step=jnp.int32(0),
-      key=jax.random.key(2),
-      row_ids=jnp.arange(8),
-    )
-    losses.append([loss, weight, metrics["sampled_length"][0]])
+    inputs = toy_models.inputs("student", key=jax.random.key(2))
+    loss, metrics = jax.jit(
+      lambda p, t, b, model=model, inputs=inputs: model.train_loss(
+        p, t, b, inputs
+      )
+    )(params, teacher_params, toy_models.batch())
+    losses.append([loss, metrics["loss"][1], metrics["sampled_length"][0]])
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 

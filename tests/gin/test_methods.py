@@ -12,6 +12,7 @@ import gin_probe
 import jax
 import numpy as np
 import pytest
+import toy_models
 from loss_batches import log_softmax64
 
 import gin
@@ -164,15 +165,11 @@ def test_negative_log_likelihood(method, toys, tmp_path):
   model = gin_probe.parts_of(toys(method), tmp_path, **macros(method))["model"]
   assert model.teacher is None
   params, batch = params_of(model, 1), batch_of()
-  total, weight, _ = jax.jit(model.train_loss, static_argnames="source")(
-    params,
-    {},
-    batch,
-    source="data",
-    step=0,
-    key=jax.random.key(0),
-    row_ids=np.arange(8),
+  inputs = toy_models.inputs("data")
+  total, metrics = jax.jit(lambda p, b: model.train_loss(p, {}, b, inputs))(
+    params, batch
   )
+  weight = metrics["loss"][1]
   targets = batch["decoder_target_tokens"]
   log_q = log_softmax64(jax.jit(model.logits)(params, batch))
   nll = -np.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
@@ -199,15 +196,11 @@ def test_divergence_on_each_source(method, source, toys, tmp_path):
     params_of(model.teacher, 2),
   )
   batch, key = batch_of(), jax.random.key(5)
-  total, weight, _ = jax.jit(model.train_loss, static_argnames="source")(
-    params,
-    teacher_params,
-    batch,
-    source=source,
-    step=0,
-    key=key,
-    row_ids=np.arange(8),
+  inputs = toy_models.inputs(source, key=key)
+  total, metrics = jax.jit(lambda p, t, b: model.train_loss(p, t, b, inputs))(
+    params, teacher_params, batch
   )
+  weight = metrics["loss"][1]
   if source == "student":
     _, sample_key, _ = jax.random.split(key, 3)
     batch = on_own_outputs(model, params, batch, sample_key)
