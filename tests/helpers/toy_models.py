@@ -132,3 +132,12 @@ def inputs(source, rows=8, key=None):
   """`types.StepInputs` of step 0 for the first rows of a batch."""
   key = jax.random.key(0) if key is None else key
   return types.StepInputs(source, jnp.int32(0), key, jnp.arange(rows))
+
+
+def settings(batch_size, **partitioner):
+  """Groups of settings of a run on toy batches, which reads no data."""
+  lengths = {"inputs": 6, "targets": 7}
+  return {
+    "dataset": training.DatasetConfig("toy", lengths, batch_size),
+    "partitioner": training.PartitionerConfig(**partitioner),
+  }

@@ -360,9 +360,7 @@ def test_what_a_device_holds_as_precompile_sees_it():
     return precompile.Programs(
       models.GKDModel(toy_models.model(8), kept(plain, weights)),
       optimizers.adafactor(1e-3),
-      partitioning.make_mesh(1),
-      {"inputs": 6, "targets": 7},
-      8,
+      **toy_models.settings(8),
     ).held_bytes
 
   whole = held("float32")

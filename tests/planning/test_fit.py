@@ -14,7 +14,6 @@ from gkd_jax import (
   models,
   network,
   optimizers,
-  partitioning,
   schedules,
 )
 from gkd_jax.planning import depths, fit, precompile, topologies
@@ -40,8 +39,9 @@ def deep(student=5, teacher=4):
 
 
 def report(model):
-  mesh = partitioning.make_mesh(1, jax.devices()[:1])
-  programs = precompile.Programs(model, OPTIMIZER, mesh, LENGTHS, 4)
+  programs = precompile.Programs(
+    model, OPTIMIZER, **toy_models.settings(4), devices=jax.devices()[:1]
+  )
   return programs.report("data", None, "cpu")
 
 
@@ -196,9 +196,7 @@ def search(hbm_bytes, folder=None, **options):
     "devices": jax.devices()[:2],
     "chip": chip,
     "topology": "test:2",
-    "task_feature_lengths": LENGTHS,
-    "batch_size": 1,
-    "num_microbatches": 3,  # of the run; searched
+    **toy_models.settings(1, num_microbatches=3),  # of the run; searched
     "output_path": folder,
   }
   return fit.fit(
@@ -217,9 +215,11 @@ def test_what_fits_is_compiled_whole_and_its_settings_are_flags(
   (row,) = result["candidates"]
   assert tuple(row["settings"].values()) == (2, False, 1, "none")
   best = result["best"]
-  mesh = partitioning.make_mesh(2, jax.devices()[:2])
   programs = precompile.Programs(
-    toy_models.model(8), OPTIMIZER, mesh, LENGTHS, 1
+    toy_models.model(8),
+    OPTIMIZER,
+    **toy_models.settings(1, num_partitions=2),
+    devices=jax.devices()[:2],
   )
   assert programs.held_bytes == best["report"]["memory"]["arguments"]
   flags = best["flags"]

@@ -24,19 +24,15 @@ LENGTHS = {"inputs": 6, "targets": 7}
 CHIP = topologies.Chip("test", 1e9, 2**30, 1e8, 1e7)
 
 
-def compile_toy(model, **options):
+def compile_toy(model, batch_size=16, partitioner=None, **options):
   return precompile.precompile(
     model,
     optimizers.adafactor(0.1),
-    task_feature_lengths=LENGTHS,
-    num_partitions=2,
+    **toy_models.settings(
+      batch_size, **{"num_partitions": 2} | (partitioner or {})
+    ),
     **(
-      {
-        "devices": jax.devices()[:8],
-        "chip": None,
-        "topology": "cpu:8",
-        "batch_size": 16,
-      }
+      {"devices": jax.devices()[:8], "chip": None, "topology": "cpu:8"}
       | options
     ),
   )
@@ -84,7 +80,9 @@ def test_weights_split_over_data_are_gathered_and_activations_stay(
   model, phases
 ):
   whole = phases["teacher"]["collectives"]
-  split = compile_toy(model, phases=["teacher"], shard_params_over_data=True)
+  split = compile_toy(
+    model, phases=["teacher"], partitioner={"shard_params_over_data": True}
+  )
   split = split["phases"]["teacher"]["collectives"]
   # The model axis adds up no more; nothing is added up over data.
   for name in ("count", "operand_bytes"):
@@ -298,8 +296,11 @@ def test_outputs_for_a_reward_are_rolled_out_before_the_step():
   ("options", "sentence"),
   [
     ({"phases": ["sampling", "nothing"]}, "got nothing; set --phases"),
-    ({"executor": "pmap"}, "set EXECUTOR = 'jit'"),
-    ({"num_microbatches": 3}, "a multiple of 12 .*set BATCH_SIZE"),
+    ({"partitioner": {"executor": "pmap"}}, "set EXECUTOR = 'jit'"),
+    (
+      {"partitioner": {"num_microbatches": 3}},
+      "a multiple of 12 .*set BATCH_SIZE",
+    ),
   ],
 )
 def test_wrong_settings_are_a_sentence(model, options, sentence):
@@ -310,7 +311,9 @@ def test_wrong_settings_are_a_sentence(model, options, sentence):
 def test_only_what_is_asked_for_is_built():
   gin_utils.parse(["experiments/smoke.gin"], [], [])
   found = gin_utils.bindings(train.train, precompile.SETTINGS)
-  assert found["batch_size"] == 16 and found["model"].teacher is not None
+  assert (
+    found["dataset"].batch_size == 16 and found["model"].teacher is not None
+  )
   assert "teacher_checkpoint_path" not in found
   with pytest.raises(ValueError, match="none of MODEL_DIR; set MODEL_DIR"):
     gin_utils.bindings(train.train, ["model_dir"])
@@ -318,7 +321,7 @@ def test_only_what_is_asked_for_is_built():
   with pytest.raises(
     ValueError, match=r"got none of .*STUDENT, .*TEACHER;"
   ) as error:
-    gin_utils.bindings(train.train, ["model", "batch_size"])
+    gin_utils.bindings(train.train, ["model", "dataset"])
   assert "MODEL_DIR" not in str(error.value)
 
 
