@@ -233,6 +233,15 @@ def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
   assert model.teacher_temperature == 1.0
 
 
+@pytest.mark.parametrize(
+  "binding",
+  ["STUDENT_DATA_FRACTION = 0.5", "DIVERGENCE = 'jsd'", "DECODE_SLOTS = 4"],
+)
+def test_minillm_refuses_settings_that_it_does_not_read(binding):
+  with pytest.raises(ValueError, match=f"got {binding.split()[0]};"):
+    gin_utils.parse(["methods/minillm.gin"], [binding], [])
+
+
 def test_a_self_teacher_has_the_students_size(toys, tmp_path):
   parts = gin_probe.parts_of(
     toys("self_distillation"), tmp_path, **macros("self_distillation")

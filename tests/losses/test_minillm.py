@@ -297,9 +297,6 @@ def test_microbatches_change_nothing():
   [
     ({"teacher_mix": 1.0}, "set TEACHER_MIX"),
     ({"importance": "none"}, "set IMPORTANCE"),
-    ({"student_data_fraction": 0.5}, "set STUDENT_DATA_FRACTION"),
-    ({"divergence": "forward_kl"}, "'forward_kl'; set DIVERGENCE"),
-    ({"beta": 0.5}, "set BETA"),
     ({"sampling_temperature": 0.0}, "set SAMPLING_TEMPERATURE"),
     ({"teacher_temperature": 0.0}, "set TEACHER_TEMPERATURE"),
   ],
