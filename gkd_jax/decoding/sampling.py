@@ -103,14 +103,10 @@ def sample(
     ValueError: a setting is out of range, a shape is not `[B]`, or the key is
       None at a temperature above 0.
   """
-  _check_settings(max_decode_length, temperature, top_k, top_p)
+  _check_settings(key, max_decode_length, temperature, top_k, top_p)
   _check_slots(slots, row_axes)
   if _is_static(temperature) and temperature == 0:
     key, temperature, top_k, top_p = None, 1.0, 0, 1.0
-  elif key is None:
-    raise ValueError(
-      f"expected a random key at temperature {temperature}, got None; set key"
-    )
 
   def draw(logits, row_keys, position):
     logits = sampling_logits(
@@ -287,7 +283,7 @@ def _is_static(value) -> bool:
   return not isinstance(value, jax.Array)  # known while tracing
 
 
-def _check_settings(max_decode_length, temperature, top_k, top_p):
+def _check_settings(key, max_decode_length, temperature, top_k, top_p):
   if max_decode_length < 1:
     raise ValueError(
       f"expected a decode length of at least 1, got {max_decode_length}; "
@@ -305,6 +301,11 @@ def _check_settings(max_decode_length, temperature, top_k, top_p):
   if not 0 < top_p <= 1:
     raise ValueError(
       f"expected top_p in (0, 1], got {top_p}; set top_p (1.0 keeps all)"
+    )
+  is_greedy = _is_static(temperature) and temperature == 0
+  if key is None and not is_greedy:
+    raise ValueError(
+      f"expected a random key at temperature {temperature}, got None; set key"
     )
 
 

@@ -264,7 +264,7 @@ class GKDModel(distillation_model.DistillationModel):
     if self.loss_chunk_size is not None:
       return self.loss_chunk_size
     logits = batch["decoder_target_tokens"].size * self.config.vocab_size
-    return 256 if logits > 2**22 else 0
+    return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
 
   def _loss_settings(self, batch, step):
     return {

@@ -108,17 +108,7 @@ def fit(
     partitioning.SLICE_AXIS, 1
   )
   tried = list(meshes(len(devices), batch_size, model_axis, slices))
-
-  def programs(model, candidate):
-    return precompile.Programs(
-      model,
-      optimizer,
-      dataset,
-      dataclasses.replace(partitioner, **candidate.partitioner),
-      seed=seed,
-      devices=devices,
-    )
-
+  programs = _programs_of(optimizer, dataset, partitioner, seed, devices)
   search = _Search(model, programs, chip, topology, phase, output_path)
   print(
     f"{topology}: {len(devices)} devices, batch {batch_size}, lengths"
@@ -199,6 +189,22 @@ def savers(candidate: Candidate, rows: int) -> Iterator[list[Candidate]]:
     parts *= 2
     if rows % parts:
       return
+
+
+def _programs_of(optimizer, dataset, partitioner, seed, devices):
+  """Returns a function of a model and a candidate to the run's programs."""
+
+  def programs(model, candidate):
+    return precompile.Programs(
+      model,
+      optimizer,
+      dataset,
+      dataclasses.replace(partitioner, **candidate.partitioner),
+      seed=seed,
+      devices=devices,
+    )
+
+  return programs
 
 
 class _Search:

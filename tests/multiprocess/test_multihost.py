@@ -150,7 +150,5 @@ def test_processes_stop_two_lose_one_and_one_goes_on(tmp_path, count):
     got = np.array([(before if processes > 1 else again)[s] for s in steps])
     expected = np.array([whole[s] for s in steps])
     difference = np.abs(got / expected - 1).max()
-    print(
-      f"{processes} processes, {len(steps)} steps: {difference:.1e} at most"
-    )
+    print(f"{processes} processes, {len(steps)} steps: {difference:.1e}")
     assert difference <= 1e-5
