@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import decoding, losses, partitioning
+from gkd_jax import losses, models, partitioning
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -150,8 +150,8 @@ def _record(task, example, row, shards):
   """Returns the record of one output; `row` is its row of `_compiled`."""
   targets = example["targets"]
   if shards.targets == OUTPUTS:
-    targets = row["tokens"][: np.count_nonzero(row["tokens"])]
-  record = {"score": row["score"]}
+    targets = row["tokens"][: row["length"]]
+  record = {"score": row["score"], "ended": row["ended"]}
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
     # A vocabulary without text decodes to numbers.
@@ -181,13 +181,22 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
       tokens, aux = model.predict_batch_with_aux(
         params, batch, key, options, return_all_decodes=False
       )
-      # Readers end an output at the first padding token.
-      kept = jnp.cumprod((tokens != decoding.PAD_ID).astype(jnp.int32), axis=1)
-      result = {"tokens": tokens * kept, "score": aux["scores"]}
-      weights = kept.astype(jnp.float32)
-      batch |= model.output_features(batch, result["tokens"], weights)
+      kept = jnp.arange(tokens.shape[1])[None] < aux["lengths"][:, None]
+      if model.special_tokens.zero_is_padding:
+        # Readers end an output at the first padding token.
+        kept &= jnp.cumprod((tokens != 0).astype(jnp.int32), axis=1) > 0
+      tokens, weights = tokens * kept, kept.astype(jnp.float32)
+      eos_id = model.special_tokens.eos_id
+      result = {
+        "tokens": tokens,
+        "length": jnp.sum(kept, axis=1),
+        "score": aux["scores"],
+        "ended": models.has_eos(tokens, weights, eos_id),
+      }
+      batch |= model.output_features(batch, tokens, weights)
     else:
-      result = {"score": model.score_batch(params, batch)}
+      score = model.score_batch(params, batch)
+      result = {"score": score, "ended": jnp.ones_like(score, bool)}
     if shards.top_k:
       ids, log_probs = losses.top_k_log_probs(
         model.logits(params, batch),
@@ -211,7 +220,7 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
 def _decoding(model, temperature, indices, key):
   """Returns the options of the decode function, and its key.
 
-  `indices` `[B]` are those of the examples. Padding is not sampled, as in
+  `indices` `[B]` are those of the examples. PAD is not sampled, as in
   on-policy training.
   """
   parameters = inspect.signature(model.decode_fn).parameters
@@ -219,7 +228,7 @@ def _decoding(model, temperature, indices, key):
   options: dict[str, Any] = {"temperature": temperature} if temperature else {}
   if "suppress_ids" in parameters:
     others = tuple(defaults.get("suppress_ids", ()))
-    options["suppress_ids"] = (decoding.PAD_ID, *others)
+    options["suppress_ids"] = (*model.special_tokens.never_sampled, *others)
   if "row_ids" not in parameters:
     return options, jax.random.fold_in(key, indices[0])
   # Each of several decodes, of which the best is kept, has its own stream.

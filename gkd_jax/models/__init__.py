@@ -14,7 +14,7 @@ length_buckets       a loss at the shortest length that a batch needs
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-  from gkd_jax.models.base_model import DATA, EOS_ID, MIXED, STUDENT
+  from gkd_jax.models.base_model import DATA, MIXED, STUDENT, has_eos
   from gkd_jax.models.decoder_only import DecoderOnlyModel
   from gkd_jax.models.distillation_model import DistillationModel
   from gkd_jax.models.encoder_decoder import EncoderDecoderModel

@@ -170,7 +170,8 @@ class RLGKDModel(gkd.GKDModel):
     )
     loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    metrics |= base_model.output_metrics(targets, weights) | more
+    eos_id = self.student.special_tokens.eos_id
+    metrics |= base_model.output_metrics(targets, weights, eos_id) | more
     metrics |= {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
       "reward": (jnp.sum(rows * batch[types.REWARDS]), jnp.sum(rows)),

@@ -170,12 +170,13 @@ def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     batch: features `[B, ...]`.
   """
   if "encoder_input_tokens" in batch:
-    return [row[row > 0] for row in batch["encoder_input_tokens"]]
+    rows = batch["encoder_input_tokens"]
+    masks = batch.get(types.INPUT_MASK, rows)
+    return [row[mask > 0] for row, mask in zip(rows, masks, strict=True)]
   rows = batch["decoder_target_tokens"]
-  return [
-    row[(weights == 0) & (row > 0)]
-    for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
-  ]
+  # One more position than the prompt has tokens; none in a row of padding.
+  ends = np.maximum(batch["decoder_causal_attention"].sum(axis=1) - 1, 0)
+  return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
