@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -49,7 +48,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "output_path",
   None,
-  "Folder to write (import, export, report, precompile, fit).",
+  "Folder to write (import, export, report, precompile).",
 )
 flags.DEFINE_string(
   "markdown",
@@ -98,20 +97,9 @@ flags.DEFINE_string(
   "topology",
   None,
   "Devices to compile for, such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8;"
-  " the default is this machine's (precompile, fit).",
+  " the default is this machine's (precompile).",
 )
-flags.DEFINE_string("title", None, "Title of the report (precompile, fit).")
-flags.DEFINE_list(
-  "model_axis",
-  None,
-  "Sizes of the model axis to try; the default is all that are possible (fit).",
-)
-flags.DEFINE_integer(
-  "compiled_whole",
-  3,
-  "Number of settings that fit to be compiled whole (fit).",
-  lower_bound=1,
-)
+flags.DEFINE_string("title", None, "Title of the report (precompile).")
 flags.DEFINE_list(
   "phases",
   None,
@@ -196,20 +184,25 @@ def _infer():
 
 
 def _precompile():
-  settings = _settings_to_compile()
+  from gkd_jax.planning import topologies
+
+  # Before anything else initializes JAX with this machine's devices.
+  devices, chip = topologies.devices(FLAGS.topology)
+  _parse_gin()
+  from gkd_jax import gin_utils, train
   from gkd_jax.planning import precompile
 
-  precompile.precompile(**settings, phases=FLAGS.phases)
-
-
-def _fit():
-  settings = _settings_to_compile()
-  from gkd_jax.planning import fit
-
-  fit.fit(
-    **settings,
-    model_axis=_numbers("model_axis"),
-    compiled_whole=FLAGS.compiled_whole,
+  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
+  if FLAGS.title:
+    about["title"] = FLAGS.title
+  precompile.precompile(
+    **gin_utils.bindings(train.train, precompile.SETTINGS),
+    devices=devices,
+    chip=chip,
+    topology=FLAGS.topology or devices[0].device_kind,
+    phases=FLAGS.phases,
+    output_path=FLAGS.output_path,
+    about=about,
   )
 
 
@@ -238,40 +231,6 @@ def _parse_gin() -> None:
     import seqio
 
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
-
-
-def _settings_to_compile() -> dict[str, Any]:
-  """Returns what `precompile` and `fit` need: the run and its devices."""
-  from gkd_jax.planning import topologies
-
-  # Before anything else initializes JAX with this machine's devices.
-  devices, chip = topologies.devices(FLAGS.topology)
-  _parse_gin()
-  from gkd_jax import gin_utils, train
-  from gkd_jax.planning import precompile
-
-  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
-  if FLAGS.title:
-    about["title"] = FLAGS.title
-  return gin_utils.bindings(train.train, precompile.SETTINGS) | {
-    "devices": devices,
-    "chip": chip,
-    "topology": FLAGS.topology or devices[0].device_kind,
-    "output_path": FLAGS.output_path,
-    "about": about,
-  }
-
-
-def _numbers(flag: str) -> list[int] | None:
-  """Returns the whole numbers of a list flag, or None if it is not set."""
-  given = getattr(FLAGS, flag)
-  if given is None:
-    return None
-  if not all(number.isdecimal() for number in given):
-    raise ValueError(
-      f"expected whole numbers, got {','.join(given)}; set --{flag}"
-    )
-  return [int(number) for number in given]
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------
@@ -380,7 +339,6 @@ COMMANDS = {
   "eval": _eval,
   "infer": _infer,
   "precompile": _precompile,
-  "fit": _fit,
   "compare": _compare,
   "sweep": _sweep,
   "import": _import,

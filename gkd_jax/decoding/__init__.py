@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
     is_eos,
   )
   from gkd_jax.decoding.rows import (
+    check_options,
     decode,
     repeat_rows,
     row_axes,

@@ -155,20 +155,12 @@ class Programs:
     if model.needs_rewards:
       self._judge()
 
-  @property
-  def held_bytes(self) -> int:
-    """Bytes that the arguments of a training step take on one device."""
-    return partitioning.bytes_per_device(
-      (self._run.state, self._run.teacher, self._step_batch)
-    )
-
   def report(
     self,
     phase: str,
     chip: topologies.Chip | None,
     topology: str,
     folder: str | None = None,
-    name: str | None = None,
   ) -> dict[str, Any]:
     """Compiles a phase, unless the folder has it, and counts.
 
@@ -177,7 +169,6 @@ class Programs:
       chip: see `precompile`.
       topology: see there.
       folder: of compiled programs, or None.
-      name: of the program in the folder; the phase's by default.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
@@ -185,7 +176,7 @@ class Programs:
     # The text of a program does not contain the order of its devices.
     order = ",".join(str(device.id) for device in self.mesh.devices.flat)
     target = f"{topology} {order}"
-    program = _compile(*self.lower(phase), target, folder, name or phase)
+    program = _compile(*self.lower(phase), target, folder, phase)
     if program.text is None:
       return program.facts
     return program.facts | program_report.report(
