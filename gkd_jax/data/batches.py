@@ -60,6 +60,7 @@ def distilled_task(
   original_task: str,
   module: str | None = None,
   name: str | None = None,
+  drop_cut: bool = False,
 ) -> str:
   """Registers the task of a teacher's outputs and returns its name, for gin.
 
@@ -68,6 +69,7 @@ def distilled_task(
     original_task: the task that the outputs were made for.
     module: Python module that registers it, imported first.
     name: of the new task; by default the original's and "_distilled".
+    drop_cut: leave out outputs that were cut; otherwise they train without EOS.
 
   Returns:
     The name of the new task.
@@ -81,7 +83,9 @@ def distilled_task(
       f"expected a task, got the mixture {original_task!r}; set ORIGINAL_TASK"
     )
   name = name or f"{original_task}_distilled"
-  return distilled.add_distilled_task(name, prefix, original_task).name
+  return distilled.add_distilled_task(
+    name, prefix, original_task, drop_cut=drop_cut
+  ).name
 
 
 def feature_converter(

@@ -1,6 +1,6 @@
 """What a task's vocabulary says of a model, and whether the two fit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gkd_jax import types
@@ -19,6 +19,26 @@ def special_tokens(task: Any) -> types.SpecialTokens:
   }
   zero_is_padding = all(tokens.zero_is_padding for tokens in of.values())
   return of["targets"]._replace(zero_is_padding=zero_is_padding)
+
+
+def text(
+  vocabulary: Any, tokens: Sequence[int], special_tokens: types.SpecialTokens
+) -> str:
+  """Decodes an output.
+
+  A vocabulary drops its own EOS. Another one that ends the output is no text
+  either.
+
+  Args:
+    vocabulary: seqio's.
+    tokens: of the output, EOS included.
+    special_tokens: of the model.
+  """
+  tokens = [int(token) for token in tokens]
+  others = {*special_tokens.eos} - {vocabulary.eos_id}
+  if tokens and tokens[-1] in others:
+    tokens.pop()
+  return vocabulary.decode(tokens)
 
 
 def fitted(

@@ -10,6 +10,7 @@ import numpy as np
 import seqio
 
 from gkd_jax import data, partitioning, types
+from gkd_jax.data import vocabularies
 from gkd_jax.tasks import example_statistics
 
 
@@ -131,7 +132,7 @@ class Evaluator:
         task.output_features[k].vocabulary for k in ("inputs", "targets")
       )
       outputs = [
-        targets.decode(row[:length].tolist())
+        vocabularies.text(targets, row[:length], model.special_tokens)
         for row, length in zip(tokens, lengths, strict=True)
       ]
       results[name] = Predictions(

@@ -17,6 +17,7 @@ import numpy as np
 import seqio
 
 from gkd_jax import checks, losses, models, partitioning
+from gkd_jax.data import vocabularies
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -134,10 +135,11 @@ def records(
     for number, result in enumerate(samples):
       row = {k: v[i] for k, v in result.items()}
       numbers = {"example_index": first_index + i, "sample_number": number}
-      yield _record(task, example, row, shards) | numbers
+      record = _record(task, example, row, shards, model.special_tokens)
+      yield record | numbers
 
 
-def _record(task, example, row, shards):
+def _record(task, example, row, shards, special_tokens):
   """Returns the record of one output; `row` is its row of `_compiled`."""
   targets = example["targets"]
   if shards.targets == OUTPUTS:
@@ -146,7 +148,7 @@ def _record(task, example, row, shards):
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
     # A vocabulary without text decodes to numbers.
-    text = str(vocabulary.decode(ids.tolist()))
+    text = str(vocabularies.text(vocabulary, ids, special_tokens))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
     here = row["weights"] > 0

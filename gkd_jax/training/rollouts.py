@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gkd_jax import files, losses, partitioning, types
+from gkd_jax.data import vocabularies
 
 _FILE = "running_mean.json"
 
@@ -133,7 +134,8 @@ class RolloutBatches:
 
   def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
     vocabulary = self._vocabularies[name]
-    return [vocabulary.decode(row.tolist()) for row in rows]
+    tokens = self._model.student.special_tokens
+    return [vocabularies.text(vocabulary, row, tokens) for row in rows]
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into the folder `path`."""
