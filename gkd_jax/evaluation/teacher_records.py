@@ -144,7 +144,7 @@ def _record(task, example, row, shards, special_tokens):
   targets = example["targets"]
   if shards.targets == OUTPUTS:
     targets = row["tokens"][: row["length"]]
-  record = {"score": row["score"], "ended": row["ended"]}
+  record = {"score": row["score"], "ended": int(row["ended"])}
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
     # A vocabulary without text decodes to numbers.
