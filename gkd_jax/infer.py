@@ -122,14 +122,14 @@ def infer(
     ValueError: if a setting is wrong.
   """
   checks.path(output_path, "OUTPUT_PATH")
-  settings = settings.fitted()
   output_path = os.fspath(files.absolute(output_path))
+  if shards is not None and output_path.endswith(".jsonl"):
+    raise ValueError(
+      f"expected a prefix of shards, got the name of a file {output_path!r};"
+      " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+    )
+  settings = settings.fitted()
   if shards is not None:
-    if output_path.endswith(".jsonl"):
-      raise ValueError(
-        f"expected a prefix of shards, got the name of a file {output_path!r};"
-        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
-      )
     total = teacher_data.write(
       settings.model.student,
       settings.load_params(),

@@ -176,8 +176,10 @@ def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     masks = batch.get(types.INPUT_MASK, rows)
     return [row[mask > 0] for row, mask in zip(rows, masks, strict=True)]
   rows = batch["decoder_target_tokens"]
-  # One more position than the prompt has tokens; none in a row of padding.
-  ends = np.maximum(batch["decoder_causal_attention"].sum(axis=1) - 1, 0)
+  ends = np.argmax(batch["decoder_loss_weights"] > 0, axis=1)
+  if "decoder_causal_attention" in batch:
+    # One more position than the prompt has tokens; none in a row of padding.
+    ends = np.maximum(batch["decoder_causal_attention"].sum(axis=1) - 1, 0)
   return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
