@@ -246,7 +246,7 @@ def sequence_weights(
 ) -> jax.Array:
   """Returns 1 up to and including a row's first EOS, and 0 after it.
 
-  A row without EOS was cut and has weight 1 everywhere, or in all of its room.
+  A row without EOS was cut and has weight 1 in all of its room.
 
   >>> sequence_weights(jnp.array([[7, 5, 1, 0], [7, 5, 3, 2]])).tolist()
   [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]

@@ -6,14 +6,14 @@ decoding; losses, scores, samples and predictions follow from these.
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import checks, decoding, losses, partitioning, types
-from gkd_jax.decoding import sampling
+from gkd_jax.models import outputs
 from gkd_jax.network import layer_loops, projections
 
 # Where the sequences of a step come from.
@@ -417,14 +417,9 @@ class BaseTransformerModel:
       eos_id=eos_id,
       row_axes=axes,
     )
-    weights = sampling.sequence_weights(
-      tokens.reshape(-1, length), eos_id, row_lengths=rows.get("row_lengths")
-    ).reshape(tokens.shape)
-    return tokens, {
-      "scores": scores,
-      "lengths": jnp.sum(weights, axis=-1).astype(jnp.int32),
-      "ended": has_eos(tokens, weights, eos_id),
-    }
+    return tokens, {"scores": scores} | outputs.ends(
+      tokens, eos_id, rows.get("row_lengths")
+    )
 
   def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
     """Returns the log-prob of each row's targets, `[B]`, nats summed over tokens."""
@@ -438,52 +433,6 @@ class BaseTransformerModel:
 
 
 _GREEDY = functools.partial(decoding.sample, temperature=0.0)
-
-
-def has_eos(
-  tokens: jax.Array, weights: jax.Array, eos_id: int | Sequence[int]
-) -> jax.Array:
-  """Returns which outputs have ended, bool `[...]`.
-
-  Args:
-    tokens: `[..., T]`.
-    weights: `[..., T]`, 0 at what does not count.
-    eos_id: see `decoding.is_eos`.
-  """
-  return jnp.any(decoding.is_eos(tokens, eos_id) & (weights > 0), axis=-1)
-
-
-def check_unpacked(batch: types.Batch) -> None:
-  """Raises a ValueError for a packed batch, whose outputs cannot be replaced."""
-  if "decoder_segment_ids" in batch:
-    raise ValueError(
-      "expected unpacked batches for on-policy training, got packed ones;"
-      " set PACK = False"
-    )
-
-
-def output_metrics(
-  targets: jax.Array, weights: jax.Array, eos_id: int | Sequence[int]
-) -> types.Metrics:
-  """Returns metrics of a batch whose outputs were all sampled by the student.
-
-  Args:
-    targets: `[B, T]` int32.
-    weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
-    eos_id: see `decoding.is_eos`.
-
-  Returns:
-    `sampled_length`, the mean in tokens; `sampled_eos`, the share of outputs that
-    ended; and `on_policy_share`, 1. Rows without an output do not count.
-  """
-  rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-  ended = has_eos(targets, weights, eos_id)
-  number = jnp.sum(rows)
-  return {
-    "sampled_length": (jnp.sum(weights), number),
-    "sampled_eos": (jnp.sum(rows * ended), number),
-    "on_policy_share": (number, number),
-  }
 
 
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:

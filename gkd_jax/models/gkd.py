@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model, distillation_model
+from gkd_jax.models import base_model, distillation_model, outputs
 
 
 class GKDModel(distillation_model.DistillationModel):
@@ -309,7 +309,7 @@ class GKDModel(distillation_model.DistillationModel):
     Raises:
       ValueError: a packed batch.
     """
-    base_model.check_unpacked(batch)
+    outputs.check_unpacked(batch)
     keys = base_model.step_keys(inputs.key)
     chosen = None
     if inputs.source == base_model.MIXED:
@@ -328,7 +328,7 @@ class GKDModel(distillation_model.DistillationModel):
     weights = weights * present[:, None]
     used = present if chosen is None else present & chosen
     eos_id = self.student.special_tokens.eos_id
-    ended = base_model.has_eos(tokens, weights, eos_id)
+    ended = outputs.has_eos(tokens, weights, eos_id)
     metrics = _sample_metrics(weights, ended, used, present)
     new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:

@@ -12,7 +12,7 @@ import toy_models
 
 from gkd_jax import decoding, models, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model
+from gkd_jax.models import outputs as of_models
 
 HALF = np.log(0.5)
 A, B, C = range(token_layouts.FIRST_LETTER, token_layouts.FIRST_LETTER + 3)
@@ -108,14 +108,14 @@ def test_predictions_say_how_long_they_are_and_whether_they_ended(
 def test_metrics_of_judged_outputs_count_any_eos():
   targets = jnp.array([[6, 4, 0], [6, 7, 8], [1, 0, 0], [0, 0, 0]])
   weights = jnp.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
-  got = base_model.output_metrics(targets, weights, (1, 4))
+  got = of_models.output_metrics(targets, weights, (1, 4))
   assert {k: float(a / b) for k, (a, b) in got.items()} == {
     "sampled_length": 2.0,
     "sampled_eos": pytest.approx(2 / 3),
     "on_policy_share": 1.0,
   }
   # EOS = PAD = 0: what follows an output is no EOS.
-  got = base_model.output_metrics(targets, weights, 0)
+  got = of_models.output_metrics(targets, weights, 0)
   assert float(got["sampled_eos"][0]) == 0
 
 
