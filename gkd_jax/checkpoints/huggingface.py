@@ -26,26 +26,25 @@ from gkd_jax.checkpoints import (
 
 INDEX_FILE = "model.safetensors.index.json"
 # Fields that `config.json` leaves out when they have these values.
+_T5_DEFAULTS = {
+  "vocab_size": 32128,
+  "d_model": 512,
+  "d_kv": 64,
+  "d_ff": 2048,
+  "num_layers": 6,
+  "num_heads": 8,
+  "dropout_rate": 0.1,
+  "feed_forward_proj": "relu",
+  "tie_word_embeddings": True,
+}
 _DEFAULTS = {
-  "t5": {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "dropout_rate": 0.1,
-    "feed_forward_proj": "relu",
-    "tie_word_embeddings": True,
-  },
-  "mt5": {
+  "t5": _T5_DEFAULTS,
+  "mt5": _T5_DEFAULTS
+  | {
     "vocab_size": 250112,
-    "d_model": 512,
-    "d_kv": 64,
     "d_ff": 1024,
     "num_layers": 8,
     "num_heads": 6,
-    "dropout_rate": 0.1,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
   },
@@ -100,31 +99,21 @@ def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
     "decoder": config.num_decoder_layers,
   }
   branches = range(len(config.mlp_activations))
-  mlp = (
-    [("wi", "wi")]
-    if len(branches) == 1
-    else [(f"wi_{i}", f"wi_{i}") for i in branches]
-  )
+  inner = ["wi"] if len(branches) == 1 else [f"wi_{i}" for i in branches]
+  mlp = [(name, name) for name in (*inner, "wo")]
   for side, depth in depths.items():
     first = f"{side}.block.0.layer.0.SelfAttention"
-    table[f"{side}/relpos_bias/rel_embedding"] = (
-      f"{first}.relative_attention_bias.weight",
-      True,
-    )
-    table[f"{side}/{side}_norm/scale"] = (
-      f"{side}.final_layer_norm.weight",
-      False,
-    )
+    bias = "relative_attention_bias.weight"
+    table[f"{side}/relpos_bias/rel_embedding"] = (f"{first}.{bias}", True)
+    final_norm = f"{side}.final_layer_norm.weight"
+    table[f"{side}/{side}_norm/scale"] = (final_norm, False)
     for i in range(depth):
       for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
         here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
         table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
-        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
-        for a, b in matrices:
-          table[f"{here}/{ours}/{a}/kernel"] = (
-            f"{there}.{theirs}.{b}.weight",
-            True,
-          )
+        for a, b in mlp if ours == "mlp" else _ATTENTION:
+          name = f"{there}.{theirs}.{b}.weight"
+          table[f"{here}/{ours}/{a}/kernel"] = (name, True)
   if not config.logits_via_embedding:
     table["decoder/logits_dense/kernel"] = (_HEAD, True)
   return table

@@ -219,9 +219,7 @@ def read(items: Sequence[str]) -> Study:
   settings: dict[str, Any] = {}
   order: dict[str, dict[str, None]] = {}
   for item in items:
-    name, equals, folder = item.partition("=")
-    if not equals:
-      name, folder = os.path.basename(os.path.normpath(item)), item
+    name, folder = run_folders.name_and_folder(item)
     sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))

@@ -1,5 +1,6 @@
 """Checks a grid's gin, runs its cells as processes, and resumes a stopped sweep."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -103,13 +104,10 @@ def commands(
     waves[cell.name] = 1 + max((waves.get(n, 0) for n in cell.needs), default=0)
   lines = []
   for wave in sorted(set(waves.values())):
-    lines.append(
-      f"# wave {wave}"
-      + (f": after wave {wave - 1} has finished" if wave > 1 else "")
-    )
-    for cell in left:
-      if waves[cell.name] == wave:
-        lines.append(_shell_line(cell, output, options))
+    after = f": after wave {wave - 1} has finished" if wave > 1 else ""
+    lines.append(f"# wave {wave}{after}")
+    ready = [cell for cell in left if waves[cell.name] == wave]
+    lines += [_shell_line(cell, output, options) for cell in ready]
   return "\n".join(lines)
 
 
@@ -325,10 +323,9 @@ def _tail(path):
   """Returns the last lines of a log."""
   if not os.path.exists(path):
     return f"no log in {path}"
-  with open(path, "rb") as f:
-    f.seek(max(0, os.path.getsize(path) - 16384))
-    lines = f.read().decode(errors="replace").splitlines()
-  return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+  with open(path, errors="replace") as f:
+    lines = collections.deque(f, maxlen=_TAIL_LINES)
+  return "".join(f"  {line}" for line in lines).rstrip("\n")
 
 
 def _lock(file: IO) -> bool:
@@ -389,7 +386,6 @@ def check_here(
   cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
 ):
   """Does what `check_cells` does in this process, and changes gin's state."""
-  import gin
   from gkd_jax import gin_utils
 
   # Seeds differ by a number alone, so one of them is enough.
@@ -397,23 +393,16 @@ def check_here(
   for cell in cells:
     firsts.setdefault((cell.stage, *cell.axes.values()), cell)
   for cell in firsts.values():
-    bindings = [
-      f"{name} = {value.replace('{output}', output)}"
-      for name, value in cell.settings.items()
-    ]
+    bindings = [f"{k} = {v}" for k, v in cell.bindings(output).items()]
     try:
       gin_utils.parse(cell.gin_files, bindings, search_paths)
     except Exception as error:  # gin raises many kinds
       # The first line is what is wrong, the others say where gin met it.
       reason = str(error).strip().splitlines() or [repr(error)]
       raise ValueError(f"{cell.name}: {reason[0]}") from None
-    if cell.command == "train" and cell.done == "final.json":
-      try:
-        split = gin.query_parameter("%FINAL_EVAL_SPLIT")
-      except ValueError:
-        split = None
-      if not split:
-        raise ValueError(
-          f"expected a split to score {cell.name} on, got none;"
-          " set FINAL_EVAL_SPLIT"
-        )
+    scored = cell.command == "train" and cell.done == "final.json"
+    if scored and not gin_utils.macro("FINAL_EVAL_SPLIT"):
+      raise ValueError(
+        f"expected a split to score {cell.name} on, got none;"
+        " set FINAL_EVAL_SPLIT"
+      )

@@ -38,16 +38,9 @@ FULLY_SHARDED_RULES = tuple(
 # the data axis, heads, MLP and vocabulary over the model axis.
 _ROWS = meshes.SLICE_AXIS, meshes.DATA_AXIS
 ACTIVATION_RULES = {
+  **dict(STANDARD_RULES),
   "batch": _ROWS,
   "length": None,
-  "embed": None,
-  "mlp": meshes.MODEL_AXIS,
-  "heads": meshes.MODEL_AXIS,
-  "joined_kv": meshes.MODEL_AXIS,
-  "kv": None,
-  "vocab": meshes.MODEL_AXIS,
-  "relpos_buckets": None,
-  "layers": None,
   # Used by `embed_lookup`.
   "rows_of_slice": meshes.SLICE_AXIS,
   "features": meshes.DATA_AXIS,
