@@ -1,7 +1,6 @@
 """What all networks share: configuration, layers, the decoder with its head.
 
-Functions here create submodules, so they are called in a compact method; their
-names, and so those of the parameters, are T5X's.
+Names of submodules, and so those of the parameters, are T5X's.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import partitioning
+from gkd_jax import checks, partitioning
 from gkd_jax.network import layer_loops, layers, projections
 
 
@@ -51,24 +50,34 @@ class Config:
   remat_policy: str = "none"
 
   def __post_init__(self):
-    name = type(self).__name__
+    setting = f"network.{type(self).__name__}"
     for field in dataclasses.fields(self):
-      size = getattr(self, field.name)
-      if field.type is int and size < 1:
-        raise ValueError(
-          f"expected {name}.{field.name} of at least 1, got {size};"
-          f" set network.{name}.{field.name}"
+      if field.type is int:
+        checks.whole(getattr(self, field.name), f"{setting}.{field.name}")
+    try:
+      jnp.dtype(self.dtype)
+    except TypeError:
+      checks.refuse("'float32' or 'bfloat16'", self.dtype, f"{setting}.dtype")
+    for activation in self.mlp_activations:
+      if activation != "linear" and not hasattr(nn, str(activation)):
+        checks.refuse(
+          "functions of flax.linen, such as ('gelu', 'linear')",
+          self.mlp_activations,
+          f"{setting}.mlp_activations",
         )
-    if self.remat_policy not in layer_loops.REMAT_POLICIES:
-      raise ValueError(
-        f"expected {name}.remat_policy in {list(layer_loops.REMAT_POLICIES)},"
-        f" got {self.remat_policy!r}; set network.{name}.remat_policy"
-      )
-    if not 0 <= self.dropout_rate < 1:
-      raise ValueError(
-        f"expected a dropout rate in [0, 1), got {self.dropout_rate};"
-        " set DROPOUT_RATE"
-      )
+    checks.boolean(self.logits_via_embedding, f"{setting}.logits_via_embedding")
+    checks.one_of(
+      self.remat_policy,
+      f"{setting}.remat_policy",
+      layer_loops.REMAT_POLICIES,
+    )
+    checks.number(
+      self.dropout_rate,
+      "DROPOUT_RATE",
+      least=0,
+      below=1,
+      what="a dropout rate",
+    )
 
 
 def constrain(x: jax.Array) -> jax.Array:
