@@ -30,11 +30,8 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
       (0.19, "sampled", panels.color(1)),
     ):
       for y, method in enumerate(methods):
-        values = studies.scores(
-          (r for r in members if r.place["method"] == method),
-          f"{how}/{study.metric}",
-        )
-        if values:
+        of_method = [r for r in members if r.place["method"] == method]
+        if values := studies.scores(of_method, f"{how}/{study.metric}"):
           _draw_bar(panel, y + offset, values, color)
       panel.barh(0, 0, color=color, label=panels.HOW[how])
     for y, method in enumerate(methods):
@@ -45,7 +42,7 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
     panel.set_yticks(range(len(methods)), methods)
     panel.set(title=panels.regime_title(regime), xlabel=study.metric_label)
     _zoom(panel)
-    panel.grid(axis="x", alpha=0.3)
+    panel.grid(visible=False, axis="y")
     panel.set_axisbelow(True)
   axes[0].invert_yaxis()
   if has_paper:
@@ -91,15 +88,11 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
   for panel, (regime, (members, how)) in zip(axes, parts.items(), strict=True):
     cells, theirs = {}, {}
     for run in members:
-      values = studies.scores(
-        (r for r in members if r.place == run.place), f"{how}/{study.metric}"
-      )
-      if values:
-        cell = (
-          fractions.index(run.place["lambda"]),
-          names.index(run.place["divergence"]),
-        )
-        cells[cell] = studies.estimate(values)
+      alike = [r for r in members if r.place == run.place]
+      if mean := studies.mean_score(alike, f"{how}/{study.metric}"):
+        row = fractions.index(run.place["lambda"])
+        cell = row, names.index(run.place["divergence"])
+        cells[cell] = mean
         if study.has_most_labelled(run.place):
           theirs[cell] = studies.paper_cell(study, run, how)
     shape = len(fractions), len(names)
@@ -150,7 +143,6 @@ def learning_curves(study: studies.Study) -> panels.Picture | None:
       panel.axhline(level, color="grey", linestyle="--", label=method)
     panel.set(title=panels.regime_title(regime), xlabel="step")
     panel.set_ylabel(study.metric_label)
-    panel.grid(alpha=0.3)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "learning_curves",
@@ -192,12 +184,9 @@ def data_efficiency(study: studies.Study) -> panels.Picture | None:
       for x, label in zip(shifted, labels, strict=True):
         place = {"method": method, "labelled": label}
         place |= {"size": size} if size else {}
-        values = studies.scores(
-          (r for r in runs if place.items() <= r.place.items()),
-          f"{how}/{study.metric}",
-        )
-        if values:
-          points.append((x, studies.estimate(values)))
+        there = [r for r in runs if place.items() <= r.place.items()]
+        if mean := studies.mean_score(there, f"{how}/{study.metric}"):
+          points.append((x, mean))
       _draw_estimates(panel, points, panels.method_style(study, method), method)
     if is_log:
       panel.set_xscale("log")
@@ -205,7 +194,6 @@ def data_efficiency(study: studies.Study) -> panels.Picture | None:
     panel.set_xticks(xs, labels)
     panel.set(title=panels.regime_title(regime), xlabel="labelled examples")
     panel.set_ylabel(study.metric_label)
-    panel.grid(alpha=0.3)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "data_efficiency",
@@ -248,6 +236,7 @@ def _draw_heat_map(panel, shape, cells, theirs, lower_is_better):
   table = np.full(shape, np.nan)
   for place, summary in cells.items():
     table[place] = sign * summary.mean
+  panel.grid(visible=False)
   panel.imshow(table, cmap="Blues", aspect="auto")
   middle = np.nanmean([np.nanmin(table), np.nanmax(table)])
   for (row, column), summary in cells.items():
@@ -270,14 +259,8 @@ def _draw_curves(panel, lines, style, label):
   table = np.array([[dict(line)[x] for x in common] for line in lines])
   panel.plot(common, table.mean(0), **style, markersize=3.5, label=label)
   if len(lines) > 1:
-    panel.fill_between(
-      common,
-      table.min(0),
-      table.max(0),
-      color=style["color"],
-      alpha=0.15,
-      linewidth=0,
-    )
+    shade = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+    panel.fill_between(common, table.min(0), table.max(0), **shade)
 
 
 def _draw_estimates(panel, points, style, label):
@@ -288,12 +271,7 @@ def _draw_estimates(panel, points, style, label):
   panel.plot(
     xs, [s.mean for s in summaries], **style, markersize=4.5, label=label
   )
+  thin = {"color": style["color"], "linewidth": 1.2, "alpha": 0.7}
   for x, summary in points:
     if summary.low is not None:
-      panel.plot(
-        [x, x],
-        [summary.low, summary.high],
-        color=style["color"],
-        linewidth=1.2,
-        alpha=0.7,
-      )
+      panel.plot([x, x], [summary.low, summary.high], **thin)

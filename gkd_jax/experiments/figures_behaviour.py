@@ -39,7 +39,6 @@ def quality_diversity(study: studies.Study) -> panels.Picture | None:
   label = metrics.of("self_bleu").label
   panel.set(xlabel=f"{label} (higher is less diverse)")
   panel.set_ylabel(study.metric_label)
-  panel.grid(alpha=0.3)
   panels.legend_below(picture, panel)
   return panels.Picture(
     "quality_diversity",
@@ -100,7 +99,6 @@ def rl_tradeoff(study: studies.Study) -> panels.Picture | None:
   panel.set_ylabel(
     "reward" if has_reward else f"{study.metric_label},\nsampled, test split"
   )
-  panel.grid(alpha=0.3)
   panels.legend_below(picture, panel)
   return panels.Picture(
     "rl_tradeoff",
@@ -157,7 +155,6 @@ def by_position(study: studies.Study) -> panels.Picture | None:
     panel.set(title=panels.regime_title(regime), ylabel=metrics.of(name).unit)
     panel.set(xlabel="position of the output")
     panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    panel.grid(alpha=0.3)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "by_position",

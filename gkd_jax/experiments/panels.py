@@ -122,6 +122,7 @@ def grid(
   axes = picture.subplots(rows, columns, squeeze=False, **options).ravel()
   for panel in axes:
     panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.3)
   for panel in axes[number:]:
     panel.set_visible(False)
   return picture, list(axes[:number])
