@@ -34,6 +34,53 @@ class _Running:
   process: subprocess.Popen | None
 
 
+def sweep(
+  definition: Mapping[str, Any],
+  output_dir: str | None,
+  *,
+  bindings: Sequence[str],
+  search_paths: Sequence[str],
+  options: Sequence[str],
+  jobs: int,
+  print_commands: bool,
+) -> bool:
+  """Checks and runs the unfinished cells of a grid, or prints their commands.
+
+  Args:
+    definition: see `sweeps.cells`, as `bindings`.
+    output_dir: folder of the sweep.
+    bindings: further gin bindings.
+    search_paths: further folders of gin files.
+    options: see `run`, as `jobs`.
+    jobs: cells at a time.
+    print_commands: whether nothing is run.
+
+  Returns:
+    Whether every cell is finished, or printed.
+
+  Raises:
+    ValueError: a setting or a cell is wrong.
+  """
+  if not output_dir:
+    raise ValueError("expected a folder for the cells; set --output_dir")
+  cells = sweeps.cells(definition, bindings)
+  output = os.fspath(files.absolute(output_dir))
+  if files.is_remote(output):
+    raise ValueError(
+      "expected a local folder for the cells, which run on this machine under"
+      f" locks and logs, got {output}; set --output_dir"
+    )
+  left = [cell for cell in cells if not is_finished(cell, output)]
+  _check_cells(left, output, search_paths)
+  prepare(cells, output, definition.get("report", {}))
+  if search_paths:
+    options = [f"--gin_search_paths={','.join(search_paths)}", *options]
+  if print_commands:
+    print(commands(cells, output, options))
+    return True
+  return run(cells, output, jobs=jobs, options=options)
+
+
 def prepare(
   cells: Sequence[sweeps.Cell], output: str, report: Mapping[str, Any]
 ):
@@ -67,18 +114,14 @@ def prepare(
           " remove that folder, or set another --output_dir"
         )
     files.write_json(path, new)
-  axes: dict[str, dict[str, None]] = {}
+  axes: dict[str, list[str]] = {}
   for cell in cells:
     for axis, label in cell.axes.items():
-      axes.setdefault(axis, {})[label] = None
-  files.write_json(
-    os.path.join(output, "sweep.json"),
-    {
-      "axes": {axis: list(labels) for axis, labels in axes.items()},
-      "cells": [cell.name for cell in cells],
-      "report": dict(report),
-    },
-  )
+      if label not in axes.setdefault(axis, []):
+        axes[axis].append(label)
+  names = [cell.name for cell in cells]
+  sweep = {"axes": axes, "cells": names, "report": dict(report)}
+  files.write_json(os.path.join(output, "sweep.json"), sweep)
 
 
 def has_begun(cell: sweeps.Cell, output: str) -> bool:
@@ -357,22 +400,11 @@ def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
-def check_cells(
-  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
-):
-  """Parses the gin of each cell in a process of its own.
+def _check_cells(cells, output, search_paths) -> None:
+  """Does what `check_here` does in a process of its own.
 
   So the modules that gin imports (JAX, TensorFlow) do not stay in the memory of
   the sweep's process, which may run for days.
-
-  Args:
-    cells: those to run.
-    output: folder of the sweep.
-    search_paths: further folders of gin files.
-
-  Raises:
-    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
-      would write no `final.json`.
   """
   if not cells:
     return
@@ -385,7 +417,17 @@ def check_cells(
 def check_here(
   cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
 ):
-  """Does what `check_cells` does in this process, and changes gin's state."""
+  """Parses the gin of each cell, which changes gin's state.
+
+  Args:
+    cells: those to run.
+    output: folder of the sweep.
+    search_paths: further folders of gin files.
+
+  Raises:
+    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
+      would write no `final.json`.
+  """
   from gkd_jax import gin_utils
 
   # Seeds differ by a number alone, so one of them is enough.
