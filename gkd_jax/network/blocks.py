@@ -27,7 +27,8 @@ class Config:
     num_heads: H.
     head_dim: K.
     mlp_dim: F.
-    mlp_activations: `("relu",)` for T5 1.0, `("gelu", "linear")` for T5 1.1.
+    mlp_activations: names in flax.linen, or "linear"; several are multiplied.
+      T5 1.0 has `("relu",)`, T5 1.1 `("gelu", "linear")`.
     dropout_rate: of all dropout layers.
     logits_via_embedding: True ties the output head to the token embedding and
       divides the logits by sqrt(D) (T5 1.0).
@@ -100,13 +101,13 @@ class Layer(nn.Module):
 
   def _attention(self, norm, name, x, memory, bias, **cache):
     y = layers.LayerNorm(self.config.dtype, name=norm)(x)
-    attention = layers.attention(self.config, self.weights, name=name)
+    attention = layers.Attention(self.config, self.weights, name=name)
     y = attention(y, memory, bias, deterministic=self.deterministic, **cache)
     return self._residual(x, y)
 
   def _mlp(self, x):
     y = layers.LayerNorm(self.config.dtype, name="pre_mlp_layer_norm")(x)
-    mlp = layers.mlp(self.config, self.weights, name="mlp")
+    mlp = layers.MlpBlock(self.config, self.weights, name="mlp")
     return self._residual(x, mlp(y, deterministic=self.deterministic))
 
   def _residual(self, x, y):
@@ -261,9 +262,10 @@ class Decoder(nn.Module):
     )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
     x = layers.dropout(config)(x, deterministic=deterministic)
+    tied = config.logits_via_embedding
     if return_hidden:
-      return layers.scaled_hidden(config, x)
-    if config.logits_via_embedding:
+      return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim) if tied else x
+    if tied:
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
     return projections.to_logits(config, self.weights, name="logits_dense")(x)
 
