@@ -49,6 +49,17 @@ _DEFAULTS = {
     "tie_word_embeddings": False,
   },
 }
+# Our fields to theirs, beside the activations and the head.
+_FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "head_dim": "d_kv",
+  "mlp_dim": "d_ff",
+  "num_encoder_layers": "num_layers",
+  "num_decoder_layers": "num_decoder_layers",
+  "num_heads": "num_heads",
+  "dropout_rate": "dropout_rate",
+}
 # Fixed in our network.
 _FIXED = {
   "relative_attention_num_buckets": 32,
@@ -151,19 +162,11 @@ def _config(fields, folder, setting):
       f" {other or fields['feed_forward_proj']} in {os.fspath(file)}; set"
       f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
-  decoder_layers = fields.get("num_decoder_layers")
+  if fields.get("num_decoder_layers") is None:
+    fields = fields | {"num_decoder_layers": fields["num_layers"]}
   return network.T5Config(
-    vocab_size=fields["vocab_size"],
-    emb_dim=fields["d_model"],
-    num_heads=fields["num_heads"],
-    num_encoder_layers=fields["num_layers"],
-    num_decoder_layers=(
-      fields["num_layers"] if decoder_layers is None else decoder_layers
-    ),
-    head_dim=fields["d_kv"],
-    mlp_dim=fields["d_ff"],
+    **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
-    dropout_rate=fields["dropout_rate"],
     logits_via_embedding=_scales_logits(fields),
   )
 
@@ -203,14 +206,7 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
   return {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
-    "vocab_size": config.vocab_size,
-    "d_model": config.emb_dim,
-    "d_kv": config.head_dim,
-    "d_ff": config.mlp_dim,
-    "num_layers": config.num_encoder_layers,
-    "num_decoder_layers": config.num_decoder_layers,
-    "num_heads": config.num_heads,
-    "dropout_rate": config.dropout_rate,
+    **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
     "feed_forward_proj": names[activations],
     "tie_word_embeddings": config.logits_via_embedding,
     **_FIXED,
