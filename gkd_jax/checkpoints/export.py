@@ -181,20 +181,20 @@ def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
 
 def _tokenizer(extra_ids: int) -> dict[str, dict]:
   """Returns the files that transformers' T5Tokenizer reads with spiece.model."""
-  special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-  sentinels = [f"<extra_id_{i}>" for i in range(extra_ids)]
+  special = {
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
+  }
+  config = {
+    "extra_ids": extra_ids,
+    "legacy": True,
+    "tokenizer_class": "T5Tokenizer",
+  }
   return {
-    "special_tokens_map.json": {
-      **special,
-      "additional_special_tokens": sentinels,
-    },
-    "tokenizer_config.json": {
-      **special,
-      "additional_special_tokens": sentinels,
-      "extra_ids": extra_ids,
-      "legacy": True,
-      "tokenizer_class": "T5Tokenizer",
-    },
+    "special_tokens_map.json": special,
+    "tokenizer_config.json": special | config,
   }
 
 

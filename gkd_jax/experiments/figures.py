@@ -21,7 +21,7 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
   regimes = panels.regimes(study, runs)
   methods = study.points("method", runs)
   picture, axes = panels.grid(
-    len(regimes), height=0.42 * len(methods) + 0.9, width=4.6, sharey=True
+    regimes, height=0.42 * len(methods) + 0.9, width=4.6, sharey=True
   )
   has_paper = False
   for panel, (regime, members) in zip(axes, regimes.items(), strict=True):
@@ -40,7 +40,7 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
         panel.plot(value, y, "D", color="black", markersize=6)
         has_paper = True
     panel.set_yticks(range(len(methods)), methods)
-    panel.set(title=panels.regime_title(regime), xlabel=study.metric_label)
+    panel.set_xlabel(study.metric_label)
     _zoom(panel)
     panel.grid(visible=False, axis="y")
     panel.set_axisbelow(True)
@@ -79,13 +79,13 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
     for how, text in panels.HOW.items()
   }
   picture, axes = panels.grid(
-    len(parts),
+    parts,
     height=0.65 * len(fractions) + 1.3,
     width=0.95 * len(names) + 1.8,
     columns=2,
   )
   has_paper = False
-  for panel, (regime, (members, how)) in zip(axes, parts.items(), strict=True):
+  for panel, (members, how) in zip(axes, parts.values(), strict=True):
     cells, theirs = {}, {}
     for run in members:
       alike = [r for r in members if r.place == run.place]
@@ -100,7 +100,7 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
     has_paper |= any(theirs.values())
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set_yticks(range(len(fractions)), fractions)
-    panel.set(title=panels.regime_title(regime), ylabel="λ")
+    panel.set_ylabel("λ")
   return panels.Picture(
     "lambda_divergence",
     "Student-data fraction λ and divergence",
@@ -134,15 +134,14 @@ def learning_curves(study: studies.Study) -> panels.Picture | None:
     if run.folder not in curves
     and (level := _validation_score(study, run)) is not None
   ]
-  picture, axes = panels.grid(len(regimes), height=3.4, width=4.8)
-  for panel, (regime, members) in zip(axes, regimes.items(), strict=True):
+  picture, axes = panels.grid(regimes, height=3.4, width=4.8)
+  for panel, members in zip(axes, regimes.values(), strict=True):
     for method in study.points("method", members):
       lines = [curves[r.folder] for r in members if r.place["method"] == method]
       _draw_curves(panel, lines, panels.method_style(study, method), method)
     for method, level in levels:
       panel.axhline(level, color="grey", linestyle="--", label=method)
-    panel.set(title=panels.regime_title(regime), xlabel="step")
-    panel.set_ylabel(study.metric_label)
+    panel.set(xlabel="step", ylabel=study.metric_label)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "learning_curves",
@@ -175,9 +174,9 @@ def data_efficiency(study: studies.Study) -> panels.Picture | None:
     for size in study.points("size", runs) or [None]
     for how, text in panels.HOW.items()
   }
-  picture, axes = panels.grid(len(parts), height=3.4, width=4.8, columns=2)
+  picture, axes = panels.grid(parts, height=3.4, width=4.8, columns=2)
   methods = study.points("method", runs)
-  for panel, (regime, (size, how)) in zip(axes, parts.items(), strict=True):
+  for panel, (size, how) in zip(axes, parts.values(), strict=True):
     for i, method in enumerate(methods):
       shifted = _beside(xs, i, len(methods), is_log)
       points = []
@@ -192,8 +191,7 @@ def data_efficiency(study: studies.Study) -> panels.Picture | None:
       panel.set_xscale("log")
       panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.set_xticks(xs, labels)
-    panel.set(title=panels.regime_title(regime), xlabel="labelled examples")
-    panel.set_ylabel(study.metric_label)
+    panel.set(xlabel="labelled examples", ylabel=study.metric_label)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "data_efficiency",
