@@ -67,10 +67,14 @@ def train(
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
   checks.whole(seed, "SEED", least=0)
   checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
-  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
   task = data.load_task(
     dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )
+  stated = _stated_tokens(
+    model, model_dir, initial_checkpoint_path, teacher_checkpoint_path
+  )
+  model = data.fitted(model, task, stated)
+  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
   batches = _batches(model, task, dataset, run.mesh, seed, model_dir)
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
   _print_sizes(run, teacher_params)
@@ -109,6 +113,7 @@ def train(
       evaluation.batch_size,
       run.mesh,
       converter=model.student.FEATURE_CONVERTER_CLS,
+      special_tokens=model.student.special_tokens,
       use_cached=dataset.use_cached,
     )
     evaluator = make_evaluator(num_examples=evaluation.num_examples)
@@ -149,6 +154,7 @@ def train(
             dataset_iterator=batches,
             metrics=evaluated,
             config=dataclasses.asdict(model.config),
+            special_tokens=model.student.special_tokens,
           )
         if stopping:
           checkpointer.wait()
@@ -163,6 +169,20 @@ def train(
           )
         )
     return scores
+
+
+def _stated_tokens(model, model_dir, initial_path, teacher_path):
+  """Returns what the run's checkpoints say; see `data.fitted`."""
+  paths = {"INITIAL_CHECKPOINT_PATH": initial_path}
+  if checkpoint_files.has_checkpoint(model_dir):
+    paths = {"MODEL_DIR": model_dir}
+  if model.teacher is not None:
+    paths["TEACHER_CHECKPOINT_PATH"] = teacher_path
+  return {
+    name: checkpoint_files.load_special_tokens(path, setting=name)
+    for name, path in paths.items()
+    if path
+  }
 
 
 def _batches(model, task, dataset, mesh, seed, model_dir):
@@ -183,13 +203,17 @@ def _batches(model, task, dataset, mesh, seed, model_dir):
     dataset.batch_size,
     seed=seed,
     converter=model.FEATURE_CONVERTER_CLS,
+    special_tokens=model.student.special_tokens,
     pack=dataset.pack,
     share=shards.share(rows, jax.process_index(), dataset.batch_size, count),
     use_cached=dataset.use_cached,
   )
   if dataset.input_buckets:
     features = data.feature_lengths(
-      model.FEATURE_CONVERTER_CLS, lengths, dataset.pack
+      model.FEATURE_CONVERTER_CLS,
+      lengths,
+      dataset.pack,
+      model.student.special_tokens,
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
   return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)

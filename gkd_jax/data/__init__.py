@@ -2,7 +2,8 @@
 
 batches: tasks by name, training batches with a position that can be saved.
 shards: which shards of the data each process reads.
-feature_converters: seqio's, with a teacher's stored top-k log-probs.
+feature_converters: seqio's, with stored top-k log-probs or with 0 as a token.
+vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 """
 
 from etils import epy
@@ -16,4 +17,8 @@ with epy.lazy_api_imports(globals()):
     feature_converter,
     feature_lengths,
     load_task,
+  )
+  from gkd_jax.data.vocabularies import (
+    fitted,
+    special_tokens,
   )

@@ -12,7 +12,8 @@ import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 
-from gkd_jax.data import feature_converters, shards
+from gkd_jax import types
+from gkd_jax.data import feature_converters, shards, vocabularies
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
@@ -59,6 +60,7 @@ def distilled_task(
   original_task: str,
   module: str | None = None,
   name: str | None = None,
+  drop_cut: bool = False,
 ) -> str:
   """Registers the task of a teacher's outputs and returns its name, for gin.
 
@@ -67,6 +69,7 @@ def distilled_task(
     original_task: the task that the outputs were made for.
     module: Python module that registers it, imported first.
     name: of the new task; by default the original's and "_distilled".
+    drop_cut: leave out outputs that were cut; otherwise they train without EOS.
 
   Returns:
     The name of the new task.
@@ -80,24 +83,37 @@ def distilled_task(
       f"expected a task, got the mixture {original_task!r}; set ORIGINAL_TASK"
     )
   name = name or f"{original_task}_distilled"
-  return distilled.add_distilled_task(name, prefix, original_task).name
+  return distilled.add_distilled_task(
+    name, prefix, original_task, drop_cut=drop_cut
+  ).name
 
 
-def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
+def feature_converter(
+  cls: Any,
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
+) -> seqio.FeatureConverter:
   """Returns the converter from a task's features to a model's.
 
   Args:
     cls: a model's `FEATURE_CONVERTER_CLS`: a name in `feature_converters` or in
       seqio, or a class.
     pack: several examples in a row.
+    special_tokens: the model's.
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
-  return cls(pack=pack)
+  start = special_tokens.start
+  if not special_tokens.zero_is_padding:
+    return feature_converters.ZeroIsToken(cls(pack=pack, bos_id=start + 1))
+  return cls(pack=pack, bos_id=start) if start else cls(pack=pack)
 
 
 def feature_lengths(
-  cls: Any, task_feature_lengths: Mapping[str, int], pack: bool
+  cls: Any,
+  task_feature_lengths: Mapping[str, int],
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
 ) -> dict[str, int]:
   """Returns the lengths of a batch's features `[B, length]`; reads no data.
 
@@ -105,8 +121,9 @@ def feature_lengths(
     cls: see `feature_converter`.
     task_feature_lengths: seqio feature to length.
     pack: see `feature_converter`.
+    special_tokens: see `feature_converter`.
   """
-  converter = feature_converter(cls, pack)
+  converter = feature_converter(cls, pack, special_tokens)
   return dict(converter.get_model_feature_lengths(dict(task_feature_lengths)))
 
 
@@ -122,6 +139,7 @@ class TrainIterator:
     batch_size: of all processes together.
     seed: of the shuffle.
     converter: a model's `FEATURE_CONVERTER_CLS`.
+    special_tokens: the model's; by default those of the task's vocabulary.
     pack: several examples in a row.
     share: what this process reads; by default one shard, all rows.
     use_cached: read seqio's cache.
@@ -136,6 +154,7 @@ class TrainIterator:
     *,
     seed: int,
     converter: Any = "EncDecFeatureConverter",
+    special_tokens: types.SpecialTokens | None = None,
     pack: bool = False,
     share: shards.Share | None = None,
     use_cached: bool = False,
@@ -148,13 +167,15 @@ class TrainIterator:
       )
     if share is None:
       share = shards.Share(1, (0,), (0,), np.arange(batch_size))
+    if special_tokens is None:
+      special_tokens = vocabularies.special_tokens(task)
     self._share = share
     self._iterators = []
     for shard in share.shards:
       dataset = seqio.get_dataset(
         mixture_or_task_name=task.name,
         task_feature_lengths=dict(lengths),
-        feature_converter=feature_converter(converter, pack),
+        feature_converter=feature_converter(converter, pack, special_tokens),
         dataset_split=split,
         use_cached=use_cached,
         shuffle=True,
@@ -252,11 +273,13 @@ class CutInputs:
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)
-    place = np.searchsorted(self._lengths, _longest(batch[_INPUTS]))
+    cut = {k: batch[k] for k in (_INPUTS, types.INPUT_MASK) if k in batch}
+    longest = _longest(cut.get(types.INPUT_MASK, batch[_INPUTS]))
+    place = np.searchsorted(self._lengths, longest)
     if jax.process_count() > 1:
       place = np.max(multihost_utils.process_allgather(place))
-    cut = batch[_INPUTS][:, : self._lengths[int(place)]]
-    return batch | {_INPUTS: cut}
+    length = self._lengths[int(place)]
+    return batch | {k: x[:, :length] for k, x in cut.items()}
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the iterator's position into `path`."""
@@ -267,7 +290,7 @@ class CutInputs:
     self._iterator.restore_state(path)
 
 
-def _longest(tokens):
-  """Returns the length of the longest row of `[B, S]`; 0 without a token."""
-  used = np.flatnonzero(tokens.any(axis=0))
+def _longest(mask):
+  """Returns the length of the longest row of `[B, S]`, 0 after its end."""
+  used = np.flatnonzero(mask.any(axis=0))
   return used[-1] + 1 if used.size else 0
