@@ -152,17 +152,6 @@ def _no_value(macros):
   return f"expected a value of each macro, got none of {names}; set {names}"
 
 
-def save():
-  """Writes the configuration as `MODEL_DIR/config.gin`, as T5X does."""
-  try:
-    folder = gin.query_parameter("%MODEL_DIR")
-  except ValueError:
-    return  # `train` was bound without the macro
-  # `train` raises an error for `gin.REQUIRED`.
-  if isinstance(folder, str) and folder:
-    files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
-
-
 def _check_macros(given):
   config = gin.config_str()
   defined = set(re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", config, re.M))

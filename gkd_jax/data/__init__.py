@@ -1,6 +1,8 @@
 """From seqio tasks to batches of numpy arrays.
 
 batches: tasks by name, training batches with a position that can be saved.
+identity: what a position belongs to: settings, fingerprints of the sources.
+positions: a reader of one shard; its position counts rows.
 shards: which shards of the data each process reads.
 feature_converters: seqio's, with a teacher's stored top-k log-probs.
 """
@@ -16,4 +18,5 @@ with epy.lazy_api_imports(globals()):
     feature_converter,
     feature_lengths,
     load_task,
+    try_saving,
   )
