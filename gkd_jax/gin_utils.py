@@ -160,14 +160,6 @@ def macro(name: str) -> Any:
     return None
 
 
-def save():
-  """Writes the configuration as `MODEL_DIR/config.gin`, as T5X does."""
-  folder = macro("MODEL_DIR")
-  # `train` raises an error for `gin.REQUIRED`.
-  if isinstance(folder, str) and folder:
-    files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
-
-
 def _check_macros(given):
   config = gin.config_str()
   defined = set(re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", config, re.M))

@@ -155,16 +155,14 @@ def _gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _train():
   _start()
-  import jax
-
   import gin
-  from gkd_jax import gin_utils, train
+  from gkd_jax import train
 
   if FLAGS.dry_run:
     print(gin.config_str())
-  elif jax.process_index() == 0:
-    gin_utils.save()
-  gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+  gin.get_configurable(train.train)(
+    config=gin.config_str(), dry_run=FLAGS.dry_run
+  )
 
 
 def _eval():
