@@ -155,16 +155,14 @@ def _gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _train():
   _start()
-  import jax
-
   import gin
-  from gkd_jax import gin_utils, train
+  from gkd_jax import train
 
   if FLAGS.dry_run:
     print(gin.config_str())
-  elif jax.process_index() == 0:
-    gin_utils.save()
-  gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+  gin.get_configurable(train.train)(
+    config=gin.config_str(), dry_run=FLAGS.dry_run
+  )
 
 
 def _eval():
@@ -237,41 +235,34 @@ def _parse_gin() -> None:
 
 
 def _sweep():
-  from gkd_jax import files, gin_utils
+  from gkd_jax import gin_utils
   from gkd_jax.experiments import sweep_runner, sweeps
 
-  if not FLAGS.output_dir:
-    raise ValueError("expected a folder for the cells; set --output_dir")
-  folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
-  if FLAGS.sweep_file:
-    if FLAGS.axis or FLAGS.gin_file:
-      raise ValueError(
-        "expected a sweep file or flags, got both; set gin_file and axes in"
-        f" {FLAGS.sweep_file}"
-      )
+  if not FLAGS.sweep_file:
+    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
+  elif FLAGS.axis or FLAGS.gin_file:
+    raise ValueError(
+      "expected a sweep file or flags, got both; set gin_file and axes in"
+      f" {FLAGS.sweep_file}"
+    )
+  else:
+    folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
     definition = sweeps.read(FLAGS.sweep_file, folders)
     if FLAGS.seeds is not None:
       definition["seeds"] = FLAGS.seeds
-  else:
-    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
-  cells = sweeps.cells(definition, FLAGS.gin_bindings)
-  output = os.fspath(files.absolute(FLAGS.output_dir))
-  if files.is_remote(output):
-    raise ValueError(
-      "expected a local folder for the cells, which run on this machine under"
-      f" locks and logs, got {output}; set --output_dir"
-    )
-  left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
-  sweep_runner.check_cells(left, output, FLAGS.gin_search_paths)
-  sweep_runner.prepare(cells, output, definition.get("report", {}))
   options = []
-  if FLAGS.gin_search_paths:
-    options.append(f"--gin_search_paths={','.join(FLAGS.gin_search_paths)}")
   if FLAGS.tfds_data_dir:
     options.append(f"--tfds_data_dir={FLAGS.tfds_data_dir}")
-  if FLAGS.print_commands:
-    print(sweep_runner.commands(cells, output, options))
-  elif not sweep_runner.run(cells, output, jobs=FLAGS.jobs, options=options):
+  finished = sweep_runner.sweep(
+    definition,
+    FLAGS.output_dir,
+    bindings=FLAGS.gin_bindings,
+    search_paths=FLAGS.gin_search_paths,
+    options=options,
+    jobs=FLAGS.jobs,
+    print_commands=FLAGS.print_commands,
+  )
+  if not finished:
     sys.exit(1)
 
 

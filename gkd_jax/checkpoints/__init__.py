@@ -17,9 +17,12 @@ with epy.lazy_api_imports(globals()):
     Checkpointer,
     SavableIterator,
     has_checkpoint,
+    newest_step,
     recorded_data_shards,
+    saved_metrics,
   )
   from gkd_jax.checkpoints.errors import (
+    check_finite,
     check_matches,
   )
   from gkd_jax.checkpoints.formats import (

@@ -217,19 +217,17 @@ def _tokenizer(vocabulary, extra_ids: int) -> dict[str, dict]:
   ids = {"eos_token": model.eos_id(), "pad_token": pad}
   ids["unk_token"] = model.unk_id()
   special = {name: model.IdToPiece(i) for name, i in ids.items() if i >= 0}
-  sentinels = [f"<extra_id_{i}>" for i in range(extra_ids)]
+  special["additional_special_tokens"] = [
+    f"<extra_id_{i}>" for i in range(extra_ids)
+  ]
+  config = {
+    "extra_ids": extra_ids,
+    "legacy": True,
+    "tokenizer_class": "T5Tokenizer",
+  }
   return {
-    "special_tokens_map.json": {
-      **special,
-      "additional_special_tokens": sentinels,
-    },
-    "tokenizer_config.json": {
-      **special,
-      "additional_special_tokens": sentinels,
-      "extra_ids": extra_ids,
-      "legacy": True,
-      "tokenizer_class": "T5Tokenizer",
-    },
+    "special_tokens_map.json": special,
+    "tokenizer_config.json": special | config,
   }
 
 

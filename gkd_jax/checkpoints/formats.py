@@ -218,16 +218,11 @@ def load_config(
 ) -> dict[str, Any] | None:
   """Reads the network configuration stored with the parameters.
 
-  Args:
-    path: as for `load_params`.
-    setting: what the user set the path with, for the message.
+  Arguments and errors are those of `load_params`.
 
   Returns:
     The saved fields of `network.T5Config`, or None if there are none, as in
     T5X's formats.
-
-  Raises:
-    ValueError: as `load_params`.
   """
   found = find(path, setting=setting)
   if found.format == "huggingface":
@@ -284,10 +279,7 @@ def load_model(
 ) -> tuple[network.T5Config, PyTree]:
   """Reads a network's configuration and its parameters.
 
-  Args:
-    path: as for `load_params`.
-    setting: as for `load_params`.
-    dtype: as for `load_params`.
+  Arguments are those of `load_params`.
 
   Returns:
     The configuration, and a nested dict of numpy arrays.

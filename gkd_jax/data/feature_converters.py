@@ -21,43 +21,52 @@ _TOP_K = {
 }
 
 
-class TopKEncDecFeatureConverter(seqio.EncDecFeatureConverter):
+class _TopKFeatureConverter(seqio.FeatureConverter):
+  """A mixin that passes the top-k features on.
+
+  Attributes:
+    HAS_PROMPTS: whether a row holds the prompt before the output.
+  """
+
+  HAS_PROMPTS = False
+
+  def __init__(self, pack: bool = False, bos_id: int = 0):
+    if pack:
+      raise ValueError(
+        "expected unpacked rows with stored top-k log-probs, got packed ones;"
+        " set PACK = False"
+      )
+    spec = seqio.FeatureConverter.FeatureSpec
+    specs = {name: spec(dtype=t, rank=2) for name, t in _TOP_K.items()}
+    super().__init__(pack=False, bos_id=bos_id, passthrough_features=specs)
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Model features of a task's; see `seqio.FeatureConverter`."""
+    length = task_feature_lengths["targets"]
+    row = length + self.HAS_PROMPTS * task_feature_lengths["inputs"]
+
+    def align(example, x):
+      before = tf.size(example["inputs"]) if self.HAS_PROMPTS else 0
+      return tf.pad(x[:length], [[before, 0], [0, 0]])
+
+    lengths = {**task_feature_lengths, **{name: row for name in _TOP_K}}
+    return super().__call__(_aligned(ds, align), lengths)
+
+
+class TopKEncDecFeatureConverter(
+  _TopKFeatureConverter, seqio.EncDecFeatureConverter
+):
   """seqio's, and `top_k_ids` `[T, k]` and `top_k_log_probs` `[T, k + 1]`."""
 
-  def __init__(self, pack: bool = False, bos_id: int = 0):
-    super().__init__(
-      pack=_no_packing(pack), bos_id=bos_id, passthrough_features=_specs()
-    )
 
-  def __call__(
-    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
-  ) -> tf.data.Dataset:
-    """Model features of a task's; see `seqio.FeatureConverter`."""
-    length = task_feature_lengths["targets"]
-    ds = _aligned(ds, lambda example, x: x[:length])
-    return super().__call__(ds, {**task_feature_lengths, **_lengths(length)})
-
-
-class TopKDecoderFeatureConverter(seqio.PrefixLMFeatureConverter):
+class TopKDecoderFeatureConverter(
+  _TopKFeatureConverter, seqio.PrefixLMFeatureConverter
+):
   """seqio's with prompt and output in one row, and the top-k features."""
 
-  def __init__(self, pack: bool = False, bos_id: int = 0):
-    super().__init__(
-      pack=_no_packing(pack), bos_id=bos_id, passthrough_features=_specs()
-    )
-
-  def __call__(
-    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
-  ) -> tf.data.Dataset:
-    """Model features of a task's; see `seqio.FeatureConverter`."""
-    length = task_feature_lengths["targets"]
-    row = length + task_feature_lengths["inputs"]
-
-    def behind_prompt(example, x):
-      return tf.pad(x[:length], [[tf.size(example["inputs"]), 0], [0, 0]])
-
-    ds = _aligned(ds, behind_prompt)
-    return super().__call__(ds, {**task_feature_lengths, **_lengths(row)})
+  HAS_PROMPTS = True
 
 
 class ZeroIsToken(seqio.FeatureConverter):
@@ -117,24 +126,6 @@ class ZeroIsToken(seqio.FeatureConverter):
     if _INPUTS in lengths:
       lengths[types.INPUT_MASK] = lengths[_INPUTS]
     return lengths
-
-
-def _no_packing(pack):
-  if pack:
-    raise ValueError(
-      "expected unpacked rows with stored top-k log-probs, got packed ones;"
-      " set PACK = False"
-    )
-  return False
-
-
-def _specs():
-  spec = seqio.FeatureConverter.FeatureSpec
-  return {name: spec(dtype=dtype, rank=2) for name, dtype in _TOP_K.items()}
-
-
-def _lengths(length):
-  return {name: length for name in _TOP_K}
 
 
 def _aligned(dataset, align):

@@ -110,7 +110,7 @@ def beam_search(
       there, as it does at T.
     row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
       for a leaf without rows. By default scalars have none, and all others have
-      their rows on axis 0.
+      their rows on axis 0. Not needed where N is 1.
 
   Returns:
     Tokens `[B, N, T]` and scores `[B, N]`, the best last. A prompt of which no
@@ -122,7 +122,7 @@ def beam_search(
   """
   del key
   _check_settings(max_decode_length, num_decodes, alpha)
-  row_axes = _checked_row_axes(cache, row_axes, batch_size * num_decodes)
+  row_axes = _checked_row_axes(cache, row_axes, batch_size, num_decodes)
   slots = (batch_size, num_decodes)
   current = _slots("start_tokens", start_tokens, slots, 0)
   room = _slots("row_lengths", row_lengths, slots, max_decode_length)[:, 0]
@@ -340,10 +340,13 @@ def _reorder(new, old, row_axes, parents):
   return jax.tree.map(reorder, new, old, row_axes)
 
 
-def _checked_row_axes(cache, row_axes, rows):
+def _checked_row_axes(cache, row_axes, batch_size, num_decodes):
   """Returns `row_axes` or their default, checked against the cache."""
+  rows = batch_size * num_decodes
   if row_axes is None:
-    row_axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else -1, cache)
+    # With one output per prompt no row moves, wherever rows are.
+    default = 0 if num_decodes > 1 else -1
+    row_axes = jax.tree.map(lambda x: default if jnp.ndim(x) else -1, cache)
 
   def check(path, leaf, axis):
     if axis >= 0 and (axis >= jnp.ndim(leaf) or leaf.shape[axis] != rows):

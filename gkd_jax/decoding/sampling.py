@@ -149,6 +149,7 @@ def sampling_logits(
   top_k: int = 0,
   top_p: float = 1.0,
   suppress_ids: Sequence[int] = (),
+  keep: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the logits of the distribution that `sample` draws from.
 
@@ -158,6 +159,7 @@ def sampling_logits(
     top_k: see `filter_logits`.
     top_p: see `filter_logits`.
     suppress_ids: tokens to remove before everything else.
+    keep: see `filter_logits`.
 
   Returns:
     `[..., V]` float32, -inf where the probability is 0; not normalized.
@@ -167,16 +169,16 @@ def sampling_logits(
   """
   logits = logits.astype(jnp.float32)
   if suppress_ids:
-    keep = np.ones(logits.shape[-1], bool)
-    outside = [i for i in suppress_ids if not 0 <= i < keep.size]
-    keep[[i for i in suppress_ids if i not in outside]] = False
-    if outside or not keep.any():
+    allowed = np.ones(logits.shape[-1], bool)
+    outside = [i for i in suppress_ids if not 0 <= i < allowed.size]
+    allowed[[i for i in suppress_ids if i not in outside]] = False
+    if outside or not allowed.any():
       raise ValueError(
-        f"expected suppress_ids within 0..{keep.size - 1} and not all of them, "
-        f"got {tuple(suppress_ids)}; set suppress_ids"
+        f"expected suppress_ids within 0..{allowed.size - 1} and not all of"
+        f" them, got {tuple(suppress_ids)}; set suppress_ids"
       )
-    keep = keep.reshape((1,) * (logits.ndim - 1) + keep.shape)
-    logits = jnp.where(keep, logits, -jnp.inf)
+    allowed = allowed.reshape((1,) * (logits.ndim - 1) + allowed.shape)
+    logits = jnp.where(allowed, logits, -jnp.inf)
   # With the maximum at 0, a small temperature sends the other logits to -inf and
   # never makes inf - inf.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -189,11 +191,15 @@ def sampling_logits(
     logits = logits / temperature
   elif temperature != 1:
     logits = logits / max(float(temperature), smallest)
-  return filter_logits(logits, top_k=top_k, top_p=top_p)
+  return filter_logits(logits, top_k=top_k, top_p=top_p, keep=keep)
 
 
 def filter_logits(
-  logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0
+  logits: jax.Array,
+  *,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  keep: jax.Array | None = None,
 ) -> jax.Array:
   """Removes unlikely tokens: top-k first, then top-p on what is left.
 
@@ -213,10 +219,12 @@ def filter_logits(
     top_p: with tokens in order of falling probability, keep each whose
       predecessors have less probability than this in all (softmax over what
       top-k kept); 1.0 keeps all.
+    keep: `[...]` int32, a token of each position that is not removed.
 
   Returns:
     `[..., V]` float32, removed tokens at -inf. Without filters nothing is sorted.
   """
+  given = logits
   vocab_size = logits.shape[-1]
   count = top_k if 0 < top_k < vocab_size else vocab_size
   if count == vocab_size and top_p == 1:
@@ -235,6 +243,10 @@ def filter_logits(
       jnp.where(mass_before < top_p, ranked, jnp.inf), axis=-1, keepdims=True
     )
     logits = jnp.where(logits < threshold, -jnp.inf, logits)
+  if keep is not None:
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    is_kept = ids == jnp.expand_dims(keep, -1)
+    logits = jnp.where(is_kept, given, logits)
   return logits
 
 
@@ -437,7 +449,10 @@ def sampling_log_probs(
 ) -> jax.Array:
   """Returns differentiable log-probs of the sampling distribution.
 
-  Temperature, filters and suppressed tokens are part of it.
+  Temperature, filters and suppressed tokens are part of it. Where the tokens
+  have been sampled already, give them as `keep`: which tokens top-k and top-p
+  remove jumps with the last bit of a logit, and the program that sampled them
+  rounded in another way.
 
   Args:
     logits: `[..., V]`, vocabulary padding included.

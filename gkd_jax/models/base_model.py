@@ -213,9 +213,9 @@ class BaseTransformerModel:
       raise ValueError(
         f"expected source {DATA!r} for SFT, got {inputs.source!r}"
       )
-    dropout_key = inputs.key if self.config.dropout_rate > 0 else None
+    key = dropout_key(self.config.dropout_rate, inputs.key, inputs.row_ids)
     loss, weight, metrics = self._cross_entropy(
-      params, batch, dropout_key, self.length_normalization
+      params, batch, key, self.length_normalization
     )
     return loss, metrics | {"loss": (loss, weight)}
 
@@ -458,16 +458,22 @@ def split_key(key: jax.Array | None) -> tuple:
   return (None, None) if key is None else tuple(jax.random.split(key))
 
 
-def dropout_keys(
+def dropout_key(
   dropout_rate: float, key: jax.Array, row_ids: jax.Array
-) -> tuple:
-  """Returns the dropout keys of encoder and decoder in a step; None without dropout.
+) -> jax.Array | None:
+  """Returns the dropout key of a microbatch; None without dropout.
 
   Args:
     dropout_rate: of the model.
     key: of the step.
-    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own.
+    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own, and
+      so has each device under `pmap`.
   """
-  if dropout_rate == 0:
-    return None, None
-  return split_key(jax.random.fold_in(key, row_ids[0]))
+  return jax.random.fold_in(key, row_ids[0]) if dropout_rate > 0 else None
+
+
+def dropout_keys(
+  dropout_rate: float, key: jax.Array, row_ids: jax.Array
+) -> tuple:
+  """Returns `dropout_key` for the encoder and for the decoder."""
+  return split_key(dropout_key(dropout_rate, key, row_ids))

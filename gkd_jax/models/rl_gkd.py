@@ -157,6 +157,7 @@ class RLGKDModel(gkd.GKDModel):
       logits[1],
       weights,
       num_real_tokens=self.student.num_real_tokens,
+      keep=targets,
       **self.sampling,
     )
     gradient, _, more = losses.policy_gradient_loss(

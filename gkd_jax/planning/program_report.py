@@ -172,21 +172,21 @@ def lines(title: str, figures: dict[str, Any]) -> list[str]:
       result.append(
         f"  {loop['name']} is counted {loop['runs']} times, its upper bound"
       )
-  return result + _roofline_lines(figures)
+  return [*result, _roofline_line(figures)]
 
 
-def _roofline_lines(figures):
+def _roofline_line(figures):
   least = figures["roofline"]
   if least is None:
-    return ["  no roofline: the rates of these devices are not known"]
-  return [
+    return "  no roofline: the rates of these devices are not known"
+  return (
     f"  at least {least['seconds'] * 1e3:.3f} ms (arithmetic"
     f" {least['flops_seconds'] * 1e3:.3f}, memory"
     f" {least['hbm_seconds'] * 1e3:.3f}, links"
     f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)}): at most"
     f" {figures['tokens_per_second']:,.0f} output tokens/s, MFU"
     f" {figures['mfu']:.1%}"
-  ]
+  )
 
 
 def _of_dcn(figures):

@@ -208,6 +208,21 @@ class TrainLog:
     self.say(f"step {step} evaluation: {shown}")
     self._time = time.monotonic()
 
+  def failed_evaluation(self, step: int, error: str, count: int):
+    """Writes that an evaluation failed.
+
+    Args:
+      step: number of steps done.
+      error: what it failed with, in one line.
+      count: evaluations that failed so far.
+    """
+    self._record(step, {"failed_evaluations": float(count)})
+    self.say(
+      f"step {step} evaluation failed: {error}; the run goes on (set"
+      f" EVAL_ERRORS_STOP = True to stop); {count} failed so far"
+    )
+    self._time = time.monotonic()
+
   def final(self, result: Mapping[str, Any]):
     """Writes `final.json`, with the seconds since the log was opened."""
     result = dict(result) | {"seconds": time.monotonic() - self._started}

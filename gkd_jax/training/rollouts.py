@@ -194,3 +194,21 @@ def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     row[weights > 0]
     for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
   ]
+
+
+def check_targets(
+  batch: Mapping[str, np.ndarray], source: str, step: int
+) -> None:
+  """Raises a ValueError for a batch of the data without a target token.
+
+  Args:
+    batch: features `[B, ...]`.
+    source: whose outputs the step trains on.
+    step: steps done, for the message.
+  """
+  if source == "data" and not np.any(batch["decoder_loss_weights"]):
+    raise ValueError(
+      "expected target tokens in every batch, got a batch without any at"
+      f" step {step}; set STUDENT_DATA_FRACTION = 1.0 for data without"
+      " references, or MIXTURE_OR_TASK_NAME"
+    )
