@@ -153,7 +153,7 @@ def test_files_and_shards_of_before_are_read_as_before(tmp_path):
   assert targets(teacher_outputs.register("old", str(path), "letters")) == [
     [B, C, 1]
   ]
-  path.write_text('{"inputs": "a", "prediction": "b", "ended": "yes"}\n')
+  path.write_text('{"inputs": "a", "prediction": "bcb", "ended": "yes"}\n')
   with pytest.raises(ValueError, match=r"'ended' true or false, got .* line 1"):
     targets(seqio.TaskRegistry.get("old"))
   path.write_text('{"inputs": "a", "prediction": "b", "ended": false}\n')
