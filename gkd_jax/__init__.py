@@ -9,7 +9,7 @@
   training, evaluation   the step and its surroundings; a checkpoint's scores
   partitioning, kernels  the device mesh; what one backend is faster at
   planning, experiments  programs for absent devices; sweeps and reports
-  optimizers, schedules, types, files, tasks
+  optimizers, schedules, types, files, checks, tasks
 
 Modules load when they are first used: `import gkd_jax` does not import jax.
 """
@@ -17,35 +17,14 @@ Modules load when they are first used: `import gkd_jax` does not import jax.
 import importlib
 import importlib.util
 import pathlib
+import pkgutil
 import sys
 import time
 
 __version__ = "0.2.0"
 STARTED = time.monotonic()  # the time to the first step counts from here
 
-_MODULES = [
-  "checkpoints",
-  "data",
-  "decoding",
-  "divergences",
-  "evaluation",
-  "experiments",
-  "files",
-  "gin_utils",
-  "infer",
-  "kernels",
-  "losses",
-  "models",
-  "network",
-  "optimizers",
-  "partitioning",
-  "planning",
-  "schedules",
-  "tasks",
-  "train",
-  "training",
-  "types",
-]
+_MODULES = {m.name for m in pkgutil.iter_modules(__path__)} | {"tasks"}
 
 
 def __getattr__(name):

@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -49,7 +48,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "output_path",
   None,
-  "Folder to write (import, export, report, precompile, fit).",
+  "Folder to write (import, export, report, precompile).",
 )
 flags.DEFINE_string(
   "markdown",
@@ -98,20 +97,9 @@ flags.DEFINE_string(
   "topology",
   None,
   "Devices to compile for, such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8;"
-  " the default is this machine's (precompile, fit).",
+  " the default is this machine's (precompile).",
 )
-flags.DEFINE_string("title", None, "Title of the report (precompile, fit).")
-flags.DEFINE_list(
-  "model_axis",
-  None,
-  "Sizes of the model axis to try; the default is all that are possible (fit).",
-)
-flags.DEFINE_integer(
-  "compiled_whole",
-  3,
-  "Number of settings that fit to be compiled whole (fit).",
-  lower_bound=1,
-)
+flags.DEFINE_string("title", None, "Title of the report (precompile).")
 flags.DEFINE_list(
   "phases",
   None,
@@ -167,16 +155,14 @@ def _gin_flags(argv: Sequence[str]) -> list[str]:
 
 def _train():
   _start()
-  import jax
-
   import gin
-  from gkd_jax import gin_utils, train
+  from gkd_jax import train
 
   if FLAGS.dry_run:
     print(gin.config_str())
-  elif jax.process_index() == 0:
-    gin_utils.save()
-  gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+  gin.get_configurable(train.train)(
+    config=gin.config_str(), dry_run=FLAGS.dry_run
+  )
 
 
 def _eval():
@@ -196,20 +182,25 @@ def _infer():
 
 
 def _precompile():
-  settings = _settings_to_compile()
+  from gkd_jax.planning import topologies
+
+  # Before anything else initializes JAX with this machine's devices.
+  devices, chip = topologies.devices(FLAGS.topology)
+  _parse_gin()
+  from gkd_jax import gin_utils, train
   from gkd_jax.planning import precompile
 
-  precompile.precompile(**settings, phases=FLAGS.phases)
-
-
-def _fit():
-  settings = _settings_to_compile()
-  from gkd_jax.planning import fit
-
-  fit.fit(
-    **settings,
-    model_axis=_numbers("model_axis"),
-    compiled_whole=FLAGS.compiled_whole,
+  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
+  if FLAGS.title:
+    about["title"] = FLAGS.title
+  precompile.precompile(
+    **gin_utils.bindings(train.train, precompile.SETTINGS),
+    devices=devices,
+    chip=chip,
+    topology=FLAGS.topology or devices[0].device_kind,
+    phases=FLAGS.phases,
+    output_path=FLAGS.output_path,
+    about=about,
   )
 
 
@@ -240,79 +231,38 @@ def _parse_gin() -> None:
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
 
 
-def _settings_to_compile() -> dict[str, Any]:
-  """Returns what `precompile` and `fit` need: the run and its devices."""
-  from gkd_jax.planning import topologies
-
-  # Before anything else initializes JAX with this machine's devices.
-  devices, chip = topologies.devices(FLAGS.topology)
-  _parse_gin()
-  from gkd_jax import gin_utils, train
-  from gkd_jax.planning import precompile
-
-  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
-  if FLAGS.title:
-    about["title"] = FLAGS.title
-  return gin_utils.bindings(train.train, precompile.SETTINGS) | {
-    "devices": devices,
-    "chip": chip,
-    "topology": FLAGS.topology or devices[0].device_kind,
-    "output_path": FLAGS.output_path,
-    "about": about,
-  }
-
-
-def _numbers(flag: str) -> list[int] | None:
-  """Returns the whole numbers of a list flag, or None if it is not set."""
-  given = getattr(FLAGS, flag)
-  if given is None:
-    return None
-  if not all(number.isdecimal() for number in given):
-    raise ValueError(
-      f"expected whole numbers, got {','.join(given)}; set --{flag}"
-    )
-  return [int(number) for number in given]
-
-
 # ---- commands on runs, files and checkpoints ---------------------------------
 
 
 def _sweep():
-  from gkd_jax import files, gin_utils
+  from gkd_jax import gin_utils
   from gkd_jax.experiments import sweep_runner, sweeps
 
-  if not FLAGS.output_dir:
-    raise ValueError("expected a folder for the cells; set --output_dir")
-  folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
-  if FLAGS.sweep_file:
-    if FLAGS.axis or FLAGS.gin_file:
-      raise ValueError(
-        "expected a sweep file or flags, got both; set gin_file and axes in"
-        f" {FLAGS.sweep_file}"
-      )
+  if not FLAGS.sweep_file:
+    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
+  elif FLAGS.axis or FLAGS.gin_file:
+    raise ValueError(
+      "expected a sweep file or flags, got both; set gin_file and axes in"
+      f" {FLAGS.sweep_file}"
+    )
+  else:
+    folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
     definition = sweeps.read(FLAGS.sweep_file, folders)
     if FLAGS.seeds is not None:
       definition["seeds"] = FLAGS.seeds
-  else:
-    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
-  cells = sweeps.cells(definition, FLAGS.gin_bindings)
-  output = os.fspath(files.absolute(FLAGS.output_dir))
-  if files.is_remote(output):
-    raise ValueError(
-      "expected a local folder for the cells, which run on this machine under"
-      f" locks and logs, got {output}; set --output_dir"
-    )
-  left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
-  sweep_runner.check_cells(left, output, FLAGS.gin_search_paths)
-  sweep_runner.prepare(cells, output, definition.get("report", {}))
   options = []
-  if FLAGS.gin_search_paths:
-    options.append(f"--gin_search_paths={','.join(FLAGS.gin_search_paths)}")
   if FLAGS.tfds_data_dir:
     options.append(f"--tfds_data_dir={FLAGS.tfds_data_dir}")
-  if FLAGS.print_commands:
-    print(sweep_runner.commands(cells, output, options))
-  elif not sweep_runner.run(cells, output, jobs=FLAGS.jobs, options=options):
+  finished = sweep_runner.sweep(
+    definition,
+    FLAGS.output_dir,
+    bindings=FLAGS.gin_bindings,
+    search_paths=FLAGS.gin_search_paths,
+    options=options,
+    jobs=FLAGS.jobs,
+    print_commands=FLAGS.print_commands,
+  )
+  if not finished:
     sys.exit(1)
 
 
@@ -380,7 +330,6 @@ COMMANDS = {
   "eval": _eval,
   "infer": _infer,
   "precompile": _precompile,
-  "fit": _fit,
   "compare": _compare,
   "sweep": _sweep,
   "import": _import,

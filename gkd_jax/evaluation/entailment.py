@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import checkpoints, partitioning, types
+from gkd_jax import checkpoints, checks, partitioning, types
 
 OVER = ("vocabulary", "answers")
 
@@ -60,27 +60,27 @@ class EntailmentReward:
   ):
     self._mesh = partitioning.make_mesh(num_partitions)
     data_axis = partitioning.row_shards(self._mesh)
-    if batch_size < 1 or batch_size % data_axis:
+    checks.whole(batch_size, "SCORER_BATCH_SIZE")
+    if batch_size % data_axis:
       raise ValueError(
         f"expected a scorer's batch size that is a multiple of {data_axis}"
         f" data-parallel devices, got {batch_size}; set SCORER_BATCH_SIZE"
       )
-    if input_length < 2:
-      raise ValueError(
-        f"expected a scorer's input length of at least 2, got {input_length};"
-        " set SCORER_INPUT_LENGTH"
-      )
-    if over not in OVER:
-      raise ValueError(
-        f"expected a softmax over {' or '.join(OVER)}, got {over!r};"
-        " set SCORER_OVER"
-      )
+    checks.whole(input_length, "SCORER_INPUT_LENGTH", least=2)
+    checks.one_of(over, "SCORER_OVER", OVER)
     firsts = [vocabulary.encode(answer)[0] for answer in answers]
     if firsts[0] == firsts[1]:
       raise ValueError(
         f"expected answers whose first tokens differ, got {answers}, which both"
         f" begin with {firsts[0]}; set SCORER_ANSWERS"
       )
+    stated = checkpoint_path and checkpoints.load_special_tokens(
+      checkpoint_path, setting="SCORER_CHECKPOINT_PATH"
+    )
+    tokens = types.SpecialTokens.of(vocabulary)
+    model = model.with_special_tokens(
+      tokens._replace(start=stated.start if stated else 0)
+    )
     self._vocabulary, self._length = vocabulary, input_length
     self._rows = batch_size // jax.process_count()
     self._prefix = input_prefix
@@ -155,11 +155,14 @@ def entailment(
   Returns:
     `[B]` float32.
   """
-  start = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+  start = jnp.full((tokens.shape[0], 1), model.special_tokens.start)
+  # Up to EOS, the last token that is not 0.
+  left = jnp.flip(jnp.cumsum(jnp.flip(tokens != 0, 1), axis=1), 1)
   batch = {
     "encoder_input_tokens": tokens,
+    types.INPUT_MASK: (left > 0).astype(jnp.int32),
     "decoder_input_tokens": start,
-    "decoder_target_tokens": start + answers[0],  # marks the position as used
+    "decoder_target_tokens": jnp.ones_like(start),  # marks it as used
   }
   logits = model.logits(params, batch)[:, 0].astype(jnp.float32)
   if over == "answers":

@@ -1,11 +1,12 @@
 """What all distilled students share: the divergence, its settings, T5X's protocol."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from gkd_jax import divergences, types
+from gkd_jax import checks, divergences, types
 from gkd_jax.models import base_model, length_buckets
 
 
@@ -55,19 +56,43 @@ class DistillationModel:
     self.skew_alpha = skew_alpha
     self.student_temperature = student_temperature
     self.length_normalization = length_normalization
-    check_fraction("β", beta, "BETA")
-    check_temperature("student_temperature", student_temperature)
-    if length_normalization not in ("sequence", "token"):
-      raise ValueError(
-        "expected length normalisation 'sequence' or 'token', got"
-        f" {length_normalization!r}; set LENGTH_NORMALIZATION"
-      )
+    checks.one_of(divergence, "DIVERGENCE", divergences.names())
+    checks.number(
+      beta, "BETA", least=0, most=1, none=True, schedule=True, what="β"
+    )
+    checks.number(
+      student_temperature,
+      "STUDENT_TEMPERATURE",
+      above=0,
+      what="a student_temperature",
+    )
+    checks.one_of(
+      length_normalization, "LENGTH_NORMALIZATION", ("sequence", "token")
+    )
     self.divergence_at(0)
-    if output_buckets:
-      length_buckets.check(output_buckets, "OUTPUT_BUCKETS")
+    self._output_buckets = output_buckets
+    checks.ascending(output_buckets, "OUTPUT_BUCKETS")
+    self._cut_to_buckets()
+
+  def _cut_to_buckets(self):
+    if self._output_buckets is not None:
+      whole = type(self).outputs_loss.__get__(self)
       self.outputs_loss = length_buckets.bucketed(
-        self.outputs_loss, output_buckets, student
+        whole, self._output_buckets, self.student
       )
+
+  def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
+    """Returns this model, of a student and a teacher with these special tokens."""
+    student = self.student.with_special_tokens(special_tokens)
+    teacher = self.teacher
+    if teacher is not None:
+      teacher = teacher.with_special_tokens(special_tokens)
+    if student is self.student and teacher is self.teacher:
+      return self
+    model = copy.copy(self)
+    model.student, model.teacher = student, teacher
+    model._cut_to_buckets()
+    return model
 
   @property
   def config(self) -> Any:
@@ -191,20 +216,6 @@ class DistillationModel:
     return self.student.score_batch(params, batch)
 
 
-def check_fraction(name: str, value: Any, setting: str) -> None:
-  """Raises a ValueError for a number outside of [0, 1]; schedules pass."""
-  if isinstance(value, (int, float)) and not 0 <= value <= 1:
-    raise ValueError(f"expected {name} in [0, 1], got {value}; set {setting}")
-
-
-def check_temperature(name: str, value: float) -> None:
-  """Raises a ValueError for a temperature of a loss that is not above 0."""
-  if value <= 0:
-    raise ValueError(
-      f"expected a {name} above 0, got {value}; set {name.upper()}"
-    )
-
-
 def check_pair(
   teacher: types.TransformerModel, student: types.TransformerModel
 ) -> None:
@@ -221,6 +232,12 @@ def check_pair(
     raise ValueError(
       "expected teacher and student with one vocabulary, got vocab_size"
       f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
+    )
+  special = teacher.special_tokens, student.special_tokens
+  if special[0] != special[1]:
+    raise ValueError(
+      "expected teacher and student with the same special tokens, got"
+      f" {special[0]} (teacher) and {special[1]} (student); set special_tokens"
     )
   real = teacher.num_real_tokens, student.num_real_tokens
   if real[0] != real[1]:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import decoding, losses, schedules, types
+from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model, distillation_model
+from gkd_jax.models import base_model, distillation_model, outputs
 
 
 class GKDModel(distillation_model.DistillationModel):
@@ -87,7 +87,7 @@ class GKDModel(distillation_model.DistillationModel):
       "temperature": sampling_temperature,
       "top_k": sampling_top_k,
       "top_p": sampling_top_p,
-      "suppress_ids": (decoding.PAD_ID,),
+      "suppress_ids": student.special_tokens.never_sampled,
     }
     self.decode_slots = decode_slots
     self.loss_chunk_size = loss_chunk_size
@@ -95,27 +95,36 @@ class GKDModel(distillation_model.DistillationModel):
     self._check_settings()
 
   def _check_settings(self):
-    distillation_model.check_fraction(
-      "λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"
+    checks.number(
+      self.student_data_fraction,
+      "STUDENT_DATA_FRACTION",
+      least=0,
+      most=1,
+      schedule=True,
+      what="λ",
     )
-    distillation_model.check_temperature(
-      "teacher_temperature", self.teacher_temperature
+    checks.number(
+      self.teacher_temperature,
+      "TEACHER_TEMPERATURE",
+      above=0,
+      what="a teacher_temperature",
     )
-    if self.sampling["temperature"] < 0:
-      raise ValueError(
-        "expected a sampling temperature of at least 0, got"
-        f" {self.sampling['temperature']}; set SAMPLING_TEMPERATURE"
-      )
-    if self.student_data_granularity not in ("step", "example"):
-      raise ValueError(
-        "expected student_data_granularity 'step' or 'example', got"
-        f" {self.student_data_granularity!r}; set STUDENT_DATA_GRANULARITY"
-      )
-    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
-      raise ValueError(
-        "expected a loss_chunk_size of at least 0, got"
-        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
-      )
+    checks.one_of(
+      self.student_data_granularity,
+      "STUDENT_DATA_GRANULARITY",
+      ("step", "example"),
+    )
+    checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
+    checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
+    decoding.check_options(self.sampling)
+
+  def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
+    """See `DistillationModel.with_special_tokens`."""
+    model = super().with_special_tokens(special_tokens)
+    if model is not self:
+      never = special_tokens.never_sampled
+      model.sampling = self.sampling | {"suppress_ids": never}
+    return model
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -300,7 +309,7 @@ class GKDModel(distillation_model.DistillationModel):
     Raises:
       ValueError: a packed batch.
     """
-    base_model.check_unpacked(batch)
+    outputs.check_unpacked(batch)
     keys = base_model.step_keys(inputs.key)
     chosen = None
     if inputs.source == base_model.MIXED:
@@ -318,7 +327,8 @@ class GKDModel(distillation_model.DistillationModel):
     present = self.student.has_inputs(batch)
     weights = weights * present[:, None]
     used = present if chosen is None else present & chosen
-    ended = jnp.any(tokens == base_model.EOS_ID, axis=1)
+    eos_id = self.student.special_tokens.eos_id
+    ended = outputs.has_eos(tokens, weights, eos_id)
     metrics = _sample_metrics(weights, ended, used, present)
     new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:
@@ -357,7 +367,7 @@ class GKDModel(distillation_model.DistillationModel):
       teacher_params: not read here; a subclass may mix the teacher in.
 
     Returns:
-      Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
+      Tokens `[B, T]` int32 from the output's first on, zeros after its end; their
       weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
       `[B, T]` float32, nats, see `decoding.SampleResult`.
     """
@@ -371,6 +381,7 @@ class GKDModel(distillation_model.DistillationModel):
       cache,
       key,
       batch,
+      eos_id=model.special_tokens.eos_id,
       row_ids=row_ids,
       active=chosen,
       slots=slots,
@@ -397,6 +408,7 @@ def draw_outputs(
   key: jax.Array,
   batch: types.Batch,
   *,
+  eos_id: int | Sequence[int],
   row_lengths: jax.Array | None = None,
   **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -407,6 +419,7 @@ def draw_outputs(
     cache: before the first token.
     key: random key.
     batch: whose targets say B and T.
+    eos_id: see `decoding.sample`.
     row_lengths: `[B]`, see `decoding.sample`.
     **options: of `decoding.sample`.
   """
@@ -417,13 +430,11 @@ def draw_outputs(
     key,
     batch_size=batch_size,
     max_decode_length=length,
-    eos_id=base_model.EOS_ID,
+    eos_id=eos_id,
     row_lengths=row_lengths,
     **options,
   )
-  weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
-  if row_lengths is not None:
-    weights *= jnp.arange(length)[None] < row_lengths[:, None]
+  weights = sampling.sequence_weights(tokens, eos_id, row_lengths=row_lengths)
   return tokens, weights, log_probs
 
 

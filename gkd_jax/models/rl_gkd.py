@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import decoding, losses, types
+from gkd_jax import checks, decoding, losses, types
 from gkd_jax.losses import policy_gradient
-from gkd_jax.models import base_model, gkd
+from gkd_jax.models import base_model, gkd, outputs
 
 
 class RLGKDModel(gkd.GKDModel):
@@ -69,13 +69,10 @@ class RLGKDModel(gkd.GKDModel):
     self.discount = discount
     self.whiten_rewards = whiten_rewards
     self.baseline_decay = baseline_decay
-    if not 0 <= alpha <= 1:
-      raise ValueError(f"expected α in [0, 1], got {alpha}; set ALPHA")
-    if not 0 <= baseline_decay < 1:
-      raise ValueError(
-        f"expected a baseline_decay in [0, 1), got {baseline_decay};"
-        " set BASELINE_DECAY"
-      )
+    checks.number(alpha, "ALPHA", least=0, most=1, what="α")
+    checks.whole(samples_per_prompt, "SAMPLES_PER_PROMPT")
+    checks.number(baseline_decay, "BASELINE_DECAY", least=0, below=1)
+    checks.boolean(whiten_rewards, "WHITEN_REWARDS")
     if self.needs_rewards:
       policy_gradient.check_settings(
         baseline, credit, discount, samples_per_prompt
@@ -160,6 +157,7 @@ class RLGKDModel(gkd.GKDModel):
       logits[1],
       weights,
       num_real_tokens=self.student.num_real_tokens,
+      keep=targets,
       **self.sampling,
     )
     gradient, _, more = losses.policy_gradient_loss(
@@ -170,7 +168,8 @@ class RLGKDModel(gkd.GKDModel):
     )
     loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    metrics |= base_model.output_metrics(targets, weights) | more
+    eos_id = self.student.special_tokens.eos_id
+    metrics |= outputs.output_metrics(targets, weights, eos_id) | more
     metrics |= {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
       "reward": (jnp.sum(rows * batch[types.REWARDS]), jnp.sum(rows)),

@@ -1,9 +1,6 @@
-"""`gkd precompile` and `gkd fit`: what a run needs of devices, attached or not.
+"""`gkd precompile`: what a run needs of devices, attached or not.
 
 `topologies` describes devices and the rates of their chips. `precompile` compiles
 a run's programs for them; `program_files` stores these, `hlo` parses their text,
 `costs` counts it and `program_report` reports memory, work and least time.
-
-`fit` searches the settings of the fastest step that fits, with costs that `depths`
-extrapolates from shallow models.
 """

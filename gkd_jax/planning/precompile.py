@@ -7,7 +7,7 @@ are read.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,13 +114,7 @@ def precompile(
 class Programs:
   """The programs of a run, lowered for abstract arrays.
 
-  Args:
-    model: see `train.train`.
-    optimizer: see there.
-    dataset: see there.
-    partitioner: see there.
-    seed: see there.
-    devices: to compile for.
+  Arguments are those of `precompile`.
   """
 
   def __init__(
@@ -155,29 +149,14 @@ class Programs:
     if model.needs_rewards:
       self._judge()
 
-  @property
-  def held_bytes(self) -> int:
-    """Bytes that the arguments of a training step take on one device."""
-    return partitioning.bytes_per_device(
-      (self._run.state, self._run.teacher, self._step_batch)
-    )
-
   def report(
     self,
     phase: str,
     chip: topologies.Chip | None,
     topology: str,
     folder: str | None = None,
-    name: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, unless the folder has it, and counts.
-
-    Args:
-      phase: of `PHASES`.
-      chip: see `precompile`.
-      topology: see there.
-      folder: of compiled programs, or None.
-      name: of the program in the folder; the phase's by default.
+    """Compiles a phase, unless the folder has its program, and counts.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
@@ -185,7 +164,7 @@ class Programs:
     # The text of a program does not contain the order of its devices.
     order = ",".join(str(device.id) for device in self.mesh.devices.flat)
     target = f"{topology} {order}"
-    program = _compile(*self.lower(phase), target, folder, name or phase)
+    program = _compile(*self.lower(phase), target, folder, phase)
     if program.text is None:
       return program.facts
     return program.facts | program_report.report(
@@ -287,7 +266,10 @@ def chosen_phases(
       "expected a model with a teacher or SFT, got stored log-probs, whose"
       " number per token depends on the data; set MODEL"
     )
-  possible = tuple(_phases(model))
+  possible = model.sources
+  if model.teacher is not None:
+    first = (TEACHER,) if possible == (models.DATA,) else (SAMPLING, TEACHER)
+    possible = (*first, *possible)
   unknown = [phase for phase in phases or () if phase not in possible]
   if unknown:
     raise ValueError(
@@ -295,12 +277,3 @@ def chosen_phases(
       " set --phases"
     )
   return tuple(phases or possible)
-
-
-def _phases(model) -> Iterator[str]:
-  """Yields the phases that a run of the model has at some step."""
-  if model.teacher is not None:
-    if model.sources != (models.DATA,):
-      yield SAMPLING
-    yield TEACHER
-  yield from model.sources

@@ -1,11 +1,7 @@
-"""Reports of compiled programs: memory, work and least time of one device.
-
-Also the text of what `gkd fit` finds.
-"""
+"""Reports of compiled programs: memory, work and least time of one device."""
 
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -176,21 +172,21 @@ def lines(title: str, figures: dict[str, Any]) -> list[str]:
       result.append(
         f"  {loop['name']} is counted {loop['runs']} times, its upper bound"
       )
-  return result + _roofline_lines(figures)
+  return [*result, _roofline_line(figures)]
 
 
-def _roofline_lines(figures):
+def _roofline_line(figures):
   least = figures["roofline"]
   if least is None:
-    return ["  no roofline: the rates of these devices are not known"]
-  return [
+    return "  no roofline: the rates of these devices are not known"
+  return (
     f"  at least {least['seconds'] * 1e3:.3f} ms (arithmetic"
     f" {least['flops_seconds'] * 1e3:.3f}, memory"
     f" {least['hbm_seconds'] * 1e3:.3f}, links"
     f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)}): at most"
     f" {figures['tokens_per_second']:,.0f} output tokens/s, MFU"
     f" {figures['mfu']:.1%}"
-  ]
+  )
 
 
 def _of_dcn(figures):
@@ -216,61 +212,3 @@ def _number(number):
     if number >= factor:
       return f"{number / factor:.2f} {prefix}"
   return f"{number} "
-
-
-FIT_HEADER = (
-  "model axis  split over data  microbatches    remat  GiB at peak  ms at least"
-)
-
-
-def fit_line(row: Mapping[str, Any]) -> str:
-  """Returns a candidate's line under `FIT_HEADER`.
-
-  Args:
-    row: the candidate's settings, whether it seems to fit, and the estimate or
-      the reason why there is none.
-  """
-  settings = row["settings"]
-  if "seconds" in row:
-    numbers = _numbers(row["peak_bytes"], row["seconds"])
-  elif "held_bytes" in row:
-    numbers = f"{row['held_bytes'] / topologies.GIB:11.2f}  of arguments alone"
-  else:
-    numbers = f"  {row['compiler_says'][:60]}"
-  return (
-    f"{settings['num_partitions']:10}"
-    f"  {'yes' if settings['shard_params_over_data'] else 'no':>15}"
-    f"  {settings['num_microbatches']:12}  {settings['remat_policy']:>7}"
-    f"  {numbers}{'' if row['fits'] else '  does not fit'}"
-  )
-
-
-def whole_lines(row: Mapping[str, Any]) -> list[str]:
-  """Returns lines about a candidate that was compiled whole, and its estimate.
-
-  Args:
-    row: see `fit_line`, with the `report` of the whole program.
-  """
-  report = row["report"]
-  memory = report["memory"]
-  lines = [f"compiled whole, {shlex.join(row['flags'])}:"]
-  columns = f"{'':12}{'GiB at peak':>11}  {'ms at least':>11}"
-  estimate = _numbers(row["peak_bytes"], row["seconds"])
-  lines += [columns, f"  {'estimated':10}{estimate}"]
-  if "peak" in memory:
-    found = _numbers(memory["peak"], report["roofline"]["seconds"])
-    lines.append(f"  {'whole':10}{found}")
-  else:
-    lines.append(f"  {'whole':10}  {report['compiler_says'][:60]}")
-  return lines
-
-
-def choice(best: Mapping[str, Any] | None) -> str:
-  """Returns the last line: the settings of the fastest that fits."""
-  if best is None:
-    return "nothing fits"
-  return "fits: " + shlex.join(best["flags"])
-
-
-def _numbers(peak, seconds):
-  return f"{peak / topologies.GIB:11.2f}  {seconds * 1e3:11.2f}"

@@ -58,6 +58,11 @@ def build(
     partitioner.num_partitions, devices, partitioner.num_slices
   )
   _check(dataset.batch_size, partitioner, mesh)
+  if dataset.pack and set(model.sources) != {"data"}:
+    raise ValueError(
+      "expected unpacked batches for outputs of the student, got PACK = True; set"
+      " PACK = False, or STUDENT_DATA_FRACTION = 0.0"
+    )
   shapes = partitioning.input_shapes(dataset.task_feature_lengths)
   rules = partitioning.parameter_rules(partitioner.shard_params_over_data)
   state, shardings = train_state.abstract_state(

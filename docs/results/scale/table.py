@@ -1,16 +1,15 @@
 """Writes docs/scale.md from the reports beside this script.
 
 Run `python docs/results/scale/table.py` from the repository's root after
-`gkd precompile` or `gkd fit` wrote a report into a folder here. A `note` that was
-added to a report by hand is shown below its command.
+`gkd precompile` wrote a report into a folder here. A `note` that was added to a
+report by hand is shown below its command.
 """
 
-import itertools
 import json
 import pathlib
 from typing import Any
 
-from gkd_jax.planning import hlo, program_report, topologies
+from gkd_jax.planning import hlo, topologies
 
 _HERE = pathlib.Path(__file__).parent
 _PHASES = {
@@ -38,22 +37,13 @@ python docs/results/scale/table.py
 | setting | devices | batch, lengths | phase | arguments | temporaries | peak of | fits | TFLOP | sent | ms at least | tokens/s | MFU | compiled in |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
-_FIT_HEAD = """
-## What `gkd fit` chooses
-
-Estimates are extrapolated from programs of one and two layers, compiled with little
-effort (a network whose layers are scanned keeps its own number of layers). The whole
-program is compiled as it would run."""
 
 
 def document() -> str:
   """Returns the text of docs/scale.md."""
-  rows, commands, choices = [], [], []
+  rows, commands = [], []
   for path in sorted(_HERE.glob("*/*.json")):
     report = json.loads(path.read_text())
-    if path.name == "fit.json":
-      choices += _choice(report)
-      continue
     rows += [_row(report, phase) for phase in report["phases"]]
     commands.append(
       f"- {report['title']}, {report['topology']}, {_compiler(report)}:\n"
@@ -62,29 +52,7 @@ def document() -> str:
     if "note" in report:
       commands.append(f"  {report['note']}")
   text = [_HEAD + "\n".join(rows), "", "Commands:", "", *commands]
-  return "\n".join([*text, _FIT_HEAD, *choices]) + "\n"
-
-
-def _choice(report: dict[str, Any]) -> list[str]:
-  """Returns a section with what `gkd fit` printed at its end."""
-  lengths, rows = report["task_feature_lengths"], report["candidates"]
-  whole = [program_report.whole_lines(row) for row in rows if "report" in row]
-  return [
-    "",
-    f"### {report['title']}, {report['topology']}",
-    "",
-    f"Batch {report['batch_size']}, {lengths['inputs']} to"
-    f" {lengths['targets']}, the {_PHASES[report['phase']]}.",
-    "",
-    "```",
-    f"$ {report['command']}",
-    program_report.FIT_HEADER,
-    *map(program_report.fit_line, rows),
-    *itertools.chain.from_iterable(whole),
-    program_report.choice(report["best"]),
-    "```",
-    *(["", report["note"]] if "note" in report else []),
-  ]
+  return "\n".join(text) + "\n"
 
 
 def _compiler(report):
