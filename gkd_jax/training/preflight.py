@@ -6,52 +6,14 @@ looked at.
 """
 
 import math
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from gkd_jax import files, partitioning
-from gkd_jax.training import rollouts, runs, settings, teacher_check
-
-
-def check_sources(model: Any, dataset: settings.DatasetConfig) -> None:
-  """Raises a ValueError if packed rows are to get sampled outputs.
-
-  Args:
-    model: see `train.train`.
-    dataset: see `settings.DatasetConfig`.
-  """
-  sampled = [source for source in model.sources if source != "data"]
-  if dataset.pack and sampled:
-    raise ValueError(
-      "expected the data's outputs alone in packed rows, got steps on the"
-      " student's samples; set PACK = False or STUDENT_DATA_FRACTION = 0.0"
-    )
-
-
-def check_folder(path: str, setting: str) -> None:
-  """Raises a ValueError if a local folder cannot be written into.
-
-  Nothing is written: the nearest folder that exists is asked.
-
-  Args:
-    path: of the folder, which need not exist.
-    setting: what it is set with.
-  """
-  if files.is_remote(path):
-    return
-  nearest = os.fspath(files.absolute(path))
-  while not os.path.exists(nearest):
-    nearest = os.path.dirname(nearest)
-  if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-    raise ValueError(
-      f"expected a folder that can be written, got {path} ({nearest} is not"
-      f" one); set {setting}"
-    )
+from gkd_jax import data, partitioning
+from gkd_jax.training import runs, settings, teacher_check
 
 
 def draw(batches: Any) -> Mapping[str, np.ndarray]:
@@ -70,28 +32,8 @@ def draw(batches: Any) -> Mapping[str, np.ndarray]:
       "expected training examples, got none; set MIXTURE_OR_TASK_NAME or"
       " BATCH_SIZE"
     ) from error
-  with tempfile.TemporaryDirectory() as folder:
-    batches.save_state(folder)
+  data.try_saving(batches)
   return batch
-
-
-def check_reward(
-  model: Any, judge: rollouts.RolloutBatches, batch: Mapping[str, np.ndarray]
-) -> list[float]:
-  """Returns the rewards of two references, judged as outputs.
-
-  Args:
-    model: see `train.train`; [] if it needs no rewards.
-    judge: decodes a batch's texts.
-    batch: of the data.
-
-  Raises:
-    ValueError: the reward raised, or did not return one number per output.
-  """
-  if not model.needs_rewards:
-    return []
-  rows = {name: x[:2] for name, x in batch.items()}
-  return judge.rewards(rows, rows).tolist()
 
 
 def table(
@@ -128,6 +70,22 @@ def table(
     )
   )
   return rows + _distributions(model)
+
+
+def text(rows: Sequence[tuple[str, str]], warnings: Sequence[str] = ()) -> str:
+  """Returns the table, and a line for each warning.
+
+  Args:
+    rows: (name, sentence).
+    warnings: sentences.
+  """
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(
+    [
+      *(f"{name:{width}}  {sentence}" for name, sentence in rows),
+      *(f"warning: {sentence}" for sentence in warnings),
+    ]
+  )
 
 
 def _size(params, state):
@@ -220,8 +178,7 @@ def check_teacher(
   means = teacher_check.measure(
     model, student_params, teacher_params, placed, run.mesh
   )
-  same = not same_asked and teacher_check.same_bits(
-    student_params, teacher_params
+  said = teacher_check.warnings(
+    means, teacher_check.temperatures(model), same_asked=same_asked
   )
-  temperatures = teacher_check.temperatures(model)
-  return teacher_rows(means), teacher_check.warnings(means, temperatures, same)
+  return teacher_rows(means), said

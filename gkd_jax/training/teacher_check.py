@@ -39,8 +39,9 @@ def measure(
   Returns:
     Means over target tokens: "teacher" and "student", cross-entropies in nats;
     "entropy" of the teacher in nats; "agreement" of the two likeliest tokens, a
-    fraction; "tokens", their number; and "uniform", the log of the number of
-    tokens that can occur. NaN where the batch has no target tokens.
+    fraction; all NaN where the batch has no target tokens. Besides "tokens",
+    their number; "uniform", the log of the number of tokens that can occur; and
+    "same", 1 if both models hold the same parameters, else 0.
   """
   rows = max(_ROWS, partitioning.row_shards(mesh))
   sums = partitioning.jit(
@@ -49,10 +50,14 @@ def measure(
     out_shardings=partitioning.replicated(mesh),
   )(student_params, teacher_params, batch)
   sums = {name: float(value) for name, value in sums.items()}
-  tokens = sums.pop("tokens")
+  tokens, same = sums.pop("tokens"), sums.pop("same")
   means = {name: x / tokens if tokens else math.nan for name, x in sums.items()}
   real = model.student.num_real_tokens or model.student.config.vocab_size
-  return means | {"tokens": tokens, "uniform": math.log(real)}
+  return means | {
+    "tokens": tokens,
+    "uniform": math.log(real),
+    "same": same,
+  }
 
 
 def _sums(model, student_params, teacher_params, batch, rows):
@@ -79,22 +84,18 @@ def _sums(model, student_params, teacher_params, batch, rows):
     "entropy": jnp.sum(weights * entropy),
     "agreement": jnp.sum(weights * agree),
     "tokens": jnp.sum(weights),
+    "same": _same(student_params, teacher_params),
   }
 
 
-def same_bits(a: Any, b: Any) -> bool:
-  """Returns whether two trees of parameters hold the same numbers.
-
-  Args:
-    a: parameters.
-    b: parameters.
-  """
-  if jax.tree.structure(a) != jax.tree.structure(b):
-    return False
-  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return all(
-    x.shape == y.shape and bool(jnp.array_equal(x, y)) for x, y in pairs
-  )
+def _same(a, b):
+  """Returns 1.0 if two trees hold the same numbers, else 0.0, `[]`."""
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  if jax.tree.structure(a) != jax.tree.structure(b) or shapes(a) != shapes(b):
+    return jnp.zeros(())
+  # A teacher may be held in fewer bits than the student.
+  equal = jax.tree.map(lambda x, y: jnp.all(x.astype(y.dtype) == y), a, b)
+  return jnp.all(jnp.stack(jax.tree.leaves(equal))).astype(jnp.float32)
 
 
 def temperatures(model: Any) -> dict[str, float]:
@@ -113,16 +114,18 @@ def temperatures(model: Any) -> dict[str, float]:
 def warnings(
   means: Mapping[str, float],
   temperatures: Mapping[str, float],
-  same: bool = False,
+  *,
+  same_asked: bool = False,
 ) -> list[str]:
   """Returns a sentence for each sign that the teacher is none.
 
   Args:
     means: from `measure`.
     temperatures: from `temperatures`; schedules are not judged.
-    same: teacher and student hold the same numbers, and nobody asked for it.
+    same_asked: the settings name one checkpoint for both models.
   """
   path = "set TEACHER_CHECKPOINT_PATH"
+  same = bool(means["same"])
   said = []
   for setting, value in temperatures.items():
     if not callable(value) and 0 < value < _LOW_TEMPERATURE:
@@ -130,7 +133,7 @@ def warnings(
         f"expected a temperature of at least {_LOW_TEMPERATURE}, got {value},"
         f" which leaves one token almost all mass; set {setting}"
       )
-  if same:
+  if same and not same_asked:
     said.append(
       "expected a teacher that differs from the student, got the same"
       f" parameters; {path}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy_models
 
-from gkd_jax import partitioning
+from gkd_jax import models, partitioning
 from gkd_jax.training import teacher_check
 
 VOCAB = toy_models.VOCAB
@@ -79,6 +79,7 @@ def test_measured_values_are_those_of_float64():
     "agreement": mean(p.argmax(-1) == q.argmax(-1)),
     "tokens": weights.sum(),
     "uniform": np.log(VOCAB),
+    "same": 0,
   }
   assert sorted(got) == sorted(expected)
   for name, value in expected.items():
@@ -129,12 +130,15 @@ def test_greedy_samples_are_no_slip():
 
 
 def test_the_student_as_its_own_teacher_is_named_unless_asked():
-  params = good()
-  assert teacher_check.same_bits(params, jax.tree.map(jnp.array, params))
-  changed = with_head(lambda head: head.at[0, 0].add(1e-6))
-  assert not teacher_check.same_bits(params, changed)
-  assert not teacher_check.same_bits(params, taught()[1])
-  means = measured() | {"student": measured()["teacher"]}
-  (said,) = teacher_check.warnings(means, {}, same=True)
+  model, _, teacher, batch = taught()
+  model = models.GKDModel(model.teacher, model.teacher)
+  mesh = partitioning.make_mesh(1)
+  held = jax.tree.map(lambda x: x.astype(jnp.bfloat16), teacher)
+  means = teacher_check.measure(model, teacher, held, batch, mesh)
+  (said,) = teacher_check.warnings(means, {})
   assert "got the same parameters" in said
-  assert teacher_check.warnings(means, {}) == []
+  assert teacher_check.warnings(means, {}, same_asked=True) == []
+  changed = with_head(lambda head: head.at[0, 0].add(0.1))
+  assert measured()["same"] == 0
+  means = teacher_check.measure(model, teacher, changed, batch, mesh)
+  assert means["same"] == 0
