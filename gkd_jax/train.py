@@ -167,9 +167,9 @@ def train(
             raise training.Stopped(stop.number)
           if done % evaluation.period == 0 and not last:
             scores = evaluations.at(done, state.params)
-            if not checkpointer.record(done, scores):
-              if checkpointer.is_best(scores):
-                save(done, state, metrics=scores)
+            recorded = checkpointer.record(done, scores)
+            if not recorded and checkpointer.is_best(scores):
+              save(done, state, metrics=scores)
       scores = evaluations.at(train_steps, state.params)
       checkpointer.record(train_steps, scores)
       evaluations.final(state.params, seed)
