@@ -77,7 +77,9 @@ def shipped() -> str:
   """Returns the folder of shipped gin files, installed or in a checkout."""
   inside = os.path.join(_PACKAGE, "gin")
   return (
-    inside if os.path.isdir(inside) else os.path.join(os.path.dirname(_PACKAGE), "gin")
+    inside
+    if os.path.isdir(inside)
+    else os.path.join(os.path.dirname(_PACKAGE), "gin")
   )
 
 
@@ -210,7 +212,8 @@ def _read_file(path, places, asked, includers):
   try:
     return _statements(text, path, places, asked, (*includers, path))
   except (SyntaxError, tokenize.TokenError) as error:
-    reason, place = error.args[0], error.args[1]
+    # Of several lines the last one says what is wrong.
+    reason, place = str(error.args[0]).split("\n")[-1].strip(), error.args[1]
     number = place[1] if isinstance(error, SyntaxError) else place[0]
     lines = text.splitlines() or [""]
     line = lines[min(number, len(lines)) - 1].strip()

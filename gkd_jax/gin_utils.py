@@ -66,7 +66,9 @@ def parse(
 def _unknown_name(error):
   """Returns the sentence about a name that gin does not find, or None."""
   reason, _, place = str(error).partition("\n  In ")
-  match = re.match(r'(?:file "(.*)",|bindings string) line (\d+)\n *(.*)', place)
+  match = re.match(
+    r'(?:file "(.*)",|bindings string) line (\d+)\n *(.*)', place
+  )
   if not match:
     return None
   file, line, text = match.groups()
@@ -221,14 +223,15 @@ def _values(
     setting = f"{configurable.selector}.{name}"
     yield "/".join(scope) if is_macro else setting, value
     for part in gin_config._iterate_flattened_values(value):
-      if isinstance(part, gin_config.ConfigurableReference):
-        if part.configurable.selector != "gin.constant":
-          yield from _values(
-            part.configurable,
-            part.scopes or scope,
-            called=part.evaluate,
-            seen=seen,
-          )
+      if isinstance(part, gin_config.ConfigurableReference) and (
+        part.configurable.selector != "gin.constant"
+      ):
+        yield from _values(
+          part.configurable,
+          part.scopes or scope,
+          called=part.evaluate,
+          seen=seen,
+        )
 
 
 def _required(function):
@@ -248,9 +251,7 @@ def _required(function):
 def _macros():
   """Returns the names of macros that are set."""
   return {
-    scope
-    for scope, selector in gin_config._CONFIG
-    if selector == "gin.macro"
+    scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"
   }
 
 
