@@ -110,20 +110,6 @@ def _import_tensorflow() -> None:
       os.close(stderr)
 
 
-def call(function: Callable, **arguments: Any) -> Any:
-  """Calls a function with its configured arguments.
-
-  Args:
-    function: such as `train.train`.
-    **arguments: in place of configured ones.
-
-  Raises:
-    ValueError: required settings have no value; all are named.
-  """
-  check_values(function, given=arguments)
-  return gin.get_configurable(function)(**arguments)
-
-
 def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
   """Returns the configured values of some of a function's arguments.
 
@@ -143,16 +129,13 @@ def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
 
 
 def check_values(
-  function: Callable,
-  names: Sequence[str] | None = None,
-  given: Sequence[str] = (),
+  function: Callable, names: Sequence[str] | None = None
 ) -> None:
   """Checks that all that will be built has values; builds nothing.
 
   Args:
     function: such as `train.train`.
     names: of the arguments that are needed; None for all.
-    given: names of arguments that the caller gives.
 
   Raises:
     ValueError: required settings have no value, or a macro that is read is
@@ -166,7 +149,7 @@ def check_values(
       " set --gin_file"
     )
   missing: dict[str, None] = {}
-  for setting, value in _values(configurable, [], names, given):
+  for setting, value in _values(configurable, [], names):
     for nested in gin_config._iterate_flattened_values(value):
       if str(nested) == "%gin.REQUIRED":
         missing[setting] = None
@@ -191,7 +174,7 @@ _UNSET_MACRO, _NO_VALUE = object(), object()
 
 
 def _values(
-  configurable, scope, names=None, given=(), called=True, seen=None
+  configurable, scope, names=None, called=True, seen=None
 ) -> Iterator[tuple[str, Any]]:
   """Yields setting and value of all that building something reads.
 
@@ -199,7 +182,6 @@ def _values(
     configurable: gin's.
     scope: in which it is called.
     names: of the arguments that are needed; None for all.
-    given: names of arguments that the caller gives.
     called: whether it is called with nothing else.
     seen: what was visited.
   """
@@ -215,10 +197,10 @@ def _values(
     yield "/".join(scope), _UNSET_MACRO
   elif called and not is_macro:
     for name in _required(configurable.wrapped):
-      if name not in {*bound, *given} and (names is None or name in names):
+      if name not in bound and (names is None or name in names):
         yield f"{configurable.selector}.{name}", _NO_VALUE
   for name, value in bound.items():
-    if name in given or (names is not None and name not in names):
+    if names is not None and name not in names:
       continue
     setting = f"{configurable.selector}.{name}"
     yield "/".join(scope) if is_macro else setting, value

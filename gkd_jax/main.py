@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   _, *words = argv or sys.argv
   try:
-    _run(words)
+    args = _parsed(words)
+    if args:
+      COMMANDS[args.command](args)
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
@@ -39,22 +41,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(2)
 
 
-def _run(words):
-  if not words or words[0] in ("-h", "--help", "help"):
+def _parsed(words: Sequence[str]) -> Any:
+  """Returns a command's flags; None if help or the version was printed."""
+  name, *rest = words or ["--help"]
+  if name in ("-h", "--help", "help"):
     print(command_line.of_all())
-    return
-  if words[0] in ("--version", "-V"):
+    return None
+  if name in ("-V", "--version"):
     print(command_line.version())
-    return
-  name, *rest = words
+    return None
   args = command_line.parse(name, rest)
   if args.help:
     given = [getattr(args, f, []) for f in ("gin_file", "gin_bindings")]
     paths = getattr(args, "gin_search_paths", [])
     print(command_line.of_command(name, *given, paths))
-    return
-  args.command = shlex.join(["gkd", *words])
-  COMMANDS[name](args)
+    return None
+  args.command, args.line = name, shlex.join(["gkd", *words])
+  return args
 
 
 def _sentence(error: Exception) -> str | None:
@@ -75,37 +78,40 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _train(args):
-  _start(args, "train")
+  _start(args)
   import jax
 
   import gin
   from gkd_jax import gin_utils, train
 
+  gin_utils.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
-  else:
-    gin_utils.check_values(train.train)
-    if jax.process_index() == 0:
-      gin_utils.save()
-  gin_utils.call(train.train, dry_run=args.dry_run)
+  elif jax.process_index() == 0:
+    gin_utils.save()
+  gin.get_configurable(train.train)(dry_run=args.dry_run)
 
 
 def _eval(args):
-  _start(args, "eval")
+  _start(args)
+  import gin
   from gkd_jax import gin_utils, infer
 
-  gin_utils.call(infer.evaluate_checkpoint)
+  gin_utils.check_values(infer.evaluate_checkpoint)
+  gin.get_configurable(infer.evaluate_checkpoint)()
 
 
 def _infer(args):
-  _start(args, "infer")
+  _start(args)
+  import gin
   from gkd_jax import gin_utils, infer
 
-  gin_utils.call(infer.infer)
+  gin_utils.check_values(infer.infer)
+  gin.get_configurable(infer.infer)()
 
 
 def _precompile(args):
-  _check_gin(args, "precompile")
+  _check_gin(args)
   from gkd_jax.planning import topologies
 
   # Before anything else initializes JAX with this machine's devices.
@@ -114,7 +120,7 @@ def _precompile(args):
   from gkd_jax import gin_utils, train
   from gkd_jax.planning import precompile
 
-  about = {"command": args.command}
+  about = {"command": args.line}
   if args.title:
     about["title"] = args.title
   precompile.precompile(
@@ -128,24 +134,25 @@ def _precompile(args):
   )
 
 
-def _check_gin(args: Any, command: str) -> None:
+def _check_gin(args: Any) -> None:
   """Checks gin's files and bindings as text, before the heavy imports."""
   from gkd_jax import gin_files
 
   if not args.gin_file and not args.gin_bindings:
-    first = command_line.COMMANDS[command].run_files[0]
+    command = f"gkd {args.command}"
+    first = command_line.COMMANDS[args.command].run_files[0]
     raise ValueError(
-      f"expected gin files, got none; run `gkd {command} --gin_file={first}"
-      f" ...`, or see the example of `gkd {command} --help`"
+      f"expected gin files, got none; run `{command} --gin_file={first} ...`, or"
+      f" see the example of `{command} --help`"
     )
   gin_files.check_read(
     gin_files.read(args.gin_file, args.gin_bindings, args.gin_search_paths)
   )
 
 
-def _start(args: Any, command: str) -> None:
+def _start(args: Any) -> None:
   """Joins the other processes and parses gin's files and bindings."""
-  _check_gin(args, command)
+  _check_gin(args)
   from absl import flags, logging
 
   # Tasks of others may define flags of absl; none is given here.

@@ -57,8 +57,10 @@ def gkd(*arguments, cwd=None, env=None, **macros):
 
 
 def here(*arguments):
-  """Runs `gkd` in this process."""
-  main.main(["gkd", *map(str, arguments)])
+  """Runs `gkd` in this process; an error comes as it was raised."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("GKD_TRACEBACK", "1")
+    main.main(["gkd", *map(str, arguments)])
 
 
 def refused(capsys, *arguments):
