@@ -166,8 +166,8 @@ def check_read(bindings: Sequence[Binding]) -> None:
     of_user = binding.asked and not (path or "").startswith(shipped_files)
     name = binding.selector
     if of_user and not binding.argument and name not in used:
-      near = difflib.get_close_matches(name.upper(), sorted(used & defined))
-      such = f" such as {', '.join(near)}" if near else ""
+      near = difflib.get_close_matches(name.upper(), sorted(used & defined), 1)
+      such = f" such as {near[0]}" if near else ""
       raise ValueError(
         f"expected a macro that something reads{such}, got {name}; set the right"
         " name, which `gkd COMMAND --help` lists"

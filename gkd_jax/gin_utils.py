@@ -32,7 +32,7 @@ def parse(
       here is read by nothing.
   """
   gin_files.check_read(gin_files.read(names, bindings, search_paths))
-  _import_tensorflow()
+  import_tensorflow()
   gin.clear_config()
   # Gin also looks for `runs/x.gin` in a Python package `runs`, and fails where a
   # folder of that name has no __init__.py. Files are files here.
@@ -87,7 +87,7 @@ def _unknown_name(error):
   return f"expected a setting that exists, got {got} ({reason}); set {macro}"
 
 
-def _import_tensorflow() -> None:
+def import_tensorflow() -> None:
   """Imports TensorFlow, as gin files do, without its start-up messages.
 
   Its C++ code writes them to file descriptor 2 before any setting could silence
@@ -155,7 +155,7 @@ def check_values(
         missing[setting] = None
     if value is _UNSET_MACRO:
       near = checks.nearest(setting, _macros())
-      such = f" such as {', '.join(near)}" if near else ""
+      such = f" such as {near[0]}" if near else ""
       raise ValueError(
         f"expected a macro that is set{such}, got %{setting}; set {setting} or"
         " what reads it"

@@ -242,6 +242,9 @@ def _watch(args):
 
 
 def _compare(args):
+  from gkd_jax import gin_utils
+
+  gin_utils.import_tensorflow()
   from gkd_jax.evaluation import compare
 
   print(compare.report(args.words))

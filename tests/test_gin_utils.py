@@ -23,7 +23,7 @@ def tensorflow(tmp_path, monkeypatch):
 
 def test_tensorflow_starts_silently(tensorflow, capfd):
   tensorflow()
-  gin_utils._import_tensorflow()
+  gin_utils.import_tensorflow()
   assert "tensorflow" in sys.modules
   os.write(2, b"later")
   assert capfd.readouterr().err == "later"
@@ -32,5 +32,5 @@ def test_tensorflow_starts_silently(tensorflow, capfd):
 def test_messages_of_a_failed_start_are_shown(tensorflow, capfd):
   tensorflow("raise ImportError('broken')")
   with pytest.raises(ImportError, match="broken"):
-    gin_utils._import_tensorflow()
+    gin_utils.import_tensorflow()
   assert capfd.readouterr().err == "oneDNN\n"

@@ -1,11 +1,13 @@
 """`gkd --help`, `gkd COMMAND --help` with the macros of gin files, `--version`."""
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import platform
-import re
 import shutil
 import textwrap
+import tokenize
 from collections.abc import Iterator, Sequence
 
 import gkd_jax
@@ -123,14 +125,18 @@ def _title(path):
 
 
 def _value_and_comment(binding):
-  match = re.fullmatch(r"(.*?)(?:\s+#\s*(.*))?", binding.text)
-  assert match  # everything matches
-  value, comment = match[1], match[2] or ""
+  value, comment = binding.text, ""
+  # A `#` may also stand in a text.
+  with contextlib.suppress(tokenize.TokenError, SyntaxError):
+    for token in tokenize.generate_tokens(io.StringIO(value).readline):
+      if token.type == tokenize.COMMENT:
+        value, comment = value[: token.start[1]].strip(), token.string[1:]
+        break
   if value.endswith(("{", "(", "[", ",", "\\")):  # goes on in the next line
     value = (
       f"{value[:1]}...{ {'{': '}', '(': ')', '[': ']'}.get(value[:1], '') }"
     )
-  return value, comment
+  return value, comment.strip()
 
 
 def _example(command):
@@ -140,9 +146,10 @@ def _example(command):
 def _table(rows, indent=2) -> Iterator[str]:
   """Yields rows in two columns; a wide first column has a line of its own."""
   rows = list(rows)
-  wide = max([len(row[0]) for row in rows if len(row[0]) <= 28], default=0)
+  most = min(28, _width() // 2 - indent - 4)
+  wide = max([len(row[0]) for row in rows if len(row[0]) <= most], default=0)
   margin = " " * indent
-  room = max(_width() - indent - wide - 2, 30)
+  room = _width() - indent - wide - 2
   for name, text in rows:
     first, *others = textwrap.wrap(text, room) or [""]
     if len(name) > wide:

@@ -2,6 +2,7 @@
 
 batches: tasks by name, training batches with a position that can be saved.
 shards: which shards of the data each process reads.
+errors: those of seqio, TFDS and TensorFlow, as sentences.
 feature_converters: seqio's, with a teacher's stored top-k log-probs.
 """
 

@@ -1,6 +1,7 @@
 """Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
 import difflib
+import functools
 import importlib
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 
-from gkd_jax.data import feature_converters, shards
+from gkd_jax import checks
+from gkd_jax.data import errors, feature_converters, shards
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
@@ -141,32 +143,32 @@ class TrainIterator:
     use_cached: bool = False,
     split: str = "train",
   ):
-    if min(lengths.values()) < 1:
-      raise ValueError(
-        f"expected lengths of at least 1, got {dict(lengths)};"
-        " set TASK_FEATURE_LENGTHS"
-      )
+    checks.lengths(lengths, "TASK_FEATURE_LENGTHS")
+    errors.check_source(task, split, use_cached=use_cached)
+    self._reading = functools.partial(errors.explained, task.name, split)
     if share is None:
       share = shards.Share(1, (0,), (0,), np.arange(batch_size))
     self._share = share
     self._iterators = []
     for shard in share.shards:
-      dataset = seqio.get_dataset(
-        mixture_or_task_name=task.name,
-        task_feature_lengths=dict(lengths),
-        feature_converter=feature_converter(converter, pack),
-        dataset_split=split,
-        use_cached=use_cached,
-        shuffle=True,
-        num_epochs=None,
-        shard_info=seqio.ShardInfo(shard, share.count),
-        seed=seed,
-      )
+      with self._reading():
+        dataset = seqio.get_dataset(
+          mixture_or_task_name=task.name,
+          task_feature_lengths=dict(lengths),
+          feature_converter=feature_converter(converter, pack),
+          dataset_split=split,
+          use_cached=use_cached,
+          shuffle=True,
+          num_epochs=None,
+          shard_info=seqio.ShardInfo(shard, share.count),
+          seed=seed,
+        )
       dataset = dataset.batch(batch_size // share.count, drop_remainder=True)
       self._iterators.append(iter(_without_autotuning(dataset.prefetch(2))))
 
   def __next__(self) -> dict[str, np.ndarray]:
-    blocks = [next(iterator) for iterator in self._iterators]
+    with self._reading():
+      blocks = [next(iterator) for iterator in self._iterators]
     join = lambda *parts: np.concatenate([part.numpy() for part in parts])
     return {
       k: join(*(b[k] for b in blocks))[self._share.rows] for k in blocks[0]

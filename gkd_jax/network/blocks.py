@@ -30,11 +30,12 @@ def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
   for size in sizes:
     checks.whole(getattr(config, size), f"{module}.{name}.{size}")
   try:
-    jnp.dtype(config.dtype)
+    dtype = str(jnp.dtype(config.dtype))
   except TypeError:
-    checks.refuse(
-      "'float32' or 'bfloat16'", config.dtype, f"{module}.{name}.dtype"
-    )
+    dtype = config.dtype
+  checks.one_of(
+    dtype, f"{module}.{name}.dtype", ("float32", "bfloat16", "float16")
+  )
   for activation in config.mlp_activations:
     if activation != "linear" and not hasattr(nn, str(activation)):
       checks.refuse(

@@ -80,10 +80,10 @@ TEXTS = [
   ("--gin.TASK_FEATURE_LENGTHS={inputs: 8}", "set TASK_FEATURE_LENGTHS"),
   ("--gin.TASK_FEATURE_LENGTHS={'a': 8", "set TASK_FEATURE_LENGTHS"),
   ("--gin.MODEL-DIR=3", "the name of a setting, got 'MODEL-DIR'"),
-  ("--gin.BATCHSIZE=3", "BATCH_SIZE, got BATCHSIZE;"),
+  ("--gin.BATCHSIZE=3", "such as BATCH_SIZE, got BATCHSIZE;"),
   ("--gin.batch_size=3", "such as BATCH_SIZE"),
   ("--gin.REWARD=3", "that something reads, got REWARD"),
-  ("--gin.STUDENT=%TOY_STUDNET", "TOY_STUDENT, TOY_TEACHER, got %TOY_STUDNET;"),
+  ("--gin.STUDENT=%TOY_STUDNET", "such as TOY_STUDENT, got %TOY_STUDNET;"),
   ("--gin.train.batch_size=8", "named 'batch_size'); set BATCH_SIZE"),
   ("--gin.DatasetConfig.pakc=True", "named 'pakc'"),
   ("--gin.trian.train.seed=8", "'trian.train'); set SEED"),
@@ -107,7 +107,7 @@ FILES = [
     "from gkd_jax import models\nmodels.GKDModel.betta = 1",
     "in line 3 of",
   ),
-  ("TRAIN_STEP = 3", "TRAIN_STEPS, got TRAIN_STEP;"),
+  ("TRAIN_STEP = 3", "such as TRAIN_STEPS, got TRAIN_STEP;"),
   ("A = {'b': 1", "expected gin's syntax"),
 ]
 
