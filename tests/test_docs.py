@@ -47,6 +47,8 @@ def test_gin_files_are_shipped(page):
 
 @pages
 def test_flags_exist(page):
+  if page.stem == "CHANGELOG":
+    return  # it names those that are gone
   text = page.read_text().replace("\\\n", " ")
   pattern = rf"(?:^|`|\$ )(gkd ({MODES}) [^`\n]*)"
   for line, command in re.findall(pattern, text, re.M):
