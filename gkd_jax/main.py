@@ -112,6 +112,10 @@ def _infer(args):
 
 def _precompile(args):
   _check_gin(args)
+  from gkd_jax import files
+
+  if args.output_path:
+    files.check_folder(args.output_path, "--output_path")
   from gkd_jax.planning import topologies
 
   # Before anything else initializes JAX with this machine's devices.
@@ -196,6 +200,12 @@ def _sweep(args):
     raise ValueError(
       "expected a folder for the cells, got none; set --output_dir"
     )
+  files.check_folder(args.output_dir, "--output_dir")
+  if not args.gin_file and not args.sweep_file:
+    raise ValueError(
+      "expected gin files or a sweep file, got none; set --gin_file or"
+      " --sweep_file"
+    )
   folders = [*args.gin_search_paths, gin_files.shipped()]
   if args.sweep_file:
     if args.axis or args.gin_file:
@@ -230,8 +240,10 @@ def _sweep(args):
 
 
 def _report(args):
+  from gkd_jax import files
   from gkd_jax.experiments import report_page
 
+  files.check_folder(args.output_path or ".", "--output_path")
   report_page.report(args.words, args.output_path or ".", args.markdown)
 
 
@@ -288,12 +300,15 @@ def _export(args):
 
 
 def _check_paths(args):
+  from gkd_jax import files
+
   if not args.checkpoint_path or not args.output_path:
     raise ValueError(
       "expected a checkpoint and an output folder, got"
       f" {args.checkpoint_path!r} and {args.output_path!r};"
       " set --checkpoint_path and --output_path"
     )
+  files.check_folder(args.output_path, "--output_path")
 
 
 COMMANDS = {
