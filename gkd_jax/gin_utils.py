@@ -237,12 +237,9 @@ def _macros():
   }
 
 
-def save():
-  """Writes the configuration as `MODEL_DIR/config.gin`, as T5X does."""
+def macro(name: str) -> Any:
+  """Returns the value of a macro, or None if it is not defined."""
   try:
-    folder = gin.query_parameter("%MODEL_DIR")
+    return gin.query_parameter(f"%{name}")
   except ValueError:
-    return  # `train` was bound without the macro
-  # `train` raises an error for `gin.REQUIRED`.
-  if isinstance(folder, str) and folder:
-    files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
+    return None

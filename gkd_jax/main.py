@@ -79,17 +79,15 @@ def _sentence(error: Exception) -> str | None:
 
 def _train(args):
   _start(args)
-  import jax
-
   import gin
   from gkd_jax import gin_utils, train
 
   gin_utils.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
-  elif jax.process_index() == 0:
-    gin_utils.save()
-  gin.get_configurable(train.train)(dry_run=args.dry_run)
+  gin.get_configurable(train.train)(
+    config=gin.config_str(), dry_run=args.dry_run
+  )
 
 
 def _eval(args):
@@ -193,49 +191,39 @@ def _parse_gin(args):
 
 
 def _sweep(args):
-  from gkd_jax import files, gin_files
+  from gkd_jax import gin_files
   from gkd_jax.experiments import sweep_runner, sweeps
 
-  if not args.output_dir:
-    raise ValueError(
-      "expected a folder for the cells, got none; set --output_dir"
-    )
-  files.check_folder(args.output_dir, "--output_dir")
   if not args.gin_file and not args.sweep_file:
     raise ValueError(
       "expected gin files or a sweep file, got none; set --gin_file or"
       " --sweep_file"
     )
-  folders = [*args.gin_search_paths, gin_files.shipped()]
-  if args.sweep_file:
-    if args.axis or args.gin_file:
-      raise ValueError(
-        "expected a sweep file or flags, got both; set gin_file and axes in"
-        f" {args.sweep_file}"
-      )
+  if not args.sweep_file:
+    definition = sweeps.from_flags(args.gin_file, args.axis, args.seeds or 1)
+  elif args.axis or args.gin_file:
+    raise ValueError(
+      "expected a sweep file or flags, got both; set gin_file and axes in"
+      f" {args.sweep_file}"
+    )
+  else:
+    folders = [*args.gin_search_paths, gin_files.shipped()]
     definition = sweeps.read(args.sweep_file, folders)
     if args.seeds is not None:
       definition["seeds"] = args.seeds
-  else:
-    definition = sweeps.from_flags(args.gin_file, args.axis, args.seeds or 1)
-  cells = sweeps.cells(definition, args.gin_bindings)
-  output = os.fspath(files.absolute(args.output_dir))
-  if files.is_remote(output):
-    raise ValueError(
-      "expected a local folder for the cells, which run on this machine under"
-      f" locks and logs, got {output}; set --output_dir"
-    )
-  left = [cell for cell in cells if not sweep_runner.is_finished(cell, output)]
-  sweep_runner.check_cells(left, output, args.gin_search_paths)
-  sweep_runner.prepare(cells, output, definition.get("report", {}))
   options = []
-  if args.gin_search_paths:
-    options.append(f"--gin_search_paths={','.join(args.gin_search_paths)}")
   if args.tfds_data_dir:
     options.append(f"--tfds_data_dir={args.tfds_data_dir}")
-  if args.print_commands:
-    print(sweep_runner.commands(cells, output, options))
-  elif not sweep_runner.run(cells, output, jobs=args.jobs, options=options):
+  finished = sweep_runner.sweep(
+    definition,
+    args.output_dir,
+    bindings=args.gin_bindings,
+    search_paths=args.gin_search_paths,
+    options=options,
+    jobs=args.jobs,
+    print_commands=args.print_commands,
+  )
+  if not finished:
     sys.exit(1)
 
 

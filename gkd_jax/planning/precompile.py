@@ -7,7 +7,7 @@ are read.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -136,13 +136,7 @@ def _remarks(model, mesh, chip):
 class Programs:
   """The programs of a run, lowered for abstract arrays.
 
-  Args:
-    model: see `train.train`.
-    optimizer: see there.
-    dataset: see there.
-    partitioner: see there.
-    seed: see there.
-    devices: to compile for.
+  Arguments are those of `precompile`.
   """
 
   def __init__(
@@ -184,13 +178,7 @@ class Programs:
     topology: str,
     folder: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, unless the folder has it, and counts.
-
-    Args:
-      phase: of `PHASES`.
-      chip: see `precompile`.
-      topology: see there.
-      folder: of compiled programs, or None.
+    """Compiles a phase, unless the folder has its program, and counts.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
@@ -304,7 +292,10 @@ def chosen_phases(
       "expected a model with a teacher or SFT, got stored log-probs, whose"
       " number per token depends on the data; set MODEL"
     )
-  possible = tuple(_phases(model))
+  possible = model.sources
+  if model.teacher is not None:
+    first = (TEACHER,) if possible == (models.DATA,) else (SAMPLING, TEACHER)
+    possible = (*first, *possible)
   unknown = [phase for phase in phases or () if phase not in possible]
   if unknown:
     raise ValueError(
@@ -312,12 +303,3 @@ def chosen_phases(
       " set --phases"
     )
   return tuple(phases or possible)
-
-
-def _phases(model) -> Iterator[str]:
-  """Yields the phases that a run of the model has at some step."""
-  if model.teacher is not None:
-    if model.sources != (models.DATA,):
-      yield SAMPLING
-    yield TEACHER
-  yield from model.sources

@@ -19,7 +19,7 @@ from etils import epath
 
 import gkd_jax
 from gkd_jax import files, types
-from gkd_jax.training import progress
+from gkd_jax.training import progress, rollouts
 
 # Means over output tokens, of distillation and of SFT: their weights count these.
 _PER_TOKEN = ("top1_agreement", "accuracy")
@@ -193,6 +193,21 @@ class TrainLog:
     self.say(f"step {step} evaluation: {shown}")
     self._time = time.monotonic()
 
+  def failed_evaluation(self, step: int, error: str, count: int):
+    """Writes that an evaluation failed.
+
+    Args:
+      step: number of steps done.
+      error: what it failed with, in one line.
+      count: evaluations that failed so far.
+    """
+    self._record(step, {"failed_evaluations": float(count)})
+    self.say(
+      f"step {step} evaluation failed: {error}; the run goes on (set"
+      f" EVAL_ERRORS_STOP = True to stop); {count} failed so far"
+    )
+    self._time = time.monotonic()
+
   def final(self, result: Mapping[str, Any]):
     """Writes `final.json`, with the seconds since the log was opened."""
     result = dict(result) | {"seconds": time.monotonic() - self._started}
@@ -259,7 +274,10 @@ def _wandb_run(project: str, folder: epath.Path) -> Any:
 def _input_tokens(batch: Any) -> int:
   """Counts the encoder's tokens, or the prompts' of decoder-only rows."""
   if "encoder_input_tokens" in batch:
-    return int(np.count_nonzero(batch["encoder_input_tokens"]))
+    mask = batch.get(types.INPUT_MASK, batch["encoder_input_tokens"])
+    return int(np.count_nonzero(mask))
+  if "decoder_segment_ids" not in batch:
+    return sum(map(len, rollouts.prompts(batch)))
   tokens = np.count_nonzero(batch["decoder_target_tokens"])
   return int(tokens - np.count_nonzero(batch["decoder_loss_weights"]))
 

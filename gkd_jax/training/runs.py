@@ -32,6 +32,16 @@ class Run:
   put: Callable[..., Any]
 
 
+def check_parts(model: Any, optimizer: Any) -> None:
+  """Raises a ValueError for what is no model, or no optimizer."""
+  if not hasattr(model, "train_loss"):
+    checks.refuse("a model such as @models.GKDModel()", model, "MODEL")
+  if not hasattr(optimizer, "transform"):
+    checks.refuse(
+      "an optimizer such as @optimizers.adafactor()", optimizer, "OPTIMIZER"
+    )
+
+
 def build(
   model: Any,
   optimizer: optimizers.Optimizer,
@@ -54,16 +64,16 @@ def build(
   Raises:
     ValueError: settings that do not fit each other or the devices.
   """
-  if not hasattr(model, "train_loss"):
-    checks.refuse("a model such as @models.GKDModel()", model, "MODEL")
-  if not hasattr(optimizer, "transform"):
-    checks.refuse(
-      "an optimizer such as @optimizers.adafactor()", optimizer, "OPTIMIZER"
-    )
+  check_parts(model, optimizer)
   mesh = partitioning.make_mesh(
     partitioner.num_partitions, devices, partitioner.num_slices
   )
   _check(dataset.batch_size, partitioner, mesh)
+  if dataset.pack and set(model.sources) != {"data"}:
+    raise ValueError(
+      "expected unpacked batches for outputs of the student, got PACK = True; set"
+      " PACK = False, or STUDENT_DATA_FRACTION = 0.0"
+    )
   shapes = partitioning.input_shapes(dataset.task_feature_lengths)
   rules = partitioning.parameter_rules(partitioner.shard_params_over_data)
   state, shardings = train_state.abstract_state(
