@@ -62,9 +62,7 @@ def sweep(
     ValueError: a setting or a cell is wrong.
   """
   if not output_dir:
-    raise ValueError(
-      "expected a folder for the cells, got none; set --output_dir"
-    )
+    raise ValueError("expected a folder, got none; set --output_dir")
   cells = sweeps.cells(definition, bindings)
   output = os.fspath(files.absolute(output_dir))
   if files.is_remote(output):
