@@ -316,3 +316,142 @@ def test_settings_that_do_not_fit(teacher, tmp_path, capsys, binding, said):
   }
   line = ["train", SMOKE, *gin(**macros), f"--gin.{binding}", "--dry_run"]
   assert said in refused(capsys, *line)
+
+
+# ---- the macros of the other run files ---------------------------------------------
+
+OF_RL = {
+  "REWARD": (0, None, "x"),
+  "ALPHA": (-4, 16.0, None, "x"),
+  "SAMPLES_PER_PROMPT": (0, -4, 16.0, None, "x"),
+  "BASELINE": (0, None, "leave_two_out"),
+  "BASELINE_DECAY": (1, -4, None, "x"),
+  "CREDIT": (0, None, "tokens"),
+  "DISCOUNT": (0, -4, 16.0, None, "x"),
+  "WHITEN_REWARDS": (0, None, "x"),
+}
+OF_MINILLM = {
+  "TEACHER_MIX": (1, -4, None, "x"),
+  "IMPORTANCE": (0, None, "tokens"),
+  "NORMALIZE_RETURNS": (0, None, "x"),
+}
+OF_INFER = {
+  "CHECKPOINT_PATH": (0, None, ""),
+  "EVAL_NUM_EXAMPLES": (0, -4, 16.0, "x"),
+  "USE_CACHED_TASKS": (0, None, "x"),
+  "BATCH_SIZE": (0, -4, 16.0, None, "x"),
+  "SAMPLING_TEMPERATURE": (-4, None, "x"),
+  "SAMPLING_TOP_K": (-4, 16.0, None, "x"),
+  "SAMPLING_TOP_P": (0, -4, 16.0, None, "x"),
+  "DECODE_SLOTS": (0, -4, 16.0, "x"),
+  "SEED": (-4, 16.0, None, "x"),
+  "WEIGHTS": (0, None, "int4"),
+  "EVAL_SPLIT": (0, None, ""),
+  "OUTPUT_PATH": (0, None, ""),
+  "NUM_SHARDS": (0, -4, 16.0, None, "x"),
+  "NUM_SAMPLES": (0, -4, 16.0, None, "x"),
+  "TARGETS": (0, None, "output"),
+  "TOP_K": (-4, 16.0, None, "x"),
+  "TOP_K_DTYPE": (0, None, "float8"),
+  "TEACHER_TEMPERATURE": (0, -4, None, "x"),
+}
+OF_EVAL = {
+  "EVAL_OUTPUT_DIR": (0, None, ""),
+  "NUM_SAMPLES": (0, -4, 16.0, None, "x"),
+}
+TASK = gin(
+  MIXTURE_OR_TASK_NAME="arithmetic_cot",
+  TASK_FEATURE_LENGTHS={"inputs": 16, "targets": 48},
+)
+TOY = ["--gin_file=models/toy.gin", "--gin.STUDENT=%TOY_STUDENT", *TASK]
+TRAIN = [
+  *("train", *TOY, "--gin.TEACHER=%TOY_TEACHER", "--gin.TRAIN_STEPS=2"),
+  *("--gin.MODEL_DIR='run'", "--gin.TEACHER_CHECKPOINT_PATH='t'", "--dry_run"),
+]
+DECODE = [*TOY, "--gin.CHECKPOINT_PATH='c'", "--gin.DROPOUT_RATE=0.0"]
+REWARD = "--gin.REWARD=@optimizers.adafactor"
+LINES = {
+  "rl": ([*TRAIN, "--gin_file=runs/rl_gkd.gin", REWARD], OF_RL),
+  "minillm": ([*TRAIN, "--gin_file=methods/minillm.gin"], OF_MINILLM),
+  "infer": (
+    [
+      *("infer", *DECODE, "--gin_file=runs/teacher_data.gin"),
+      "--gin.OUTPUT_PATH='out'",
+    ],
+    OF_INFER,
+  ),
+  "eval": (
+    [
+      *("eval", *DECODE, "--gin_file=runs/eval.gin"),
+      "--gin.EVAL_OUTPUT_DIR='out'",
+    ],
+    OF_EVAL,
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "macro"),
+  [(name, macro) for name, (_, table) in LINES.items() for macro in table],
+)
+def test_settings_of_other_run_files(capsys, name, macro):
+  line, table = LINES[name]
+  for value in table[macro]:
+    said = refused(capsys, *line, *gin(**{macro: value}))
+    got, _, setting = said.rpartition("; set ")
+    assert f", got {value!r}" in got and macro in setting, said
+
+
+def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  inside = f"{tmp_path}/file/run"
+  for line, macro in (
+    ([*TRAIN, "--gin_file=runs/gkd.gin"], "MODEL_DIR"),
+    (LINES["infer"][0], "OUTPUT_PATH"),
+    (LINES["eval"][0], "EVAL_OUTPUT_DIR"),
+  ):
+    said = refused(capsys, *line, *gin(**{macro: inside}))
+    assert "a folder that can be written, got" in said
+    assert f"as {tmp_path}/file is none; set {macro}" in said
+  (tmp_path / "file").unlink()
+
+
+def test_files_that_are_no_run(tmp_path, capsys):
+  for line, message in (
+    ("report", "at least one finished run, got none"),
+    ("report nowhere", "got 'nowhere', which is no folder"),
+    ("report .", "a finished run with final.json, or a sweep, got '.'"),
+    ("report --output_path=/etc/passwd/x .", "set --output_path"),
+    ("watch", "expected runs to watch, got none"),
+    ("sweep --output_dir=/etc/passwd/x --sweep_file=n.toml", "'n.toml'"),
+    ("sweep --output_dir=o --axis=BETA --gin_file=a.gin", "got 'BETA'; set --"),
+    ("import --checkpoint_path=nowhere --output_path=o", "nothing at"),
+  ):
+    assert message in refused(capsys, *line.split()), line
+
+
+# ---- errors that are none of a setting ---------------------------------------------
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
+  from gkd_jax import command_line, main
+
+  def fail(args):
+    raise ValueError("operands could not be broadcast")
+
+  monkeypatch.setitem(main.COMMANDS, "watch", fail)
+  with pytest.raises(SystemExit) as status:
+    main.main(["gkd", "watch", "a"])
+  said = capsys.readouterr().err
+  assert status.value.code == 1
+  assert "in fail\n" in said and "ValueError: operands could not be" in said
+  assert said.splitlines()[-1].startswith(command_line.version())
+  assert "open an issue" in said.splitlines()[-1]
+
+
+def test_gkd_traceback_shows_the_rest(monkeypatch):
+  from gkd_jax import main
+
+  monkeypatch.setenv("GKD_TRACEBACK", "1")
+  with pytest.raises(ValueError, match="did you mean train"):
+    main.main(["gkd", "tarin"])
