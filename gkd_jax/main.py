@@ -181,10 +181,11 @@ def _parse_gin(args):
   from gkd_jax import gin_utils
 
   gin_utils.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
-  if args.tfds_data_dir:
+  if args.tfds_data_dir or args.seqio_additional_cache_dirs:
     import seqio
 
     seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs)
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------
@@ -214,6 +215,9 @@ def _sweep(args):
   options = []
   if args.tfds_data_dir:
     options.append(f"--tfds_data_dir={args.tfds_data_dir}")
+  if args.seqio_additional_cache_dirs:
+    folders = ",".join(args.seqio_additional_cache_dirs)
+    options.append(f"--seqio_additional_cache_dirs={folders}")
   finished = sweep_runner.sweep(
     definition,
     args.output_dir,

@@ -92,6 +92,12 @@ FLAGS = {
     _list,
   ),
   "tfds_data_dir": Flag("Folder of TFDS data sets.", "FOLDER"),
+  "seqio_additional_cache_dirs": Flag(
+    "Folders in which cached seqio tasks are looked up as well.",
+    "FOLDER,...",
+    [],
+    _list,
+  ),
   "dry_run": Flag(
     "Checks everything, prints settings and sizes, and stops; nothing is"
     " written.",
@@ -175,7 +181,13 @@ FLAGS = {
   ),
 }
 
-_GIN = "gin_file", "gin_bindings", "gin_search_paths", "tfds_data_dir"
+_GIN = (
+  "gin_file",
+  "gin_bindings",
+  "gin_search_paths",
+  "tfds_data_dir",
+  "seqio_additional_cache_dirs",
+)
 _PROCESSES = (
   "multiprocess",
   "coordinator_address",
