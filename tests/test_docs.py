@@ -36,7 +36,7 @@ def test_paths_exist(page):
 
 @pages
 def test_gin_files_are_shipped(page):
-  of_user = r"my_|exp\.gin|[ab]\.gin|YOUR_"
+  of_user = r"my_|exp\.gin|[ab]\.gin|YOUR_|FILE"
   named = re.findall(r"--(?:gin|sweep)_file=([^\s`',)]+)", page.read_text())
   for name in named + re.findall(
     r"`((?:runs|models)/\w+\.gin)`", page.read_text()

@@ -49,7 +49,8 @@ FLAGS = [
   (f"train {SMOKE} --process_count=0", "least 1, got 0; set --process_count"),
   (f"train {SMOKE} --process_index=x", "got 'x'; set --process_index"),
   ("sweep --output_dir=o --jobs=2.5", "at least 1, got '2.5'; set --jobs"),
-  ("sweep --seeds=3", "got none; set --output_dir"),
+  ("sweep --seeds=3", "got none; set --gin_file or --sweep_file"),
+  ("sweep --gin_file=a.gin", "expected a folder, got none; set --output_dir"),
   ("export --format=zip", "'gkd', 't5x' or 'hf', got 'zip'; set --format"),
   ("export --dtype=int8", "'bfloat16', 'float16' or 'float32', got 'int8'"),
   ("export", "got None and None; set --checkpoint_path and --output_path"),
@@ -214,6 +215,8 @@ SWITCHES = (
   "PACK",
   "SHARD_PARAMS_OVER_DATA",
   "TEACHER_SCAN_LAYERS",
+  "SAVE_DATA_POSITION",
+  "EVAL_ERRORS_STOP",
 )
 TEXT = ("MIXTURE_OR_TASK_NAME", "MODEL_DIR")
 TEXT_OR_NONE = (

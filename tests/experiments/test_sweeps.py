@@ -183,7 +183,11 @@ gin_file = "experiments/smoke_teacher.gin"
     ("", "", None),
     ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
     ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
-    ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
+    (
+      "first]",
+      "first]\nmacros = {OPTIMIZER = '@nothing()'}",
+      "first/B.*nothing",
+    ),
     ("FINAL_EVAL_SPLIT", "EVAL_NUM_EXAMPLES", "set FINAL_EVAL_SPLIT"),
   ],
 )
