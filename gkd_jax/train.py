@@ -64,21 +64,27 @@ def train(
     training.Stopped: SIGTERM or Ctrl-C came, and the step is saved.
   """
   # ---- build: what can be wrong is found here, before compiling ------------
+  training.check_parts(model, optimizer)
   checks.path(model_dir, "MODEL_DIR")
+  files.check_folder(model_dir, "MODEL_DIR")
   checks.whole(train_steps, "TRAIN_STEPS")
   checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
   checks.whole(seed, "SEED", least=0)
   checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
   model_dir = os.fspath(files.absolute(model_dir))
+  task = data.load_task(
+    dataset.mixture_or_task_name, dataset.mixture_or_task_module
+  )
+  stated = _stated_tokens(
+    model, model_dir, initial_checkpoint_path, teacher_checkpoint_path
+  )
+  model = data.fitted(model, task, stated)
   run = training.build(model, optimizer, dataset, partitioner, seed=seed)
   start = checkpoint_files.newest_step(model_dir) or 0
   if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
     print(f"already at step {start} of {train_steps}: nothing to do")
     return checkpoint_files.saved_metrics(model_dir, start)
-  task = data.load_task(
-    dataset.mixture_or_task_name, dataset.mixture_or_task_module
-  )
   batches = _batches(model, task, dataset, run.mesh, seed, model_dir, start)
   data.try_saving(batches)
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
@@ -118,6 +124,7 @@ def train(
       checkpointer.save,
       dataset_iterator=batches,
       config=dataclasses.asdict(model.config),
+      special_tokens=model.student.special_tokens,
     )
     scores: Mapping[str, float] = {}
     with (
@@ -177,6 +184,20 @@ def train(
     return scores
 
 
+def _stated_tokens(model, model_dir, initial_path, teacher_path):
+  """Returns what the run's checkpoints say; see `data.fitted`."""
+  paths = {"INITIAL_CHECKPOINT_PATH": initial_path}
+  if checkpoint_files.has_checkpoint(model_dir):
+    paths = {"MODEL_DIR": model_dir}
+  if model.teacher is not None:
+    paths["TEACHER_CHECKPOINT_PATH"] = teacher_path
+  return {
+    name: checkpoint_files.load_special_tokens(path, setting=name)
+    for name, path in paths.items()
+    if path
+  }
+
+
 def _is_finished(model_dir, step, train_steps, evaluation):
   """Returns whether a run is at its end, its last evaluation included."""
   final = files.absolute(model_dir) / "final.json"
@@ -210,6 +231,7 @@ def _batches(model, task, dataset, mesh, seed, model_dir, start):
     dataset.batch_size,
     seed=seed,
     converter=model.FEATURE_CONVERTER_CLS,
+    special_tokens=model.student.special_tokens,
     pack=dataset.pack,
     share=shards.share(rows, jax.process_index(), dataset.batch_size, count),
     use_cached=dataset.use_cached,
@@ -217,7 +239,10 @@ def _batches(model, task, dataset, mesh, seed, model_dir, start):
   )
   if dataset.input_buckets:
     features = data.feature_lengths(
-      model.FEATURE_CONVERTER_CLS, lengths, dataset.pack
+      model.FEATURE_CONVERTER_CLS,
+      lengths,
+      dataset.pack,
+      model.student.special_tokens,
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
   return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)

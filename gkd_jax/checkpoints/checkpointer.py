@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax import files
+from gkd_jax import files, types
 from gkd_jax.checkpoints import errors, formats, orbax_arrays, safetensors_io
 
 
@@ -226,6 +226,7 @@ class Checkpointer:
     dataset_iterator: SavableIterator | None = None,
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
+    special_tokens: types.SpecialTokens | None = None,
   ) -> bool:
     """Saves a checkpoint, unless there is one of this step.
 
@@ -240,6 +241,7 @@ class Checkpointer:
       dataset_iterator: saved at its current position.
       metrics: name to value; None if none were computed at this step.
       config: JSON-able network configuration.
+      special_tokens: of the model, stored with `config`.
 
     Returns:
       False if there is a checkpoint of this step, which is not changed.
@@ -271,6 +273,7 @@ class Checkpointer:
     if dataset_iterator is not None:
       items["dataset"] = IteratorArgs(dataset_iterator)
     if config is not None:
+      config = safetensors_io.with_special_tokens(config, special_tokens)
       items["config"] = ocp.args.JsonSave(
         json.loads(safetensors_io.encode_config(config))
       )

@@ -14,8 +14,15 @@ import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 
-from gkd_jax import files
-from gkd_jax.data import feature_converters, identity, positions, shards
+from gkd_jax import checks, files, types
+from gkd_jax.data import (
+  errors,
+  feature_converters,
+  identity,
+  positions,
+  shards,
+  vocabularies,
+)
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
@@ -63,6 +70,7 @@ def distilled_task(
   original_task: str,
   module: str | None = None,
   name: str | None = None,
+  drop_cut: bool = False,
 ) -> str:
   """Registers the task of a teacher's outputs and returns its name, for gin.
 
@@ -71,6 +79,7 @@ def distilled_task(
     original_task: the task that the outputs were made for.
     module: Python module that registers it, imported first.
     name: of the new task; by default the original's and "_distilled".
+    drop_cut: leave out outputs that were cut; otherwise they train without EOS.
 
   Returns:
     The name of the new task.
@@ -84,24 +93,37 @@ def distilled_task(
       f"expected a task, got the mixture {original_task!r}; set ORIGINAL_TASK"
     )
   name = name or f"{original_task}_distilled"
-  return distilled.add_distilled_task(name, prefix, original_task).name
+  return distilled.add_distilled_task(
+    name, prefix, original_task, drop_cut=drop_cut
+  ).name
 
 
-def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
+def feature_converter(
+  cls: Any,
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
+) -> seqio.FeatureConverter:
   """Returns the converter from a task's features to a model's.
 
   Args:
     cls: a model's `FEATURE_CONVERTER_CLS`: a name in `feature_converters` or in
       seqio, or a class.
     pack: several examples in a row.
+    special_tokens: the model's.
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
-  return cls(pack=pack)
+  start = special_tokens.start
+  if not special_tokens.zero_is_padding:
+    return feature_converters.ZeroIsToken(cls(pack=pack, bos_id=start + 1))
+  return cls(pack=pack, bos_id=start) if start else cls(pack=pack)
 
 
 def feature_lengths(
-  cls: Any, task_feature_lengths: Mapping[str, int], pack: bool
+  cls: Any,
+  task_feature_lengths: Mapping[str, int],
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
 ) -> dict[str, int]:
   """Returns the lengths of a batch's features `[B, length]`; reads no data.
 
@@ -109,8 +131,9 @@ def feature_lengths(
     cls: see `feature_converter`.
     task_feature_lengths: seqio feature to length.
     pack: see `feature_converter`.
+    special_tokens: see `feature_converter`.
   """
-  converter = feature_converter(cls, pack)
+  converter = feature_converter(cls, pack, special_tokens)
   return dict(converter.get_model_feature_lengths(dict(task_feature_lengths)))
 
 
@@ -127,6 +150,7 @@ class TrainIterator:
     batch_size: of all processes together.
     seed: of the shuffle.
     converter: a model's `FEATURE_CONVERTER_CLS`.
+    special_tokens: the model's; by default those of the task's vocabulary.
     pack: several examples in a row.
     share: what this process reads; by default one shard, all rows.
     use_cached: read seqio's cache.
@@ -142,19 +166,20 @@ class TrainIterator:
     *,
     seed: int,
     converter: Any = "EncDecFeatureConverter",
+    special_tokens: types.SpecialTokens | None = None,
     pack: bool = False,
     share: shards.Share | None = None,
     use_cached: bool = False,
     split: str = "train",
     save_position: bool = True,
   ):
-    if min(lengths.values()) < 1:
-      raise ValueError(
-        f"expected lengths of at least 1, got {dict(lengths)};"
-        " set TASK_FEATURE_LENGTHS"
-      )
+    checks.lengths(lengths, "TASK_FEATURE_LENGTHS")
+    errors.check_source(task, split, use_cached=use_cached)
+    self._reading = functools.partial(errors.explained, task.name, split)
     if share is None:
       share = shards.Share(1, (0,), (0,), np.arange(batch_size))
+    if special_tokens is None:
+      special_tokens = vocabularies.special_tokens(task)
     self._share, self._batch_size = share, batch_size
     self._save_position = save_position
     self._examples: int | None = 0
@@ -171,7 +196,7 @@ class TrainIterator:
     self._dataset = lambda shard: seqio.get_dataset(
       mixture_or_task_name=task.name,
       task_feature_lengths=dict(lengths),
-      feature_converter=feature_converter(converter, pack),
+      feature_converter=feature_converter(converter, pack, special_tokens),
       dataset_split=split,
       use_cached=use_cached,
       shuffle=True,
@@ -180,10 +205,12 @@ class TrainIterator:
       seed=seed,
     )
     self._rows = batch_size // share.count
-    self._open(self._rows)
+    with self._reading():
+      self._open(self._rows)
 
   def __next__(self) -> dict[str, np.ndarray]:
-    blocks = [reader.take(self._rows) for reader in self._readers]
+    with self._reading():
+      blocks = [reader.take(self._rows) for reader in self._readers]
     if self._examples is not None:
       self._examples += self._batch_size
     return {
@@ -202,7 +229,8 @@ class TrainIterator:
     for reader, shard, folder in self._each(path):
       if shard in self._share.owned:
         tf.io.gfile.mkdir(folder)
-        reader.save(folder)
+        with self._reading():  # the first rows, if none were read
+          reader.save(folder)
     if jax.process_index() == 0:
       files.write_json(
         os.path.join(path, _RECORD),
@@ -244,9 +272,11 @@ class TrainIterator:
     ]
 
   def _identity(self):
+    with self._reading():
+      sources = self._sources()
     return self._settings | {
       "features": self._readers[0].features,
-      "sources": self._sources(),
+      "sources": sources,
     }
 
   def _each(self, path):
@@ -316,11 +346,13 @@ class CutInputs:
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)
-    place = np.searchsorted(self._lengths, _longest(batch[_INPUTS]))
+    cut = {k: batch[k] for k in (_INPUTS, types.INPUT_MASK) if k in batch}
+    longest = _longest(cut.get(types.INPUT_MASK, batch[_INPUTS]))
+    place = np.searchsorted(self._lengths, longest)
     if jax.process_count() > 1:
       place = np.max(multihost_utils.process_allgather(place))
-    cut = batch[_INPUTS][:, : self._lengths[int(place)]]
-    return batch | {_INPUTS: cut}
+    length = self._lengths[int(place)]
+    return batch | {k: x[:, :length] for k, x in cut.items()}
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the iterator's position into `path`."""
@@ -331,7 +363,7 @@ class CutInputs:
     self._iterator.restore_state(path)
 
 
-def _longest(tokens):
-  """Returns the length of the longest row of `[B, S]`; 0 without a token."""
-  used = np.flatnonzero(tokens.any(axis=0))
+def _longest(mask):
+  """Returns the length of the longest row of `[B, S]`, 0 after its end."""
+  used = np.flatnonzero(mask.any(axis=0))
   return used[-1] + 1 if used.size else 0

@@ -43,6 +43,7 @@ class RunEvaluations:
       settings.batch_size,
       mesh,
       converter=model.student.FEATURE_CONVERTER_CLS,
+      special_tokens=model.student.special_tokens,
       use_cached=dataset.use_cached,
       **kwargs,
     )
