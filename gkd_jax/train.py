@@ -64,7 +64,9 @@ def train(
     training.Stopped: SIGTERM or Ctrl-C came, and the step is saved.
   """
   # ---- build: what can be wrong is found here, before compiling ------------
+  training.check_parts(model, optimizer)
   checks.path(model_dir, "MODEL_DIR")
+  files.check_folder(model_dir, "MODEL_DIR")
   checks.whole(train_steps, "TRAIN_STEPS")
   checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)

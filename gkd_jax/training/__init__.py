@@ -19,7 +19,7 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.training.processes import Stopped, StopSignal
   from gkd_jax.training.profiling import Profiler
   from gkd_jax.training.rollouts import RolloutBatches, check_targets
-  from gkd_jax.training.runs import Run, build
+  from gkd_jax.training.runs import Run, build, check_parts
   from gkd_jax.training.settings import (
     CheckpointConfig,
     DatasetConfig,
