@@ -123,6 +123,7 @@ def infer(
   """
   checks.path(output_path, "OUTPUT_PATH")
   output_path = os.fspath(files.absolute(output_path))
+  files.check_folder(os.path.dirname(output_path), "OUTPUT_PATH")
   if shards is not None and output_path.endswith(".jsonl"):
     raise ValueError(
       f"expected a prefix of shards, got the name of a file {output_path!r};"
@@ -197,6 +198,7 @@ def evaluate_checkpoint(
     ValueError: if a setting is wrong.
   """
   checks.path(eval_output_dir, "EVAL_OUTPUT_DIR")
+  files.check_folder(eval_output_dir, "EVAL_OUTPUT_DIR")
   checks.whole(num_samples, "NUM_SAMPLES")
   checks.boolean(instruments, "infer.evaluate_checkpoint.instruments")
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)

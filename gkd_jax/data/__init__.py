@@ -4,6 +4,7 @@ batches: tasks by name, training batches with a position that can be saved.
 identity: what a position belongs to: settings, fingerprints of the sources.
 positions: a reader of one shard; its position counts rows.
 shards: which shards of the data each process reads.
+errors: those of seqio, TFDS and TensorFlow, as sentences.
 feature_converters: seqio's, with stored top-k log-probs or with 0 as a token.
 vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 """

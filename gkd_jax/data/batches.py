@@ -14,8 +14,9 @@ import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 
-from gkd_jax import files, types
+from gkd_jax import checks, files, types
 from gkd_jax.data import (
+  errors,
   feature_converters,
   identity,
   positions,
@@ -172,11 +173,9 @@ class TrainIterator:
     split: str = "train",
     save_position: bool = True,
   ):
-    if min(lengths.values()) < 1:
-      raise ValueError(
-        f"expected lengths of at least 1, got {dict(lengths)};"
-        " set TASK_FEATURE_LENGTHS"
-      )
+    checks.lengths(lengths, "TASK_FEATURE_LENGTHS")
+    errors.check_source(task, split, use_cached=use_cached)
+    self._reading = functools.partial(errors.explained, task.name, split)
     if share is None:
       share = shards.Share(1, (0,), (0,), np.arange(batch_size))
     if special_tokens is None:
@@ -206,10 +205,12 @@ class TrainIterator:
       seed=seed,
     )
     self._rows = batch_size // share.count
-    self._open(self._rows)
+    with self._reading():
+      self._open(self._rows)
 
   def __next__(self) -> dict[str, np.ndarray]:
-    blocks = [reader.take(self._rows) for reader in self._readers]
+    with self._reading():
+      blocks = [reader.take(self._rows) for reader in self._readers]
     if self._examples is not None:
       self._examples += self._batch_size
     return {
@@ -228,7 +229,8 @@ class TrainIterator:
     for reader, shard, folder in self._each(path):
       if shard in self._share.owned:
         tf.io.gfile.mkdir(folder)
-        reader.save(folder)
+        with self._reading():  # the first rows, if none were read
+          reader.save(folder)
     if jax.process_index() == 0:
       files.write_json(
         os.path.join(path, _RECORD),
@@ -270,9 +272,11 @@ class TrainIterator:
     ]
 
   def _identity(self):
+    with self._reading():
+      sources = self._sources()
     return self._settings | {
       "features": self._readers[0].features,
-      "sources": self._sources(),
+      "sources": sources,
     }
 
   def _each(self, path):

@@ -69,31 +69,8 @@ class BaseTransformerModel:
     loss_normalizing_factor: float | None = None,
     special_tokens: types.SpecialTokens | None = None,
   ):
-    if decode_fn is not None and not callable(decode_fn):
-      checks.refuse(
-        "a decode function such as @decoding.beam_search, or None",
-        decode_fn,
-        "DECODE_FN",
-      )
-    if not isinstance(default_decoder_params or {}, Mapping):
-      checks.refuse(
-        "options such as {'num_decodes': 4}, or None",
-        default_decoder_params,
-        "DECODER_PARAMS",
-      )
-    decoding.check_options(default_decoder_params or {})
-    if not hasattr(module.config, "vocab_size"):
-      checks.refuse(
-        "sizes such as %T5_1_1_SMALL of models/t5_1_1.gin",
-        module.config,
-        "STUDENT, or TEACHER",
-      )
-    checks.one_of(
-      getattr(module, "weights", "auto"),
-      "TEACHER_WEIGHTS (or WEIGHTS)",
-      projections.WEIGHTS,
-    )
-    checks.boolean(getattr(module, "scan_layers", False), "TEACHER_SCAN_LAYERS")
+    decoding.check_options(default_decoder_params, decode_fn)
+    projections.check_module(module)
     self.module = module
     self.input_vocabulary = input_vocabulary
     self.output_vocabulary = output_vocabulary

@@ -56,6 +56,7 @@ class DistillationModel:
     self.skew_alpha = skew_alpha
     self.student_temperature = student_temperature
     self.length_normalization = length_normalization
+    check_model(student, "STUDENT_MODEL")
     checks.one_of(divergence, "DIVERGENCE", divergences.names())
     checks.number(
       beta, "BETA", least=0, most=1, none=True, schedule=True, what="β"
@@ -216,10 +217,19 @@ class DistillationModel:
     return self.student.score_batch(params, batch)
 
 
+def check_model(model: Any, setting: str) -> None:
+  """Raises a ValueError for what is no model."""
+  if not hasattr(model, "FEATURE_CONVERTER_CLS"):
+    checks.refuse(
+      "a model such as @student/models.EncoderDecoderModel()", model, setting
+    )
+
+
 def check_pair(
   teacher: types.TransformerModel, student: types.TransformerModel
 ) -> None:
   """Raises a ValueError unless teacher and student fit each other."""
+  check_model(teacher, "TEACHER_MODEL")
   kinds = teacher.FEATURE_CONVERTER_CLS, student.FEATURE_CONVERTER_CLS
   if kinds[0] != kinds[1]:
     raise ValueError(

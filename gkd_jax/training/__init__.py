@@ -3,6 +3,8 @@
 trainer      the pure step; `jit` on a mesh, `pmap`
 train_state  parameters, optimizer state, counts
 runs         a run's mesh, abstract arrays and compiled step
+preflight    checks and a table before the first step
+teacher_check  whether the teacher is a teacher
 settings     groups of settings that gin binds
 rollouts     batches with sampled outputs and their rewards
 logs         metrics.jsonl, TensorBoard, progress, the compilation cache
@@ -19,7 +21,7 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.training.processes import Stopped, StopSignal
   from gkd_jax.training.profiling import Profiler
   from gkd_jax.training.rollouts import RolloutBatches, check_targets
-  from gkd_jax.training.runs import Run, build
+  from gkd_jax.training.runs import Run, build, check_parts
   from gkd_jax.training.settings import (
     CheckpointConfig,
     DatasetConfig,
