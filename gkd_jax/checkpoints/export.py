@@ -11,10 +11,11 @@ import json
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
-from gkd_jax import files, network
+from gkd_jax import files
 from gkd_jax.checkpoints import (
   formats,
   huggingface,
@@ -31,7 +32,7 @@ Path = os.PathLike[str] | str
 
 def import_checkpoint(
   checkpoint_path: Path, output_path: Path, *, dtype: str | None = None
-) -> network.T5Config:
+) -> Any:
   """Reads a checkpoint of any known format and writes our safetensors folder.
 
   One array is in memory at a time.
@@ -126,7 +127,7 @@ def _open(path):
   flat = formats.open_params(path, setting=_SETTING)
   fields = formats.load_config(path, setting=_SETTING)
   if fields:
-    config = formats.network_config(fields, path=path, setting=_SETTING)
+    config = parameters.network_config(fields, path=path, setting=_SETTING)
     parameters.check(flat, config, setting=_SETTING, path=path)
   else:
     config = parameters.infer_config(flat, setting=_SETTING, path=path)
@@ -141,7 +142,7 @@ def _step(checkpoint: epath.Path) -> int | None:
 
 def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
   theirs = huggingface.rename(flat, config)
-  dtype = str(theirs[huggingface.EMBEDDING].dtype)
+  dtype = str(next(iter(theirs.values())).dtype)  # of the embedding
   texts = {
     "generation_config.json": {
       "decoder_start_token_id": 0,
@@ -198,10 +199,7 @@ def _tokenizer(extra_ids: int) -> dict[str, dict]:
   }
 
 
-def config_fields(config: network.T5Config) -> dict:
+def config_fields(config: Any) -> dict:
   """Returns the fields of a configuration as JSON-able values."""
-  return {
-    **vars(config),
-    "dtype": str(config.dtype),
-    "mlp_activations": list(config.mlp_activations),
-  }
+  lists = {k: list(v) for k, v in vars(config).items() if type(v) is tuple}
+  return {**vars(config), "dtype": str(config.dtype), **lists}

@@ -1,6 +1,6 @@
-"""Hugging Face's T5 folders, both ways: T5, T5 1.1, FLAN-T5, T0, mT5, ByT5.
+"""Hugging Face's folders, both ways: those of T5 here, others in `families`.
 
-One table of names serves both directions: ours on the left, theirs on the
+T5 is T5, T5 1.1, FLAN-T5, T0, mT5 and ByT5. One table of names serves both directions: ours on the left, theirs on the
 right, and whether the matrix is transposed (PyTorch's linear layers store
 `[out, in]`). A folder is `config.json` and `model.safetensors`, or several
 safetensors files with `model.safetensors.index.json`.
@@ -11,14 +11,16 @@ https://huggingface.co/docs/transformers/model_doc/t5
 """
 
 import os
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from gkd_jax import network
 from gkd_jax.checkpoints import (
   errors,
+  families,
   parameters,
   safetensors_io,
   stored_arrays,
@@ -83,18 +85,53 @@ _SUBLAYERS = {
     ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
   ),
 }
-# Copies of the embedding that some files have besides it, or instead of it.
-_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
-# In the first T5 checkpoints; nothing ever read it.
-_UNUSED = (
-  "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_HEAD = "lm_head.weight"
+
+
+class _Extras(NamedTuple):
+  """What files may hold besides the parameters of the table.
+
+  Attributes:
+    embedding: name of the embedding.
+    copies: names of copies that some files have besides it, or instead of it.
+    unused: pattern of what nothing reads.
+  """
+
+  embedding: str
+  copies: tuple[str, ...]
+  unused: str
+
+
+_T5 = _Extras(
+  "shared.weight",
+  ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+  # In the first T5 checkpoints.
+  r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
+# The pattern is that of the first Llama files.
+_ROTARY = _Extras("model.embed_tokens.weight", (), r".*\.rotary_emb\.inv_freq")
 
 
-def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
-  """Returns our parameter path to (their name, whether it is transposed)."""
-  table = {"token_embedder/embedding": (EMBEDDING, False)}
+def name_table(config: Any) -> dict[str, tuple[str, bool]]:
+  """Returns our parameter path to (their name, whether it is transposed).
+
+  The embedding comes first.
+
+  Args:
+    config: of a network.
+
+  Raises:
+    ValueError: as `families.family_of`.
+  """
+  tables = {
+    network.T5Config: _t5_table,
+    network.RotaryConfig: families.name_table,
+  }
+  return tables[type(config)](config)
+
+
+def _t5_table(config):
+  table = {"token_embedder/embedding": (_T5.embedding, False)}
   depths = {
     "encoder": config.num_encoder_layers,
     "decoder": config.num_decoder_layers,
@@ -130,31 +167,34 @@ def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
   return table
 
 
-def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
+def read_config(folder: epath.Path, *, setting: str) -> Any:
   """Reads `config.json`.
 
   Raises:
-    ValueError: if it is not a T5 that our network computes.
+    ValueError: if it is not a model that one of our networks computes.
   """
-  return _config(_fields(folder, setting), folder, setting)
+  return _read_config(folder, setting)[1]
 
 
-def _fields(folder, setting):
-  """Returns the fields of `config.json`, defaults filled in."""
+def _read_config(folder, setting):
+  """Returns the fields of `config.json`, and our configuration."""
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
+  if kind in families.TABLE:
+    return text, families.read_config(text, setting=setting, path=file)
   if kind not in _DEFAULTS:
+    known = *_DEFAULTS, *families.TABLE
     raise ValueError(
-      f"expected model_type {' or '.join(map(repr, _DEFAULTS))}, got {kind!r} in"
-      f" {os.fspath(file)}; set {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
+      f"expected model_type {' or '.join(map(repr, known))}, got {kind!r} in"
+      f" {os.fspath(file)}; set {setting} to a model of these families"
     )
-  return {**_DEFAULTS[kind], **text}
+  fields = {**_DEFAULTS[kind], **text}
+  return fields, _t5_config(fields, file, setting)
 
 
-def _config(fields, folder, setting):
-  """Makes our configuration from their fields; see `read_config`."""
-  file = folder / safetensors_io.CONFIG_FILE
+def _t5_config(fields, file, setting):
+  """Makes a T5's configuration from their fields."""
   other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
   if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
     raise ValueError(
@@ -194,7 +234,7 @@ def _scales_logits(fields):
   return bool(fields["tie_word_embeddings"])
 
 
-def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
+def write_config(config: Any, dtype: str) -> dict[str, Any]:
   """Returns the content of `config.json`.
 
   Args:
@@ -202,8 +242,16 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
     dtype: of the parameters.
 
   Raises:
-    ValueError: if Hugging Face's T5 does not have this feed-forward block.
+    ValueError: if no family of Hugging Face's computes the same.
   """
+  writers = {
+    network.T5Config: _write_t5_config,
+    network.RotaryConfig: families.write_config,
+  }
+  return writers[type(config)](config, dtype)
+
+
+def _write_t5_config(config, dtype):
   names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
   activations = tuple(config.mlp_activations)
   if activations not in names:
@@ -247,23 +295,26 @@ def open_folder(
     ValueError: if the folder has no safetensors or lacks a file, or lists all
       parameters that are unmapped, missing, duplicated or of a wrong shape.
   """
-  fields = _fields(folder, setting)
-  config = _config(fields, folder, setting)
+  fields, config = _read_config(folder, setting)
   theirs = _open_files(folder, setting)
   table = name_table(config)
-  copies = [n for n in (EMBEDDING, *_COPIES) if n in theirs]
+  extras = _ROTARY if fields["model_type"] in families.TABLE else _T5
+  embedding = extras.embedding
+  copies = [n for n in (embedding, *extras.copies) if n in theirs]
   if config.logits_via_embedding and _HEAD in theirs:
     copies.append(_HEAD)
-  if copies and EMBEDDING not in theirs:
-    theirs[EMBEDDING] = theirs[copies[0]]
+  if copies and embedding not in theirs:
+    theirs[embedding] = theirs[copies[0]]
   ties_undivided = (
-    fields["tie_word_embeddings"] and not config.logits_via_embedding
+    fields.get("tie_word_embeddings") and not config.logits_via_embedding
   )
-  if ties_undivided and EMBEDDING in theirs:
+  if ties_undivided and embedding in theirs:
     # Tied logits without the division: our network has a separate head.
-    theirs.setdefault(_HEAD, theirs[EMBEDDING])
+    theirs.setdefault(_HEAD, theirs[embedding])
   wanted = {name: ours for ours, (name, _) in table.items()}
-  known = {*wanted, *copies, _UNUSED}
+  is_known = lambda name: (
+    name in wanted or name in copies or re.fullmatch(extras.unused, name)
+  )
   found = {
     ours: theirs[name].transpose() if transposed else theirs[name]
     for ours, (name, transposed) in table.items()
@@ -273,8 +324,8 @@ def open_folder(
   errors.raise_if_any(
     {
       "missing": [name for name in wanted if name not in theirs],
-      "unmapped": [name for name in theirs if name not in known],
-      "duplicated with other values": _different(theirs, copies),
+      "unmapped": [name for name in theirs if not is_known(name)],
+      "duplicated with other values": _different(theirs, embedding, copies),
       "wrong shape": [
         f"{table[ours][0]} (expected {_theirs(shapes[ours], table[ours])}, got"
         f" {_theirs(x.shape, table[ours])})"
@@ -290,7 +341,7 @@ def open_folder(
 
 
 def rename(
-  flat: Mapping[str, stored_arrays.StoredArray], config: network.T5Config
+  flat: Mapping[str, stored_arrays.StoredArray], config: Any
 ) -> dict[str, stored_arrays.StoredArray]:
   """Renames and transposes parameters for Hugging Face.
 
@@ -309,10 +360,13 @@ def _theirs(shape, entry):
 
 
 def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
-  """Opens the arrays of one file, or of all files in the index."""
+  """Opens the arrays of one file, or else of all files in the index.
+
+  A whole file beside an index is newer: the index is left of an earlier model.
+  """
   whole = folder / safetensors_io.WEIGHTS_FILE
   index = folder / INDEX_FILE
-  if not index.exists():
+  if whole.exists() or not index.exists():
     if not whole.exists():
       raise ValueError(
         f"expected {whole.name} or {index.name}, got"
@@ -356,10 +410,10 @@ def _open_files(folder, setting) -> dict[str, stored_arrays.StoredArray]:
   return arrays
 
 
-def _different(theirs, copies, rows: int = 4096) -> list[str]:
+def _different(theirs, embedding, copies, rows: int = 4096) -> list[str]:
   """Returns the copies of the embedding that differ from it in any bit."""
   wrong = []
-  original = theirs.get(EMBEDDING)
+  original = theirs.get(embedding)
   for name in copies:
     copy = theirs[name]
     if copy is original:

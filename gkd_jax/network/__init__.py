@@ -2,6 +2,8 @@
 
 t5            encoder-decoder T5
 decoder_only  T5's decoder alone
+causal        decoder-only transformers with rotary positions
+rotary        their configuration and layers
 blocks        the layers that both share
 layers        norm, attention, MLP, relative positions
 projections   weight matrices in several types, embeddings
@@ -11,10 +13,12 @@ layer_loops   layers unrolled or scanned
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
+  from gkd_jax.network.causal import CausalTransformer
   from gkd_jax.network.decoder_only import (
     DecoderWrapper,
     TransformerConfig,
   )
+  from gkd_jax.network.rotary import RotaryConfig
   from gkd_jax.network.t5 import (
     T5Config,
     Transformer,
