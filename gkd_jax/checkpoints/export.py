@@ -7,6 +7,7 @@ t5x  `checkpoint_<step>` in T5X's Orbax layout
 hf   a folder for `transformers`, with a model card
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -201,5 +202,8 @@ def _tokenizer(extra_ids: int) -> dict[str, dict]:
 
 def config_fields(config: Any) -> dict:
   """Returns the fields of a configuration as JSON-able values."""
-  lists = {k: list(v) for k, v in vars(config).items() if type(v) is tuple}
-  return {**vars(config), "dtype": str(config.dtype), **lists}
+  fields = dataclasses.asdict(config)
+  for part in (fields, *fields.values()):
+    if isinstance(part, dict) and "dtype" in part:
+      part["dtype"] = str(part["dtype"])
+  return fields

@@ -1,115 +1,43 @@
-"""Hugging Face's folders, both ways: those of T5 here, others in `families`.
+"""Hugging Face's folders, both ways.
 
-T5 is T5, T5 1.1, FLAN-T5, T0, mT5 and ByT5. One table of names serves both directions: ours on the left, theirs on the
-right, and whether the matrix is transposed (PyTorch's linear layers store
-`[out, in]`). A folder is `config.json` and `model.safetensors`, or several
-safetensors files with `model.safetensors.index.json`.
+One table of names serves both directions: ours on the left, theirs on the right,
+and whether the matrix is transposed (PyTorch's linear layers store `[out, in]`).
+A folder is `config.json` and `model.safetensors`, or several safetensors files
+with `model.safetensors.index.json`.
 
-References: the fields of `transformers.T5Config` and the parameter names of
-`transformers.T5ForConditionalGeneration`, versions 4.57 and 5.17,
-https://huggingface.co/docs/transformers/model_doc/t5
+A module of `_MODULES` knows the configurations and names of its families:
+
+  CONFIG                     class of our configuration
+  KINDS                      values of `model_type`
+  name_table                 our parameter path to (their name, transposed)
+  read_config, write_config  the content of `config.json`
+  EMBEDDING, HEAD            names of the embedding, and of a head of its own
+  COPIES                     of copies of the embedding that some files have
+                             besides it, or instead of it
+  UNUSED                     pattern of arrays that nothing reads
 """
 
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
-from gkd_jax import network
 from gkd_jax.checkpoints import (
   errors,
-  families,
+  hf_rotary,
+  hf_t5,
+  hf_t5gemma,
   parameters,
   safetensors_io,
   stored_arrays,
 )
 
 INDEX_FILE = "model.safetensors.index.json"
-# Fields that `config.json` leaves out when they have these values.
-_DEFAULTS = {
-  "t5": {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "dropout_rate": 0.1,
-    "feed_forward_proj": "relu",
-    "tie_word_embeddings": True,
-  },
-  "mt5": {
-    "vocab_size": 250112,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 1024,
-    "num_layers": 8,
-    "num_heads": 6,
-    "dropout_rate": 0.1,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-  },
-}
-# Fixed in our network.
-_FIXED = {
-  "relative_attention_num_buckets": 32,
-  "relative_attention_max_distance": 128,
-  "layer_norm_epsilon": 1e-6,
-  "is_encoder_decoder": True,
-}
-# Their name of the feed-forward block to ours; "gelu" is the tanh formula in
-# both, and "gelu_new" their name for it.
-_ACTIVATIONS = {
-  "relu": ("relu",),
-  "gated-gelu": ("gelu", "linear"),
-  "gated-gelu_new": ("gelu", "linear"),
-  "gated-silu": ("silu", "linear"),
-  "gated-relu": ("relu", "linear"),
-}
-_ATTENTION = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
-# Our sub-layer: norm, name; their layer number and name, for each side.
-_SUBLAYERS = {
-  "encoder": (
-    ("pre_attention_layer_norm", "attention", "SelfAttention"),
-    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
-  ),
-  "decoder": (
-    ("pre_self_attention_layer_norm", "self_attention", "SelfAttention"),
-    (
-      "pre_cross_attention_layer_norm",
-      "encoder_decoder_attention",
-      "EncDecAttention",
-    ),
-    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
-  ),
-}
-_HEAD = "lm_head.weight"
-
-
-class _Extras(NamedTuple):
-  """What files may hold besides the parameters of the table.
-
-  Attributes:
-    embedding: name of the embedding.
-    copies: names of copies that some files have besides it, or instead of it.
-    unused: pattern of what nothing reads.
-  """
-
-  embedding: str
-  copies: tuple[str, ...]
-  unused: str
-
-
-_T5 = _Extras(
-  "shared.weight",
-  ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-  # In the first T5 checkpoints.
-  r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-)
-# The pattern is that of the first Llama files.
-_ROTARY = _Extras("model.embed_tokens.weight", (), r".*\.rotary_emb\.inv_freq")
+_MODULES = (hf_t5, hf_t5gemma, hf_rotary)
+_BY_KIND = {kind: module for module in _MODULES for kind in module.KINDS}
+_BY_CONFIG = {module.CONFIG: module for module in _MODULES}
 
 
 def name_table(config: Any) -> dict[str, tuple[str, bool]]:
@@ -121,50 +49,9 @@ def name_table(config: Any) -> dict[str, tuple[str, bool]]:
     config: of a network.
 
   Raises:
-    ValueError: as `families.family_of`.
+    ValueError: as `write_config`.
   """
-  tables = {
-    network.T5Config: _t5_table,
-    network.RotaryConfig: families.name_table,
-  }
-  return tables[type(config)](config)
-
-
-def _t5_table(config):
-  table = {"token_embedder/embedding": (_T5.embedding, False)}
-  depths = {
-    "encoder": config.num_encoder_layers,
-    "decoder": config.num_decoder_layers,
-  }
-  branches = range(len(config.mlp_activations))
-  mlp = (
-    [("wi", "wi")]
-    if len(branches) == 1
-    else [(f"wi_{i}", f"wi_{i}") for i in branches]
-  )
-  for side, depth in depths.items():
-    first = f"{side}.block.0.layer.0.SelfAttention"
-    table[f"{side}/relpos_bias/rel_embedding"] = (
-      f"{first}.relative_attention_bias.weight",
-      True,
-    )
-    table[f"{side}/{side}_norm/scale"] = (
-      f"{side}.final_layer_norm.weight",
-      False,
-    )
-    for i in range(depth):
-      for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
-        here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
-        table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
-        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
-        for a, b in matrices:
-          table[f"{here}/{ours}/{a}/kernel"] = (
-            f"{there}.{theirs}.{b}.weight",
-            True,
-          )
-  if not config.logits_via_embedding:
-    table["decoder/logits_dense/kernel"] = (_HEAD, True)
-  return table
+  return _module(config).name_table(config)
 
 
 def read_config(folder: epath.Path, *, setting: str) -> Any:
@@ -177,61 +64,17 @@ def read_config(folder: epath.Path, *, setting: str) -> Any:
 
 
 def _read_config(folder, setting):
-  """Returns the fields of `config.json`, and our configuration."""
+  """Returns the content of `config.json`, and our configuration."""
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
-  if kind in families.TABLE:
-    return text, families.read_config(text, setting=setting, path=file)
-  if kind not in _DEFAULTS:
-    known = *_DEFAULTS, *families.TABLE
+  if kind not in _BY_KIND:
     raise ValueError(
-      f"expected model_type {' or '.join(map(repr, known))}, got {kind!r} in"
+      f"expected model_type {' or '.join(map(repr, _BY_KIND))}, got {kind!r} in"
       f" {os.fspath(file)}; set {setting} to a model of these families"
     )
-  fields = {**_DEFAULTS[kind], **text}
-  return fields, _t5_config(fields, file, setting)
-
-
-def _t5_config(fields, file, setting):
-  """Makes a T5's configuration from their fields."""
-  other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
-  if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
-    raise ValueError(
-      f"expected {_FIXED} and feed_forward_proj of {list(_ACTIVATIONS)}, got"
-      f" {other or fields['feed_forward_proj']} in {os.fspath(file)}; set"
-      f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
-    )
-  decoder_layers = fields.get("num_decoder_layers")
-  return network.T5Config(
-    vocab_size=fields["vocab_size"],
-    emb_dim=fields["d_model"],
-    num_heads=fields["num_heads"],
-    num_encoder_layers=fields["num_layers"],
-    num_decoder_layers=(
-      fields["num_layers"] if decoder_layers is None else decoder_layers
-    ),
-    head_dim=fields["d_kv"],
-    mlp_dim=fields["d_ff"],
-    mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
-    dropout_rate=fields["dropout_rate"],
-    logits_via_embedding=_scales_logits(fields),
-  )
-
-
-def _scales_logits(fields):
-  """Returns whether logits are divided by sqrt(D), as with T5 1.0's tied head.
-
-  Up to version 4 `tie_word_embeddings` means that. Version 5 always sets it, for
-  an `lm_head` that is absent or equal to the embedding; it has another field for
-  the division, and never divides in mT5.
-  """
-  if "scale_decoder_outputs" in fields:
-    return bool(fields["scale_decoder_outputs"])
-  major = str(fields.get("transformers_version", "4")).partition(".")[0]
-  if fields["model_type"] == "mt5" and major.isdigit() and int(major) > 4:
-    return False
-  return bool(fields["tie_word_embeddings"])
+  module = _BY_KIND[kind]
+  return text, module.read_config(text, setting=setting, path=file)
 
 
 def write_config(config: Any, dtype: str) -> dict[str, Any]:
@@ -244,42 +87,17 @@ def write_config(config: Any, dtype: str) -> dict[str, Any]:
   Raises:
     ValueError: if no family of Hugging Face's computes the same.
   """
-  writers = {
-    network.T5Config: _write_t5_config,
-    network.RotaryConfig: families.write_config,
-  }
-  return writers[type(config)](config, dtype)
+  return _module(config).write_config(config, dtype)
 
 
-def _write_t5_config(config, dtype):
-  names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
-  activations = tuple(config.mlp_activations)
-  if activations not in names:
+def _module(config):
+  if type(config) not in _BY_CONFIG:
+    names = " or ".join(f"network.{c.__name__}" for c in _BY_CONFIG)
     raise ValueError(
-      f"expected mlp_activations of {list(names)}, which Hugging Face's T5 has,"
-      f" got {activations}; set --format=gkd or --format=t5x"
+      f"expected a {names}, which Hugging Face has, got"
+      f" {type(config).__name__}; set --format=gkd"
     )
-  return {
-    "architectures": ["T5ForConditionalGeneration"],
-    "model_type": "t5",
-    "vocab_size": config.vocab_size,
-    "d_model": config.emb_dim,
-    "d_kv": config.head_dim,
-    "d_ff": config.mlp_dim,
-    "num_layers": config.num_encoder_layers,
-    "num_decoder_layers": config.num_decoder_layers,
-    "num_heads": config.num_heads,
-    "dropout_rate": config.dropout_rate,
-    "feed_forward_proj": names[activations],
-    "tie_word_embeddings": config.logits_via_embedding,
-    **_FIXED,
-    "initializer_factor": 1.0,
-    "use_cache": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-    "torch_dtype": dtype,
-  }
+  return _BY_CONFIG[type(config)]
 
 
 def open_folder(
@@ -295,25 +113,24 @@ def open_folder(
     ValueError: if the folder has no safetensors or lacks a file, or lists all
       parameters that are unmapped, missing, duplicated or of a wrong shape.
   """
-  fields, config = _read_config(folder, setting)
+  text, config = _read_config(folder, setting)
   theirs = _open_files(folder, setting)
-  table = name_table(config)
-  extras = _ROTARY if fields["model_type"] in families.TABLE else _T5
-  embedding = extras.embedding
-  copies = [n for n in (embedding, *extras.copies) if n in theirs]
-  if config.logits_via_embedding and _HEAD in theirs:
-    copies.append(_HEAD)
+  table, module = name_table(config), _module(config)
+  embedding, head = module.EMBEDDING, module.HEAD
+  copies = [n for n in (embedding, *module.COPIES) if n in theirs]
+  if config.logits_via_embedding and head in theirs:
+    copies.append(head)
   if copies and embedding not in theirs:
     theirs[embedding] = theirs[copies[0]]
   ties_undivided = (
-    fields.get("tie_word_embeddings") and not config.logits_via_embedding
+    text.get("tie_word_embeddings") and not config.logits_via_embedding
   )
   if ties_undivided and embedding in theirs:
     # Tied logits without the division: our network has a separate head.
-    theirs.setdefault(_HEAD, theirs[embedding])
+    theirs.setdefault(head, theirs[embedding])
   wanted = {name: ours for ours, (name, _) in table.items()}
   is_known = lambda name: (
-    name in wanted or name in copies or re.fullmatch(extras.unused, name)
+    name in wanted or name in copies or re.fullmatch(module.UNUSED, name)
   )
   found = {
     ours: theirs[name].transpose() if transposed else theirs[name]

@@ -138,11 +138,14 @@ def network_config(
   Raises:
     ValueError: no configuration has all of the fields.
   """
-  # JSON has no tuples.
-  given = {k: tuple(v) if type(v) is list else v for k, v in fields.items()}
+  # JSON has no tuples; a dictionary is a side's configuration.
+  nested = functools.partial(network_config, setting=setting, path=path)
+  kinds = {list: tuple, dict: nested}
+  given = {k: kinds.get(type(v), lambda x: x)(v) for k, v in fields.items()}
   for config in _NETWORKS:
     known = {field.name for field in dataclasses.fields(config)}
-    if known.issuperset(given) and "vocab_size" in given:
+    needed = {"encoder", "decoder"} & known or {"vocab_size"}
+    if known.issuperset(given) and needed <= given.keys():
       return config(**given)
   names = " or ".join(f"network.{config.__name__}" for config in _NETWORKS)
   raise ValueError(
@@ -156,6 +159,7 @@ _NETWORKS = {
   network.T5Config: (network.Transformer, 3),
   network.TransformerConfig: (network.DecoderWrapper, 2),
   network.RotaryConfig: (network.CausalTransformer, 2),
+  network.T5GemmaConfig: (network.T5Gemma, 3),
 }
 
 

@@ -3,7 +3,9 @@
 t5            encoder-decoder T5
 decoder_only  T5's decoder alone
 causal        decoder-only transformers with rotary positions
-rotary        their configuration and layers
+t5gemma       an encoder-decoder of the same layers
+rotary        their configuration and attention
+rotary_stacks their layers, encoder and decoder
 blocks        the layers that both share
 layers        norm, attention, MLP, relative positions
 projections   weight matrices in several types, embeddings
@@ -23,3 +25,4 @@ with epy.lazy_api_imports(globals()):
     T5Config,
     Transformer,
   )
+  from gkd_jax.network.t5gemma import T5Gemma, T5GemmaConfig

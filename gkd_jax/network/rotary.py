@@ -100,6 +100,9 @@ class RotaryConfig:
   family: str = ""
 
   def __post_init__(self):
+    for name in ("mlp_activations", "rope_bands", "window_pattern"):
+      # gin and JSON have lists, which have no hash.
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     sizes = "vocab_size", "emb_dim", "num_heads", "num_kv_heads", "num_layers"
     blocks.check_config(self, "network", (*sizes, "head_dim", "mlp_dim"))
     for expected, got, is_right in (
@@ -128,7 +131,7 @@ class RotaryConfig:
   @property
   def layer_kinds(self) -> tuple[int, ...]:
     """`FULL` or `WINDOWED` for each layer."""
-    pattern = tuple(self.window_pattern) or (False,)
+    pattern = self.window_pattern or (False,)
     return tuple(
       WINDOWED if pattern[i % len(pattern)] else FULL
       for i in range(self.num_layers)
@@ -225,7 +228,8 @@ def masks(
   if config.window is None:
     return mask[None]
   distance = jnp.abs(query_places[:, :, None] - key_places[None, None])
-  return jnp.stack([mask, mask & (distance < config.window)])
+  near = mask & (distance < config.window)
+  return jnp.stack([jnp.broadcast_to(mask, near.shape), near])
 
 
 def of_kind(tree: Any, kind: int | jax.Array) -> Any:
@@ -278,11 +282,14 @@ class GroupedAttention(nn.Module):
     config: sizes.
     weights: type of the kernels, see `projections`.
     prefill: create the cache from these T positions.
+    decode_length: length of the self-attention cache, for the call that creates it
+      without `prefill`.
   """
 
   config: RotaryConfig
   weights: str = "float32"
   prefill: bool = False
+  decode_length: int | None = None
 
   @nn.compact
   def __call__(
@@ -301,8 +308,8 @@ class GroupedAttention(nn.Module):
       mask: bool `[b, T, S]`.
       rotation: of the positions `[b, T, K / 2]`; None for cross-attention.
       memory: `[B, S, D']` for cross-attention, None for self-attention.
-      decode_index: int32 `[B]`, the position of each row that is decoded (T is
-        1). The cache must exist.
+      decode_index: int32, the position that is decoded (T is 1): a scalar, or
+        `[B]` with one per row. None for attention over whole sequences.
 
     Returns:
       `[B, T, D]`.
@@ -354,18 +361,31 @@ class GroupedAttention(nn.Module):
 
   def _remembered(self, name, source, rotation, memory, index):
     """Returns keys or values `[B, G, S, K]`, those of the cache in decoding."""
+    cached = f"cached_{name}"
     make = lambda: self._heads(name, self.config.num_kv_heads, source, rotation)
-    cached = lambda x: self.variable("cache", f"cached_{name}", lambda: x)
     if index is None:
       now = make()
       if self.prefill:
-        cached(now).value = now
+        self.variable("cache", cached, lambda: now).value = now
       return now
-    kept = cached(None)
-    if memory is None:
+    if memory is not None:
+      return self.variable("cache", cached, make).value
+    is_new = not self.has_variable("cache", cached)
+    config = self.config
+    shape = source.shape[0], config.num_kv_heads, self.decode_length
+    kept = self.variable(
+      "cache",
+      cached,
+      lambda: jnp.zeros((*shape, config.head_dim), config.dtype),
+    )
+    if not is_new and index.ndim:
       # Not a scatter, see `layers.Attention`.
       here = jnp.arange(kept.value.shape[2])[None] == index[:, None]
       kept.value = jnp.where(here[:, None, :, None], make(), kept.value)
+    elif not is_new:
+      kept.value = jax.lax.dynamic_update_slice(
+        kept.value, make(), (0, 0, index, 0)
+      )
     return kept.value
 
 

@@ -162,6 +162,7 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(folder):
     ({"attention_bias": True}, "got {'attention_bias': True}"),
     ({"mlp_bias": True}, "got {'mlp_bias': True}"),
     ({"model_type": "gemma3"}, "'gemma3_text', got 'gemma3'"),
+    ({"layer_types": ["full_attention"]}, "expected {'layers': 3}, got"),
     (
       {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}
       | {"use_bidirectional_attention": True},
@@ -225,3 +226,26 @@ def test_fields_that_a_configuration_leaves_out(
   (tmp_path / "config.json").write_text(json.dumps(text))
   config = checkpoints.load_config(tmp_path)
   assert expected == {name: config[name] for name in expected}
+
+
+def test_t5gemma_with_one_tie_alone_is_refused(tmp_path):
+  shutil.copytree(golden_hf.FOLDERS / "t5gemma_untied", tmp_path / "hf")
+  text = golden_hf.config_json("t5gemma_untied")
+  del text["decoder"]["tie_word_embeddings"]
+  (tmp_path / "hf" / "config.json").write_text(json.dumps(text))
+  said = refusal(tmp_path / "hf")
+  assert (
+    "one tie_word_embeddings at the top and in 'decoder', got False" in said
+  )
+
+
+def test_the_vocabulary_size_at_the_top_is_that_of_both_sides_of_a_t5gemma(
+  tmp_path,
+):
+  text = golden_hf.config_json("t5gemma")
+  text["encoder"]["vocab_size"] = text["decoder"]["vocab_size"] = 7
+  (tmp_path / "config.json").write_text(json.dumps(text))
+  config = checkpoints.load_config(tmp_path)
+  assert (
+    config["encoder"]["vocab_size"] == config["decoder"]["vocab_size"] == 96
+  )

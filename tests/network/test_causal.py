@@ -63,29 +63,12 @@ def test_rows_padded_on_the_left_equal_rows_padded_on_the_right(name):
 
 @each
 def test_gradients_equal_transformers(name):
-  got = golden_hf.causal_results(name)
-  expected = {
-    k.removeprefix("grad/"): v
-    for k, v in got.expected.items()
-    if k.startswith("grad/")
-  }
-  assert len(expected) >= 3
-  for key, value in expected.items():
-    np.testing.assert_allclose(
-      got.gradient[key], value, rtol=0, atol=1e-4 * np.abs(value).max()
-    )
+  golden_hf.check_gradients(golden_hf.causal_results(name))
 
 
 @each
 def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
-  got = golden_hf.causal_results(name)
-  np.testing.assert_array_equal(got.greedy, got.expected["greedy_no_eos"])
-  np.testing.assert_allclose(
-    got.greedy_log_probs,
-    got.expected["greedy_no_eos_log_probs"],
-    rtol=0,
-    atol=1e-4,
-  )
+  golden_hf.check_greedy(golden_hf.causal_results(name))
 
 
 @pytest.mark.nightly

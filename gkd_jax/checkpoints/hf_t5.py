@@ -1,0 +1,208 @@
+"""Hugging Face's T5: T5, T5 1.1, FLAN-T5, T0, mT5, ByT5.
+
+References: the fields of `transformers.T5Config` and the parameter names of
+`transformers.T5ForConditionalGeneration`, versions 4.57 and 5.17,
+https://huggingface.co/docs/transformers/model_doc/t5
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from gkd_jax import network
+
+CONFIG = network.T5Config
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# In the first T5 checkpoints.
+UNUSED = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+# Fields that `config.json` leaves out when they have these values.
+DEFAULTS = {
+  "t5": {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "relu",
+    "tie_word_embeddings": True,
+  },
+  "mt5": {
+    "vocab_size": 250112,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+  },
+}
+KINDS = tuple(DEFAULTS)
+# Fixed in our network.
+_FIXED = {
+  "relative_attention_num_buckets": 32,
+  "relative_attention_max_distance": 128,
+  "layer_norm_epsilon": 1e-6,
+  "is_encoder_decoder": True,
+}
+# Their name of the feed-forward block to ours; "gelu" is the tanh formula in
+# both, and "gelu_new" their name for it.
+_ACTIVATIONS = {
+  "relu": ("relu",),
+  "gated-gelu": ("gelu", "linear"),
+  "gated-gelu_new": ("gelu", "linear"),
+  "gated-silu": ("silu", "linear"),
+  "gated-relu": ("relu", "linear"),
+}
+_ATTENTION = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
+# Our sub-layer: norm, name; their layer number and name, for each side.
+_SUBLAYERS = {
+  "encoder": (
+    ("pre_attention_layer_norm", "attention", "SelfAttention"),
+    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
+  ),
+  "decoder": (
+    ("pre_self_attention_layer_norm", "self_attention", "SelfAttention"),
+    (
+      "pre_cross_attention_layer_norm",
+      "encoder_decoder_attention",
+      "EncDecAttention",
+    ),
+    ("pre_mlp_layer_norm", "mlp", "DenseReluDense"),
+  ),
+}
+
+
+def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
+  """Returns our parameter path to (their name, whether it is transposed)."""
+  table = {"token_embedder/embedding": (EMBEDDING, False)}
+  depths = {
+    "encoder": config.num_encoder_layers,
+    "decoder": config.num_decoder_layers,
+  }
+  branches = range(len(config.mlp_activations))
+  mlp = (
+    [("wi", "wi")]
+    if len(branches) == 1
+    else [(f"wi_{i}", f"wi_{i}") for i in branches]
+  )
+  for side, depth in depths.items():
+    first = f"{side}.block.0.layer.0.SelfAttention"
+    table[f"{side}/relpos_bias/rel_embedding"] = (
+      f"{first}.relative_attention_bias.weight",
+      True,
+    )
+    table[f"{side}/{side}_norm/scale"] = (
+      f"{side}.final_layer_norm.weight",
+      False,
+    )
+    for i in range(depth):
+      for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
+        here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
+        table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
+        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
+        for a, b in matrices:
+          table[f"{here}/{ours}/{a}/kernel"] = (
+            f"{there}.{theirs}.{b}.weight",
+            True,
+          )
+  if not config.logits_via_embedding:
+    table["decoder/logits_dense/kernel"] = (HEAD, True)
+  return table
+
+
+def read_config(
+  text: Mapping[str, Any], *, setting: str, path: os.PathLike[str] | str
+) -> network.T5Config:
+  """Makes our configuration from their fields.
+
+  Args:
+    text: the content of `config.json`, whose `model_type` is in `DEFAULTS`.
+    setting: what to change, for the message.
+    path: of the file, for the message.
+
+  Raises:
+    ValueError: if it is not a T5 that our network computes.
+  """
+  fields = {**DEFAULTS[text["model_type"]], **text}
+  other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
+  if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
+    raise ValueError(
+      f"expected {_FIXED} and feed_forward_proj of {list(_ACTIVATIONS)}, got"
+      f" {other or fields['feed_forward_proj']} in {os.fspath(path)}; set"
+      f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
+    )
+  decoder_layers = fields.get("num_decoder_layers")
+  return network.T5Config(
+    vocab_size=fields["vocab_size"],
+    emb_dim=fields["d_model"],
+    num_heads=fields["num_heads"],
+    num_encoder_layers=fields["num_layers"],
+    num_decoder_layers=(
+      fields["num_layers"] if decoder_layers is None else decoder_layers
+    ),
+    head_dim=fields["d_kv"],
+    mlp_dim=fields["d_ff"],
+    mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
+    dropout_rate=fields["dropout_rate"],
+    logits_via_embedding=_scales_logits(fields),
+  )
+
+
+def _scales_logits(fields):
+  """Returns whether logits are divided by sqrt(D), as with T5 1.0's tied head.
+
+  Up to version 4 `tie_word_embeddings` means that. Version 5 always sets it, for
+  an `lm_head` that is absent or equal to the embedding; it has another field for
+  the division, and never divides in mT5.
+  """
+  if "scale_decoder_outputs" in fields:
+    return bool(fields["scale_decoder_outputs"])
+  major = str(fields.get("transformers_version", "4")).partition(".")[0]
+  if fields["model_type"] == "mt5" and major.isdigit() and int(major) > 4:
+    return False
+  return bool(fields["tie_word_embeddings"])
+
+
+def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
+  """Returns the content of `config.json`.
+
+  Args:
+    config: our configuration.
+    dtype: of the parameters.
+
+  Raises:
+    ValueError: if Hugging Face's T5 does not have this feed-forward block.
+  """
+  names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
+  activations = tuple(config.mlp_activations)
+  if activations not in names:
+    raise ValueError(
+      f"expected mlp_activations of {list(names)}, which Hugging Face's T5 has,"
+      f" got {activations}; set --format=gkd or --format=t5x"
+    )
+  return {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "vocab_size": config.vocab_size,
+    "d_model": config.emb_dim,
+    "d_kv": config.head_dim,
+    "d_ff": config.mlp_dim,
+    "num_layers": config.num_encoder_layers,
+    "num_decoder_layers": config.num_decoder_layers,
+    "num_heads": config.num_heads,
+    "dropout_rate": config.dropout_rate,
+    "feed_forward_proj": names[activations],
+    "tie_word_embeddings": config.logits_via_embedding,
+    **_FIXED,
+    "initializer_factor": 1.0,
+    "use_cache": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "torch_dtype": dtype,
+  }
