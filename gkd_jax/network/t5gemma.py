@@ -96,9 +96,12 @@ class T5Gemma(nn.Module):
     encoder_input_tokens: jax.Array,
     encoder_segment_ids: jax.Array | None = None,
     enable_dropout: bool = True,
+    encoder_input_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes the inputs; see `t5.Transformer.encode`."""
-    mask = (encoder_input_tokens > 0)[:, None]
+    if encoder_input_mask is None:
+      encoder_input_mask = encoder_input_tokens
+    mask = (encoder_input_mask > 0)[:, None]
     if encoder_segment_ids is not None:
       mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
