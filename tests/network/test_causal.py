@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_decoder_only as toy
 import toy_models
 
 from gkd_jax import models, network
+from gkd_jax.network import rotary
 
 # Each way to compute is in one of them.
 SHORT = "llama3", "mistral_full", "qwen2_window", "qwen3", "gemma2"
@@ -111,3 +113,103 @@ def test_scanned_and_rematerialised_layers_have_the_same_logits_and_gradient():
   np.testing.assert_allclose(
     stack[1].T, expected, rtol=0, atol=1e-4 * np.abs(expected).max()
   )
+
+
+@each
+def test_hidden_states_times_the_head_are_logits_before_the_cap(name):
+  got = golden_hf.causal_results(name)
+  product = got.hidden @ np.asarray(got.model.output_head(got.params))
+  cap = got.model.config.final_softcap
+  expected = product if cap is None else cap * np.tanh(product / cap)
+  np.testing.assert_allclose(expected, got.logits, rtol=0, atol=5e-5)
+
+
+# --- A windowed decoder with grouped heads -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+  """A model, its parameters, and rows of prompts and outputs."""
+  config = network.RotaryConfig(
+    vocab_size=toy.VOCAB,
+    emb_dim=8,
+    num_heads=4,
+    num_kv_heads=2,
+    num_layers=2,
+    head_dim=4,
+    mlp_dim=8,
+    window=3,
+    window_pattern=[True, False],
+    final_softcap=3.0,
+  )
+  model = models.DecoderOnlyModel(network.CausalTransformer(config))
+  return model, toy.params(model, 3), toy.pairs(8)
+
+
+def test_packed_rows_have_the_logits_of_unpacked_ones(small):
+  model, params, pairs = small
+  packed = np.asarray(model.logits(params, toy.packed([pairs[:4]], 40)))[0]
+  apart = np.asarray(model.logits(params, toy.rows(pairs[:4])))
+  start = 0
+  for i, (prompt, output) in enumerate(pairs[:4]):
+    size = len(prompt) + len(output)
+    here = packed[start : start + size]
+    np.testing.assert_allclose(here, apart[i, :size], rtol=1e-5, atol=1e-5)
+    start += size
+  assert start > 20
+
+
+def test_samples_in_slots_are_those_of_all_rows_together(small):
+  model, params, pairs = small
+  batch = toy.rows(pairs)
+  draw = jax.jit(
+    lambda slots: model.sample(
+      params, (), batch, jax.random.key(1), slots=slots
+    ),
+    static_argnums=0,
+  )
+  together, slots = draw(None), draw(3)
+  np.testing.assert_array_equal(slots.tokens, together.tokens)
+  np.testing.assert_allclose(slots.log_probs, together.log_probs, atol=1e-5)
+  # Rows of several lengths, or the slots were not refilled.
+  assert len(set(np.count_nonzero(np.asarray(slots.tokens), axis=1))) > 2
+
+
+def test_a_network_that_caps_its_logits_has_the_loss_of_whole_logits(small):
+  model = small[0]
+  gkd = models.GKDModel(model, model)
+  batch = {"decoder_target_tokens": np.zeros((2**10, 2**10), np.int32)}
+  assert gkd._chunk_size(batch) == 0
+  with pytest.raises(ValueError, match=r"final_softcap.* set LOSS_CHUNK_SIZE"):
+    models.GKDModel(model, model, loss_chunk_size=16)
+
+
+@pytest.mark.parametrize(
+  "fields, said",
+  [
+    ({"num_kv_heads": 3}, "num_kv_heads that divides num_heads 8, got 3"),
+    ({"head_dim": 5}, "an even head_dim, got 5"),
+    ({"window_pattern": (True,)}, "a window of at least 1 for window_pattern"),
+    ({"rope_bands": (1.0,)}, "rope_bands of low, high and length"),
+    (
+      {"num_layers": 0},
+      "at least 1, got 0; set network.RotaryConfig.num_layers",
+    ),
+  ],
+)
+def test_configurations_that_cannot_be(fields, said):
+  with pytest.raises(ValueError, match=said):
+    network.RotaryConfig(vocab_size=8, **fields)
+
+
+def test_frequencies_by_hand():
+  # Of 8 channels and base 16: 1, 1/2, 1/4, 1/8 radians a token.
+  plain = 1 / 2.0 ** np.arange(4)
+  get = rotary.frequencies
+  np.testing.assert_allclose(get(8, 16.0), plain, rtol=1e-6)
+  np.testing.assert_allclose(get(8, 16.0, 4.0), plain / 4, rtol=1e-6)
+  # In 16 pi tokens they turn 8, 4, 2 and 1 times: the first two are kept, the last
+  # is divided by 4, and the third is a half between: (1/4 + 1/16) / 2.
+  bands = (1.0, 3.0, 16 * np.pi)
+  expected = [1, 1 / 2, 5 / 32, 1 / 32]
+  np.testing.assert_allclose(get(8, 16.0, 4.0, bands), expected, rtol=1e-6)
