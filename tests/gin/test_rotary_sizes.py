@@ -42,7 +42,7 @@ SIZES = {
   },
 }
 T5GEMMA = "2B_2B", "9B_9B", "9B_2B", "S", "B", "L", "XL"
-IN_SHORT = "SMOLLM2_135M", "MISTRAL_7B_V1", "QWEN2_5_0_5B", "GEMMA3_270M"
+IN_SHORT = "GEMMA3_270M", "LLAMA3_1B"
 
 
 def config_of(macro, family, module, folder):
