@@ -26,6 +26,7 @@ class Family:
     defaults: fields that `config.json` leaves out when they have these values.
     constants: our fields that the family has always alike.
     norms: our name of a norm in a layer to theirs.
+    tokens: special tokens that `config.json` leaves out when they have these ids.
   """
 
   name: str
@@ -33,6 +34,7 @@ class Family:
   defaults: Mapping[str, Any]
   constants: Mapping[str, Any]
   norms: Mapping[str, str]
+  tokens: Mapping[str, int]
 
 
 _LLAMA_DEFAULTS = {
@@ -87,6 +89,8 @@ _GEMMA = {
   "post_norms": True,
   "scale_embedding": True,
 }
+_GEMMA_TOKENS = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
+_LLAMA_TOKENS = {"eos_token_id": 2, "bos_token_id": 1}
 _SILU = {"mlp_activations": ("silu", "linear")}
 _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
   "vocab_size": 256000,
@@ -96,7 +100,14 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
   "final_logit_softcapping": 30.0,
 }
 _ROWS = (
-  Family("llama", "LlamaForCausalLM", _LLAMA_DEFAULTS, _SILU, _LLAMA_NORMS),
+  Family(
+    "llama",
+    "LlamaForCausalLM",
+    _LLAMA_DEFAULTS,
+    _SILU,
+    _LLAMA_NORMS,
+    _LLAMA_TOKENS,
+  ),
   Family(
     "mistral",
     "MistralForCausalLM",
@@ -108,6 +119,7 @@ _ROWS = (
     },
     _SILU,
     _LLAMA_NORMS,
+    _LLAMA_TOKENS,
   ),
   Family(
     "qwen2",
@@ -115,6 +127,7 @@ _ROWS = (
     _QWEN_DEFAULTS,
     _SILU | {"qkv_bias": True},
     _LLAMA_NORMS,
+    {},
   ),
   Family(
     "qwen3",
@@ -122,8 +135,16 @@ _ROWS = (
     _QWEN_DEFAULTS | {"head_dim": 128},
     _SILU | {"qk_norm": True},
     _LLAMA_NORMS | _QK_NORMS,
+    {},
   ),
-  Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_DEFAULTS, _GEMMA, _GEMMA_NORMS),
+  Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    _GEMMA2_DEFAULTS,
+    _GEMMA,
+    _GEMMA_NORMS,
+    _GEMMA_TOKENS,
+  ),
   Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
@@ -138,6 +159,7 @@ _ROWS = (
     # The cap on attention logits in its configuration is never applied.
     _GEMMA | {"qk_norm": True},
     _GEMMA_NORMS | _QK_NORMS,
+    _GEMMA_TOKENS,
   ),
 )
 TABLE = {row.name: row for row in _ROWS}
@@ -157,6 +179,7 @@ SIDES = {
       "pre_attention_layer_norm": "pre_self_attn_layernorm",
       "post_attention_layer_norm": "post_self_attn_layernorm",
     },
+    _GEMMA_TOKENS,
   ),
   "decoder": Family(
     "t5_gemma_module",
@@ -170,6 +193,7 @@ SIDES = {
       "pre_cross_attention_layer_norm": "pre_cross_attn_layernorm",
       "post_cross_attention_layer_norm": "post_cross_attn_layernorm",
     },
+    _GEMMA_TOKENS,
   ),
 }
 

@@ -17,6 +17,7 @@ KINDS = tuple(families.TABLE)
 EMBEDDING, HEAD, COPIES = "model.embed_tokens.weight", "lm_head.weight", ()
 # In the first Llama files.
 UNUSED = r".*\.rotary_emb\.inv_freq"
+START = "bos_token_id"
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Their field to ours, of the same value.
 _FIELDS = {
@@ -56,6 +57,11 @@ def name_table(config: network.RotaryConfig) -> dict[str, tuple[str, bool]]:
     table["decoder/logits_dense/kernel"] = (HEAD, True)
   family = families.TABLE[family_of(config)]
   return table | families.layer_names(config, family, "decoder", "model")
+
+
+def special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of special tokens that `config.json` may leave out."""
+  return dict(families.TABLE[text["model_type"]].tokens)
 
 
 def read_config(

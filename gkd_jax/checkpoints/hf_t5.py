@@ -11,37 +11,48 @@ from typing import Any
 
 from gkd_jax import network
 
-CONFIG = network.T5Config
-EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# In the first T5 checkpoints.
-UNUSED = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 # Fields that `config.json` leaves out when they have these values.
+_T5_DEFAULTS = {
+  "vocab_size": 32128,
+  "d_model": 512,
+  "d_kv": 64,
+  "d_ff": 2048,
+  "num_layers": 6,
+  "num_heads": 8,
+  "dropout_rate": 0.1,
+  "feed_forward_proj": "relu",
+  "tie_word_embeddings": True,
+}
 DEFAULTS = {
-  "t5": {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "dropout_rate": 0.1,
-    "feed_forward_proj": "relu",
-    "tie_word_embeddings": True,
-  },
-  "mt5": {
+  "t5": _T5_DEFAULTS,
+  "mt5": _T5_DEFAULTS
+  | {
     "vocab_size": 250112,
-    "d_model": 512,
-    "d_kv": 64,
     "d_ff": 1024,
     "num_layers": 8,
     "num_heads": 6,
-    "dropout_rate": 0.1,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
   },
 }
+CONFIG = network.T5Config
 KINDS = tuple(DEFAULTS)
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# In the first T5 checkpoints.
+UNUSED = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+START = "decoder_start_token_id"
+# Our fields to theirs, beside the activations and the head.
+_FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "head_dim": "d_kv",
+  "mlp_dim": "d_ff",
+  "num_encoder_layers": "num_layers",
+  "num_decoder_layers": "num_decoder_layers",
+  "num_heads": "num_heads",
+  "dropout_rate": "dropout_rate",
+}
 # Fixed in our network.
 _FIXED = {
   "relative_attention_num_buckets": 32,
@@ -85,34 +96,30 @@ def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
     "decoder": config.num_decoder_layers,
   }
   branches = range(len(config.mlp_activations))
-  mlp = (
-    [("wi", "wi")]
-    if len(branches) == 1
-    else [(f"wi_{i}", f"wi_{i}") for i in branches]
-  )
+  inner = ["wi"] if len(branches) == 1 else [f"wi_{i}" for i in branches]
+  mlp = [(name, name) for name in (*inner, "wo")]
   for side, depth in depths.items():
     first = f"{side}.block.0.layer.0.SelfAttention"
-    table[f"{side}/relpos_bias/rel_embedding"] = (
-      f"{first}.relative_attention_bias.weight",
-      True,
-    )
-    table[f"{side}/{side}_norm/scale"] = (
-      f"{side}.final_layer_norm.weight",
-      False,
-    )
+    bias = "relative_attention_bias.weight"
+    table[f"{side}/relpos_bias/rel_embedding"] = (f"{first}.{bias}", True)
+    final_norm = f"{side}.final_layer_norm.weight"
+    table[f"{side}/{side}_norm/scale"] = (final_norm, False)
     for i in range(depth):
       for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
         here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
         table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
-        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
-        for a, b in matrices:
-          table[f"{here}/{ours}/{a}/kernel"] = (
-            f"{there}.{theirs}.{b}.weight",
-            True,
-          )
+        for a, b in mlp if ours == "mlp" else _ATTENTION:
+          name = f"{there}.{theirs}.{b}.weight"
+          table[f"{here}/{ours}/{a}/kernel"] = (name, True)
   if not config.logits_via_embedding:
     table["decoder/logits_dense/kernel"] = (HEAD, True)
   return table
+
+
+def special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of special tokens that `config.json` may leave out."""
+  del text
+  return {"eos_token_id": 1, "pad_token_id": 0}
 
 
 def read_config(
@@ -121,7 +128,7 @@ def read_config(
   """Makes our configuration from their fields.
 
   Args:
-    text: the content of `config.json`, whose `model_type` is in `DEFAULTS`.
+    text: the content of `config.json`.
     setting: what to change, for the message.
     path: of the file, for the message.
 
@@ -136,19 +143,11 @@ def read_config(
       f" {other or fields['feed_forward_proj']} in {os.fspath(path)}; set"
       f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
-  decoder_layers = fields.get("num_decoder_layers")
+  if fields.get("num_decoder_layers") is None:
+    fields = fields | {"num_decoder_layers": fields["num_layers"]}
   return network.T5Config(
-    vocab_size=fields["vocab_size"],
-    emb_dim=fields["d_model"],
-    num_heads=fields["num_heads"],
-    num_encoder_layers=fields["num_layers"],
-    num_decoder_layers=(
-      fields["num_layers"] if decoder_layers is None else decoder_layers
-    ),
-    head_dim=fields["d_kv"],
-    mlp_dim=fields["d_ff"],
+    **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
-    dropout_rate=fields["dropout_rate"],
     logits_via_embedding=_scales_logits(fields),
   )
 
@@ -169,7 +168,7 @@ def _scales_logits(fields):
 
 
 def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
-  """Returns the content of `config.json`.
+  """Returns the content of `config.json`, without special tokens.
 
   Args:
     config: our configuration.
@@ -188,21 +187,11 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
   return {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
-    "vocab_size": config.vocab_size,
-    "d_model": config.emb_dim,
-    "d_kv": config.head_dim,
-    "d_ff": config.mlp_dim,
-    "num_layers": config.num_encoder_layers,
-    "num_decoder_layers": config.num_decoder_layers,
-    "num_heads": config.num_heads,
-    "dropout_rate": config.dropout_rate,
+    **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
     "feed_forward_proj": names[activations],
     "tie_word_embeddings": config.logits_via_embedding,
     **_FIXED,
     "initializer_factor": 1.0,
     "use_cache": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
     "torch_dtype": dtype,
   }

@@ -15,6 +15,7 @@ CONFIG = network.T5GemmaConfig
 KINDS = ("t5gemma",)
 EMBEDDING = "model.decoder.embed_tokens.weight"
 HEAD = "lm_head.out_proj.weight"
+START = "bos_token_id"
 COPIES, UNUSED = (), ".^"  # nothing
 _VOCAB_SIZE = 256000  # if `config.json` does not say
 _ATTENTIONS = {
@@ -49,6 +50,12 @@ def name_table(config: network.T5GemmaConfig) -> dict[str, tuple[str, bool]]:
       attentions,
     )
   return table
+
+
+def special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of special tokens that `config.json` may leave out."""
+  del text
+  return dict(families.SIDES["decoder"].tokens)
 
 
 def read_config(

@@ -15,6 +15,8 @@ A module of `_MODULES` knows the configurations and names of its families:
   COPIES                     of copies of the embedding that some files have
                              besides it, or instead of it
   UNUSED                     pattern of arrays that nothing reads
+  START                      field of the token that a decoder reads first
+  special_tokens             fields of special tokens that are left out
 """
 
 import os
@@ -24,6 +26,7 @@ from typing import Any
 
 from etils import epath
 
+from gkd_jax import types
 from gkd_jax.checkpoints import (
   errors,
   hf_rotary,
@@ -34,6 +37,7 @@ from gkd_jax.checkpoints import (
   stored_arrays,
 )
 
+GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 _MODULES = (hf_t5, hf_t5gemma, hf_rotary)
 _BY_KIND = {kind: module for module in _MODULES for kind in module.KINDS}
@@ -65,6 +69,13 @@ def read_config(folder: epath.Path, *, setting: str) -> Any:
 
 def _read_config(folder, setting):
   """Returns the content of `config.json`, and our configuration."""
+  text, module = _read_text(folder, setting)
+  file = folder / safetensors_io.CONFIG_FILE
+  return text, module.read_config(text, setting=setting, path=file)
+
+
+def _read_text(folder, setting):
+  """Returns the content of `config.json`, and the module of its family."""
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
@@ -73,21 +84,72 @@ def _read_config(folder, setting):
       f"expected model_type {' or '.join(map(repr, _BY_KIND))}, got {kind!r} in"
       f" {os.fspath(file)}; set {setting} to a model of these families"
     )
-  module = _BY_KIND[kind]
-  return text, module.read_config(text, setting=setting, path=file)
+  return text, _BY_KIND[kind]
 
 
-def write_config(config: Any, dtype: str) -> dict[str, Any]:
+def read_special_tokens(
+  folder: epath.Path, *, setting: str
+) -> types.SpecialTokens:
+  """Returns what a folder says of EOS, PAD and the decoder's start.
+
+  As in transformers, `generation_config.json` comes before `config.json`.
+
+  Args:
+    folder: with `config.json`.
+    setting: what the user set the path with, for the messages.
+  """
+  text, module = _read_text(folder, setting)
+  said = module.special_tokens(text)
+  for name in (safetensors_io.CONFIG_FILE, GENERATION_FILE):
+    if (folder / name).exists():
+      text = safetensors_io.read_json(folder / name, setting=setting)
+      said |= {k: v for k, v in text.items() if v is not None}
+  eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
+  if not isinstance(eos, list):
+    eos = [] if eos is None else [eos]
+  # A model without a start was trained on texts that follow an EOS.
+  starts = said.get(module.START), pad, *eos, 0
+  start = next(i for i in starts if i is not None)
+  return types.SpecialTokens(tuple(eos), pad, start)
+
+
+def generation_fields(
+  tokens: types.SpecialTokens, config: Any
+) -> dict[str, Any]:
+  """Returns the fields of `generation_config.json`.
+
+  Where a vocabulary has no PAD, what follows an output is EOS.
+
+  Args:
+    tokens: of the model.
+    config: of its network.
+  """
+  eos = list(tokens.eos)
+  pad = tokens.pad
+  if pad is None and eos:
+    pad = eos[0]
+  return {
+    _module(config).START: tokens.start,
+    "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    "pad_token_id": pad,
+  }
+
+
+def write_config(
+  config: Any, dtype: str, tokens: types.SpecialTokens = types.T5_TOKENS
+) -> dict[str, Any]:
   """Returns the content of `config.json`.
 
   Args:
     config: our configuration.
     dtype: of the parameters.
+    tokens: of the model.
 
   Raises:
     ValueError: if no family of Hugging Face's computes the same.
   """
-  return _module(config).write_config(config, dtype)
+  fields = _module(config).write_config(config, dtype)
+  return fields | generation_fields(tokens, config)
 
 
 def _module(config):

@@ -6,7 +6,7 @@ causal        decoder-only transformers with rotary positions
 t5gemma       an encoder-decoder of the same layers
 rotary        their configuration and attention
 rotary_stacks their layers, encoder and decoder
-blocks        the layers that both share
+blocks        what both share: configuration, layers, the decoder
 layers        norm, attention, MLP, relative positions
 projections   weight matrices in several types, embeddings
 layer_loops   layers unrolled or scanned

@@ -29,25 +29,14 @@ FULL, WINDOWED = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryConfig:
-  """Sizes and options of a stack of layers with rotary positions.
+class RotaryConfig(blocks.Config):
+  """Sizes and options of a stack of layers; see `blocks.Config`.
+
+  Attention weights have no dropout, and the logits of a tied head are not divided.
 
   Attributes:
-    vocab_size: V.
-    dtype: of activations, "float32" or "bfloat16"; parameters, norms, rotation,
-      softmax and logits are float32.
-    emb_dim: D.
-    num_heads: H.
     num_kv_heads: G, heads of keys and values; H / G query heads share each.
     num_layers: number of layers.
-    head_dim: K.
-    mlp_dim: F.
-    mlp_activations: see `layers.MlpBlock`.
-    dropout_rate: of embedding, MLP, residuals and last norm. Attention weights
-      have no dropout.
-    logits_via_embedding: True ties the output head to the token embedding. The
-      logits are not divided, unlike T5's.
-    remat_policy: see `t5.T5Config`.
     norm_epsilon: of all norms.
     norm_unit_offset: a norm's factor is 1 + scale.
     post_norms: a norm after each sub-layer too, before the residual.
@@ -70,18 +59,10 @@ class RotaryConfig:
       family that computes the same.
   """
 
-  vocab_size: int
-  dtype: Any = "float32"
-  emb_dim: int = 512
-  num_heads: int = 8
-  num_kv_heads: int = 8
-  num_layers: int = 6
-  head_dim: int = 64
-  mlp_dim: int = 2048
   mlp_activations: Sequence[str] = ("silu", "linear")
   dropout_rate: float = 0.0
-  logits_via_embedding: bool = False
-  remat_policy: str = "none"
+  num_kv_heads: int = 8
+  num_layers: int = 6
   norm_epsilon: float = 1e-6
   norm_unit_offset: bool = False
   post_norms: bool = False
@@ -103,8 +84,7 @@ class RotaryConfig:
     for name in ("mlp_activations", "rope_bands", "window_pattern"):
       # gin and JSON have lists, which have no hash.
       object.__setattr__(self, name, tuple(getattr(self, name)))
-    sizes = "vocab_size", "emb_dim", "num_heads", "num_kv_heads", "num_layers"
-    blocks.check_config(self, "network", (*sizes, "head_dim", "mlp_dim"))
+    super().__post_init__()
     for expected, got, is_right in (
       (
         f"num_kv_heads that divides num_heads {self.num_heads}",

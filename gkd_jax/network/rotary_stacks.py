@@ -56,7 +56,7 @@ class RotaryLayer(blocks.Layer):
     attention = lambda name: rotary.GroupedAttention(
       self.config, self.weights, self.prefill, self.decode_length, name=name
     )
-    mlp = layers.mlp(self.config, self.weights, name="mlp")
+    mlp = layers.MlpBlock(self.config, self.weights, name="mlp")
     x = self._sublayer(
       self.name_of_attention,
       x,
