@@ -1,4 +1,4 @@
-"""Hugging Face's T5: T5, T5 1.1, FLAN-T5, T0, mT5, ByT5.
+"""Hugging Face's T5: T5, T5 1.1, FLAN-T5, T0, mT5, ByT5, umT5.
 
 References: the fields of `transformers.T5Config` and the parameter names of
 `transformers.T5ForConditionalGeneration`, versions 4.57 and 5.17,
@@ -23,17 +23,18 @@ _T5_DEFAULTS = {
   "feed_forward_proj": "relu",
   "tie_word_embeddings": True,
 }
+_MT5_DEFAULTS = _T5_DEFAULTS | {
+  "vocab_size": 250112,
+  "d_ff": 1024,
+  "num_layers": 8,
+  "num_heads": 6,
+  "feed_forward_proj": "gated-gelu",
+  "tie_word_embeddings": False,
+}
 DEFAULTS = {
   "t5": _T5_DEFAULTS,
-  "mt5": _T5_DEFAULTS
-  | {
-    "vocab_size": 250112,
-    "d_ff": 1024,
-    "num_layers": 8,
-    "num_heads": 6,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-  },
+  "mt5": _MT5_DEFAULTS,
+  "umt5": _MT5_DEFAULTS | {"tie_word_embeddings": True},
 }
 CONFIG = network.T5Config
 KINDS = tuple(DEFAULTS)
@@ -99,9 +100,15 @@ def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
   inner = ["wi"] if len(branches) == 1 else [f"wi_{i}" for i in branches]
   mlp = [(name, name) for name in (*inner, "wo")]
   for side, depth in depths.items():
-    first = f"{side}.block.0.layer.0.SelfAttention"
-    bias = "relative_attention_bias.weight"
-    table[f"{side}/relpos_bias/rel_embedding"] = (f"{first}.{bias}", True)
+    # umT5 has relative positions in each layer, the others in the first alone.
+    own = config.relative_bias_per_layer
+    for i in range(depth if own else 1):
+      here = f"{side}/layers_{i}" if own else side
+      attention = f"{side}.block.{i}.layer.0.SelfAttention"
+      table[f"{here}/relpos_bias/rel_embedding"] = (
+        f"{attention}.relative_attention_bias.weight",
+        True,
+      )
     final_norm = f"{side}.final_layer_norm.weight"
     table[f"{side}/{side}_norm/scale"] = (final_norm, False)
     for i in range(depth):
@@ -149,6 +156,7 @@ def read_config(
     **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
     logits_via_embedding=_scales_logits(fields),
+    relative_bias_per_layer=fields["model_type"] == "umt5",
   )
 
 
@@ -177,6 +185,7 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
   Raises:
     ValueError: if Hugging Face's T5 does not have this feed-forward block.
   """
+  name = "umt5" if config.relative_bias_per_layer else "t5"
   names = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
   activations = tuple(config.mlp_activations)
   if activations not in names:
@@ -185,8 +194,8 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
       f" got {activations}; set --format=gkd or --format=t5x"
     )
   return {
-    "architectures": ["T5ForConditionalGeneration"],
-    "model_type": "t5",
+    "architectures": [f"{name.upper()}ForConditionalGeneration"],
+    "model_type": name,
     **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
     "feed_forward_proj": names[activations],
     "tie_word_embeddings": config.logits_via_embedding,

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's rotary families: configurations, tensors, both ways."""
+"""Folders of Hugging Face's families: configurations, tensors, both ways."""
 
 import json
 import shutil
@@ -102,7 +102,22 @@ def test_an_exported_configuration_says_what_the_given_one_says(name, tmp_path):
   for ours, theirs in parts:
     for field in same & theirs.keys() & ours.keys():
       assert ours[field] == theirs[field], field
-  assert {"model_type", "hidden_size", "rope_theta"} <= parts[-1][0].keys()
+  assert {"model_type", "vocab_size"} <= same & parts[-1][0].keys()
+
+
+@each
+def test_special_tokens_are_those_of_the_folder_and_of_its_export(
+  name, tmp_path
+):
+  given = golden_hf.FOLDERS / name
+  text = golden_hf.config_json(name)
+  eos = np.atleast_1d(text["eos_token_id"]).tolist()
+  start = text.get("decoder_start_token_id", text.get("bos_token_id"))
+  tokens = checkpoints.load_special_tokens(given)
+  assert tokens[:3] == (tuple(eos), text.get("pad_token_id"), start)
+  export.export_checkpoint(given, tmp_path, format="hf")
+  again = checkpoints.load_special_tokens(tmp_path)
+  assert (again.eos, again.start) == (tokens.eos, start)
 
 
 def test_shards_are_the_whole_model():
