@@ -114,7 +114,7 @@ def read_special_tokens(
 
 
 def generation_fields(
-  tokens: types.SpecialTokens, config: Any
+  tokens: types.SpecialTokens, config: Any = None
 ) -> dict[str, Any]:
   """Returns the fields of `generation_config.json`.
 
@@ -122,14 +122,15 @@ def generation_fields(
 
   Args:
     tokens: of the model.
-    config: of its network.
+    config: of its network; None: of a T5.
   """
+  module = hf_t5 if config is None else _module(config)
   eos = list(tokens.eos)
   pad = tokens.pad
   if pad is None and eos:
     pad = eos[0]
   return {
-    _module(config).START: tokens.start,
+    module.START: tokens.start,
     "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     "pad_token_id": pad,
   }
