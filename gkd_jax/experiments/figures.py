@@ -12,6 +12,12 @@ from matplotlib import ticker
 from gkd_jax import files
 from gkd_jax.experiments import panels, run_folders, studies
 
+# Colour of a way of decoding, and where it stands beside the method's tick.
+_BARS = {
+  "greedy": (panels.color(0), -0.19),
+  "sampled": (panels.color(1), 0.19),
+}
+
 
 def method_bars(study: studies.Study) -> panels.Picture | None:
   """Draws the score of each method, greedy and sampled, a panel for each regime."""
@@ -20,28 +26,37 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
     return None
   regimes = panels.regimes(study, runs)
   methods = study.points("method", runs)
+  names = [panels.wrapped(method) for method in methods]
+  lines = 1 + max(name.count("\n") for name in names)
   picture, axes = panels.grid(
-    regimes, height=0.42 * len(methods) + 0.9, width=4.6, sharey=True
+    regimes,
+    height=max(0.42, 0.18 * lines) * len(methods) + 0.9,
+    width=4.6,
+    sharey=True,
   )
   has_paper = False
   for panel, (regime, members) in zip(axes, regimes.items(), strict=True):
-    for offset, how, color in (
-      (-0.19, "greedy", panels.color(0)),
-      (0.19, "sampled", panels.color(1)),
-    ):
-      for y, method in enumerate(methods):
-        of_method = [r for r in members if r.place["method"] == method]
-        if values := studies.scores(of_method, f"{how}/{study.metric}"):
-          _draw_bar(panel, y + offset, values, color)
-      panel.barh(0, 0, color=color, label=panels.HOW[how])
+    found = {
+      (how, y): values
+      for how in panels.HOW
+      for y, method in enumerate(methods)
+      if (values := _scores_of(members, method, f"{how}/{study.metric}"))
+    }
+    are_alike = _are_alike(found.values())
+    for (how, y), values in found.items():
+      color, offset = _BARS[how]
+      draw = _draw_point if are_alike else _draw_bar
+      draw(panel, y + offset, values, color)
+    for how, (color, _) in _BARS.items():
+      panel.plot([], [], "s", color=color, markersize=8, label=panels.HOW[how])
     for y, method in enumerate(methods):
       value = _paper_score(study, dict(regime), method)
       if value is not None:
         panel.plot(value, y, "D", color="black", markersize=6)
         has_paper = True
-    panel.set_yticks(range(len(methods)), methods)
-    panel.set_xlabel(study.metric_label)
-    _zoom(panel)
+    panel.set_yticks(range(len(methods)), names)
+    note = "\nthe axis does not start at 0" if are_alike else ""
+    panel.set_xlabel(study.metric_label + note)
     panel.grid(visible=False, axis="y")
     panel.set_axisbelow(True)
   axes[0].invert_yaxis()
@@ -56,6 +71,16 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
     + (f" Diamonds: the paper's: {study.paper['task']}." if has_paper else ""),
     picture,
   )
+
+
+def _scores_of(runs, method, name) -> list[float]:
+  return studies.scores((r for r in runs if r.place["method"] == method), name)
+
+
+def _are_alike(found) -> bool:
+  """Whether bars from 0 would look alike: all means within 40 % of the largest."""
+  means = [studies.estimate(values).mean for values in found]
+  return bool(means) and min(means) > 0.6 * max(means) > 0
 
 
 def _paper_score(study, place, method):
@@ -98,7 +123,8 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
     shape = len(fractions), len(names)
     _draw_heat_map(panel, shape, cells, theirs, study.lower_is_better)
     has_paper |= any(theirs.values())
-    panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    labels = map(panels.wrapped, names)
+    panel.set_xticks(range(len(names)), labels, rotation=20, ha="right")
     panel.set_yticks(range(len(fractions)), fractions)
     panel.set_ylabel("λ")
   return panels.Picture(
@@ -138,7 +164,9 @@ def learning_curves(study: studies.Study) -> panels.Picture | None:
   for panel, members in zip(axes, regimes.values(), strict=True):
     for method in study.points("method", members):
       lines = [curves[r.folder] for r in members if r.place["method"] == method]
-      _draw_curves(panel, lines, panels.method_style(study, method), method)
+      panels.draw_curves(
+        panel, lines, panels.method_style(study, method), method
+      )
     for method, level in levels:
       panel.axhline(level, color="grey", linestyle="--", label=method)
     panel.set(xlabel="step", ylabel=study.metric_label)
@@ -211,21 +239,24 @@ def _beside(xs, i, count, is_log) -> list[float]:
 
 
 def _draw_bar(panel, y, values, color):
-  """Draws the mean as a bar, its interval, and the seeds as dots."""
+  """Draws the mean as a bar from 0, its interval, and the seeds as dots."""
+  panel.barh(y, np.mean(values), height=0.36, color=color, alpha=0.85)
+  _draw_seeds(panel, y, values)
+
+
+def _draw_point(panel, y, values, color):
+  """Draws the mean as a point, its interval, and the seeds as dots."""
+  panel.plot(np.mean(values), y, "s", color=color, markersize=8)
+  _draw_seeds(panel, y, values)
+
+
+def _draw_seeds(panel, y, values):
   summary = studies.estimate(values)
-  panel.barh(y, summary.mean, height=0.36, color=color, alpha=0.85)
   if summary.low is not None:
     panel.plot(
       [summary.low, summary.high], [y, y], color="black", linewidth=1.3
     )
   panel.plot(values, [y] * len(values), ".", color="black", markersize=4)
-
-
-def _zoom(panel):
-  """Starts the axis near the least bar if all bars would look alike from 0."""
-  lows = [bar.get_width() for bar in panel.patches if bar.get_width()]
-  if lows and min(lows) > 0 and min(lows) > 0.6 * max(lows):
-    panel.set_xlim(left=min(lows) - 0.5 * (max(lows) - min(lows)) - 0.02)
 
 
 def _draw_heat_map(panel, shape, cells, theirs, lower_is_better):
@@ -235,13 +266,14 @@ def _draw_heat_map(panel, shape, cells, theirs, lower_is_better):
   for place, summary in cells.items():
     table[place] = sign * summary.mean
   panel.grid(visible=False)
-  panel.imshow(table, cmap="Blues", aspect="auto")
+  panel.imshow(table, cmap="Blues", aspect="auto", interpolation="none")
   middle = np.nanmean([np.nanmin(table), np.nanmax(table)])
   for (row, column), summary in cells.items():
     text = f"{summary.mean:.1f}"
     if summary.high is not None:
       text += f"\n± {summary.high - summary.mean:.1f}"
-    color = "white" if table[row, column] > middle else "black"
+    # Not quite black, which would turn light on a dark page.
+    color = "white" if table[row, column] > middle else "#111111"
     style = {"ha": "center", "color": color, "size": 9}
     paper = theirs.get((row, column))
     panel.text(column, row - 0.1 * bool(paper), text, va="center", **style)
@@ -249,16 +281,6 @@ def _draw_heat_map(panel, shape, cells, theirs, lower_is_better):
       panel.text(
         column, row + 0.45, f"{paper:.1f}", va="bottom", style="italic", **style
       )
-
-
-def _draw_curves(panel, lines, style, label):
-  """Draws the mean of curves at the steps that all have, and their range."""
-  common = sorted(set.intersection(*({x for x, _ in line} for line in lines)))
-  table = np.array([[dict(line)[x] for x in common] for line in lines])
-  panel.plot(common, table.mean(0), **style, markersize=3.5, label=label)
-  if len(lines) > 1:
-    shade = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-    panel.fill_between(common, table.min(0), table.max(0), **shade)
 
 
 def _draw_estimates(panel, points, style, label):

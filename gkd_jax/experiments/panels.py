@@ -1,11 +1,15 @@
 """What the figures of a report share: panels, colours, legends, intervals."""
 
+import contextlib
 import dataclasses
 import functools
 import io
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import matplotlib
+import numpy as np
 from matplotlib import figure
 
 from gkd_jax.experiments import studies
@@ -18,6 +22,13 @@ _COLORS = (
 # One fewer than the colours: a pair repeats after ninety lines.
 _MARKERS = "osD^vP*Xh"
 _DPI = 130
+# A name in a chart: letters of a line, and letters at most.
+_LINE, _LONGEST = 24, 72
+# Lines and letters take the colour of the page, which may be dark.
+_SVG_STYLE = (
+  "<style>:root { color-scheme: light dark; color: #1d2733 }"
+  " @media (prefers-color-scheme: dark) { :root { color: #dfe5ec } }</style>"
+)
 HOW = {"greedy": "greedy", "sampled": "sampled at temperature 1"}
 # Pairs (axis, point) that a panel is about.
 Regime = tuple[tuple[str, str], ...]
@@ -35,15 +46,50 @@ class Picture:
   @functools.cached_property
   def png(self) -> bytes:
     """The figure as PNG, the same bytes for the same data."""
+    return self._save(format="png", dpi=_DPI, metadata={"Software": None})
+
+  @functools.cached_property
+  def svg(self) -> bytes:
+    """The figure as SVG, for light and dark pages alike.
+
+    Its letters are outlines, so that no font is needed.
+    """
+    with matplotlib.rc_context({"svg.hashsalt": self.name}):
+      content = self._save(
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None},
+      )
+    text = content.decode().replace("#000000", "currentColor")
+    end = text.index(">", text.index("<svg"))
+    # Matplotlib leaves out a black fill, as black is SVG's default.
+    fill = ' fill="currentColor">'
+    return (text[:end] + fill + _SVG_STYLE + text[end + 1 :]).encode()
+
+  def _save(self, **options) -> bytes:
     content = io.BytesIO()
-    self.figure.savefig(
-      content,
-      format="png",
-      dpi=_DPI,
-      bbox_inches="tight",  # nothing that overhangs is cut
-      metadata={"Software": None},
-    )
+    # "tight": nothing that overhangs is cut.
+    self.figure.savefig(content, bbox_inches="tight", **options)
     return content.getvalue()
+
+
+@contextlib.contextmanager
+def plain_text():
+  """Draws dollar signs of names as they are, where Matplotlib has mathematics."""
+  with matplotlib.rc_context({"text.parse_math": False}):
+    yield
+
+
+def wrapped(name: str) -> str:
+  """Returns a name in lines that a chart has room for; the middle may be cut.
+
+  >>> wrapped("on-policy KD")
+  'on-policy KD'
+  """
+  if len(name) > _LONGEST:
+    half = _LONGEST // 2
+    name = f"{name[: half - 1]}…{name[-half:]}"
+  return "\n".join(textwrap.wrap(name, _LINE)) or name
 
 
 def color(i: int) -> str:
@@ -82,11 +128,12 @@ def regimes(
 
 def regime_title(regime: Regime) -> str:
   """Returns a panel's heading, such as "small, 3k labelled, greedy"."""
-  return ", ".join(
+  parts = [
     f"{label} labelled" if axis == "labelled" else label
     for axis, label in regime
     if label
-  )
+  ]
+  return "\n".join(textwrap.wrap(", ".join(parts), 2 * _LINE))
 
 
 def seeds_note(runs: Sequence[studies.Run], what: str = "Thin lines") -> str:
@@ -145,10 +192,23 @@ def legend_below(picture: figure.Figure, *axes):
     for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
       found.setdefault(label, handle)
   if found:
+    names = [wrapped(name) for name in found]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    width = max(1.9, 0.6 + 0.09 * longest)  # of a column, in inches
     picture.legend(
       list(found.values()),
-      list(found),
+      names,
       loc="outside lower center",
-      ncols=min(max(1, int(picture.get_figwidth() // 1.9)), len(found)),
+      ncols=min(max(1, int(picture.get_figwidth() // width)), len(found)),
       frameon=False,
     )
+
+
+def draw_curves(panel, lines, style, label):
+  """Draws the mean of curves at the steps that all have, and their range."""
+  common = sorted(set.intersection(*({x for x, _ in line} for line in lines)))
+  table = np.array([[dict(line)[x] for x in common] for line in lines])
+  panel.plot(common, table.mean(0), **style, markersize=3.5, label=label)
+  if len(lines) > 1:
+    shade = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+    panel.fill_between(common, table.min(0), table.max(0), **shade)

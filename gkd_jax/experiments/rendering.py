@@ -1,13 +1,11 @@
 """Fills the templates of pages and escapes all values that are put into them."""
 
 import base64
-import re
 from typing import Any
 
 import jinja2
 
-# Punctuation that Markdown would take for markup.
-_MARKDOWN = re.compile(r"[\\`*|]|\](?=\()|~(?=~)|(?<!\w)_|_(?!\w)")
+from gkd_jax import markdown as escaping
 
 
 def html(template: str, **values: Any) -> str:
@@ -19,7 +17,7 @@ def html(template: str, **values: Any) -> str:
 
 def markdown(template: str, **values: Any) -> str:
   """Returns a filled Markdown template; a value shows as text, on one line."""
-  environment = _environment(autoescape=False, finalize=_escape)
+  environment = _environment(autoescape=False, finalize=escaping.escape)
   return environment.get_template(template).render(values)
 
 
@@ -32,9 +30,3 @@ def _environment(**options):
     undefined=jinja2.StrictUndefined,
     **options,
   )
-
-
-def _escape(value):
-  text = " ".join(str(value).splitlines())
-  text = text.replace("&", "&amp;").replace("<", "&lt;")
-  return _MARKDOWN.sub(r"\\\g<0>", text)

@@ -45,7 +45,8 @@ def report(
     The table.
   """
   study = studies.read(items)
-  pictures = [p for p in (draw(study) for draw in _FIGURES) if p]
+  with panels.plain_text():
+    pictures = [p for p in (draw(study) for draw in _FIGURES) if p]
   results = report_tables.results(study)
   more = (
     report_tables.rl_tradeoff(study),

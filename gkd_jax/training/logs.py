@@ -18,7 +18,7 @@ import rich.console
 from etils import epath
 
 import gkd_jax
-from gkd_jax import files, types
+from gkd_jax import files, markdown, types
 from gkd_jax.training import progress, rollouts
 
 # Means over output tokens, of distillation and of SFT: their weights count these.
@@ -286,7 +286,4 @@ def _markdown(examples: Sequence[Mapping[str, Any]]) -> str:
   """Returns decoded examples as a Markdown table, which TensorBoard renders."""
   if not examples:
     return ""
-  cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
-  rows = [list(examples[0]), ["---"] * len(examples[0])]
-  rows += [[cell(v) for v in example.values()] for example in examples]
-  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+  return markdown.table([examples[0], *(x.values() for x in examples)])

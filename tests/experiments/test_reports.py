@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -162,8 +163,8 @@ def test_the_page_holds_its_pictures_and_asks_for_nothing(report, sweep):
   assert len(page.images) == len(NAMES)
   for source in page.images:
     header, data = source.split(",", 1)
-    assert header == "data:image/png;base64"
-    assert_picture(base64.b64decode(data))
+    assert header == "data:image/svg+xml;base64"
+    assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("}svg")
   assert all(link.startswith("#") for link in page.links)
   assert not page.tags & {"script", "link", "iframe", "object", "form"}
   for content in (text, (report / "docs" / "results.md").read_text()):

@@ -96,10 +96,12 @@ def test_examples_are_a_table_and_lines(tmp_path, capsys):
   assert rows(tmp_path) == [{"step": 1, "eval/wer": 12.345}]
   (line,) = (tmp_path / "examples.jsonl").read_text().splitlines()
   assert json.loads(line) == {"step": 1, **example}
-  assert logs._markdown([example]).splitlines() == [
+  # As GitHub's Markdown shows text: no tag, no emphasis, no other column.
+  marked = example | {"student": "c\n<b>d</b> *e*"}
+  assert logs._markdown([marked]).splitlines() == [
     "| input | reference | student |",
     "| --- | --- | --- |",
-    "| a\\|b | ['x', 'y'] | c d |",
+    "| a\\|b | ['x', 'y'] | c &lt;b>d&lt;/b> \\*e\\* |",
   ]
   final = json.loads((tmp_path / "final.json").read_text())
   assert final["greedy"] == {"wer": 1.0} and final["seconds"] >= 0
