@@ -105,11 +105,7 @@ def gradient(name, microbatches=1, partitions=None):
 @pytest.mark.parametrize(
   ("name", "split"),
   nightly.besides(
-    [
-      ("causal", ("microbatches", 2)),
-      ("causal", ("partitions", 2)),
-      ("t5gemma", ("partitions", 2)),
-    ],
+    [("causal", ("microbatches", 2)), ("causal", ("partitions", 2))],
     MODELS,
     [("microbatches", 2), *(("partitions", n) for n in (1, 2, 4))],
   ),
