@@ -447,10 +447,3 @@ def dropout_key(
       so has each device under `pmap`.
   """
   return jax.random.fold_in(key, row_ids[0]) if dropout_rate > 0 else None
-
-
-def dropout_keys(
-  dropout_rate: float, key: jax.Array, row_ids: jax.Array
-) -> tuple:
-  """Returns `dropout_key` for the encoder and for the decoder."""
-  return split_key(dropout_key(dropout_rate, key, row_ids))

@@ -58,11 +58,12 @@ class StoredTeacherModel(distillation_model.DistillationModel):
         f"expected source {base_model.DATA!r} of stored log-probs, got"
         f" {inputs.source!r}"
       )
-    encoder_key, decoder_key = base_model.dropout_keys(
+    key = base_model.dropout_key(
       self.config.dropout_rate,
       base_model.step_keys(inputs.key).dropout,
       inputs.row_ids,
     )
+    encoder_key, decoder_key = base_model.split_key(key)
     encoded = self.student.encode(params, batch, encoder_key)
     student = self.student.decoder_params(params), encoded
     return self.outputs_loss(student, None, batch, inputs.step, decoder_key)
