@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from gkd_jax import losses, types
-from gkd_jax.models import base_model, distillation_model
+from gkd_jax import losses, schedules, types
+from gkd_jax.models import base_model, distillation_model, random_keys
 
 
 class StoredTeacherModel(distillation_model.DistillationModel):
@@ -58,12 +58,11 @@ class StoredTeacherModel(distillation_model.DistillationModel):
         f"expected source {base_model.DATA!r} of stored log-probs, got"
         f" {inputs.source!r}"
       )
-    key = base_model.dropout_key(
+    encoder_key, decoder_key = random_keys.dropout_keys(
       self.config.dropout_rate,
-      base_model.step_keys(inputs.key).dropout,
+      random_keys.step_keys(inputs.key).dropout,
       inputs.row_ids,
     )
-    encoder_key, decoder_key = base_model.split_key(key)
     encoded = self.student.encode(params, batch, encoder_key)
     student = self.student.decoder_params(params), encoded
     return self.outputs_loss(student, None, batch, inputs.step, decoder_key)
@@ -84,7 +83,7 @@ class StoredTeacherModel(distillation_model.DistillationModel):
       self.student.decoder_logits(*student, batch, dropout_key),
       self.student.loss_weights(batch),
       divergence=self.divergence_at(step),
-      student_temperature=self.student_temperature,
+      student_temperature=schedules.at(self.student_temperature, step),
       length_normalization=self.length_normalization,
       num_real_tokens=self.student.num_real_tokens,
     )
