@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import seqio
+import token_layouts
+import toy_models
 
 from gkd_jax import (
   checkpoints,
@@ -210,6 +212,31 @@ def all_of(name, folder):
   export.export_checkpoint(settings.checkpoint_path, out, format="hf")
   generation = json.loads((out / "generation_config.json").read_text())
   return ids, sft, gkd, lines(folder / f"{name}.jsonl"), targets, generation
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_real_tokens": 13}, "at most 13 ids, the num_real_tokens .* got 14"),
+    ({}, "end sequences as the checkpoint says, by 2, got 1; set INITIAL_CHE"),
+  ],
+)
+def test_a_run_begins_with_a_vocabulary_that_fits(tmp_path, fields, message):
+  token_layouts.task("t5_letters", "t5", [("a", "b")])
+  checkpoints.save_safetensors(
+    tmp_path / "begin",
+    {"w": np.zeros(1)},
+    {"special_tokens": {"eos": [2], "pad": 1, "start": 0}},
+  )
+  with pytest.raises(ValueError, match=message):
+    run(
+      toy_models.model(8, **fields),
+      tmp_path / "run",
+      "t5_letters",
+      1,
+      initial_checkpoint_path=str(tmp_path / "begin"),
+    )
+  seqio.TaskRegistry.remove("t5_letters")
 
 
 @pytest.mark.nightly
