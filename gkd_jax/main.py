@@ -17,6 +17,11 @@ flags.DEFINE_list(
   "gin_search_paths", [], "Folders in which gin files are looked up as well."
 )
 flags.DEFINE_string("tfds_data_dir", None, "Folder of TFDS data sets.")
+flags.DEFINE_list(
+  "seqio_additional_cache_dirs",
+  [],
+  "Folders in which cached seqio tasks are looked up as well.",
+)
 flags.DEFINE_bool(
   "dry_run", False, "Builds everything, prints the sizes and stops (train)."
 )
@@ -227,10 +232,11 @@ def _parse_gin() -> None:
   from gkd_jax import gin_utils
 
   gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
-  if FLAGS.tfds_data_dir:
+  if FLAGS.tfds_data_dir or FLAGS.seqio_additional_cache_dirs:
     import seqio
 
     seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
+    seqio.add_global_cache_dirs(FLAGS.seqio_additional_cache_dirs)
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------
@@ -269,6 +275,9 @@ def _sweep():
     options.append(f"--gin_search_paths={','.join(FLAGS.gin_search_paths)}")
   if FLAGS.tfds_data_dir:
     options.append(f"--tfds_data_dir={FLAGS.tfds_data_dir}")
+  if FLAGS.seqio_additional_cache_dirs:
+    folders = ",".join(FLAGS.seqio_additional_cache_dirs)
+    options.append(f"--seqio_additional_cache_dirs={folders}")
   if FLAGS.print_commands:
     print(sweep_runner.commands(cells, output, options))
   elif not sweep_runner.run(cells, output, jobs=FLAGS.jobs, options=options):

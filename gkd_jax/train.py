@@ -61,10 +61,11 @@ def train(
     training.Stopped: SIGTERM came, and the step is saved.
   """
   # ---- build: what can be wrong is found here, before compiling ------------
-  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
   task = data.load_task(
     dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )
+  eval_split = _eval_split(task, evaluation)
+  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
   batches = _batches(model, task, dataset, run.mesh, seed, model_dir)
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
   _print_sizes(run, teacher_params)
@@ -105,7 +106,11 @@ def train(
       converter=model.student.FEATURE_CONVERTER_CLS,
       use_cached=dataset.use_cached,
     )
-    evaluator = make_evaluator(num_examples=evaluation.num_examples)
+    evaluator = None
+    if eval_split is not None:
+      evaluator = make_evaluator(
+        split=eval_split, num_examples=evaluation.num_examples
+      )
     scores: dict[str, float] = {}
     with (
       training.TrainLog(
@@ -132,7 +137,8 @@ def train(
           log.write(done)
           _check_skipped(skipped, max_skipped_in_row, done, model_dir)
         evaluated = None
-        if done % evaluation.period == 0 or done == train_steps:
+        due = done % evaluation.period == 0 or done == train_steps
+        if evaluator is not None and due:
           scores = evaluated = _evaluate(
             evaluator, model, state.params, teacher_params, log, done
           )
@@ -187,6 +193,25 @@ def _batches(model, task, dataset, mesh, seed, model_dir):
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
   return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
+
+
+def _eval_split(task, evaluation):
+  """Returns the split of the evaluations, None for none; checks all splits."""
+  split = evaluation.split
+  # The default, which a task need not have; another one is meant.
+  if split == "validation" and not data.has_split(task, split):
+    print(
+      f"no evaluation: {task.name} has no split {split!r}; set EVAL_SPLIT",
+      flush=True,
+    )
+    split = None
+  for setting, wanted in (
+    ("EVAL_SPLIT", split),
+    ("FINAL_EVAL_SPLIT", evaluation.final_split),
+  ):
+    if wanted is not None:
+      data.tasks_with_split(task, wanted, setting=setting)
+  return split
 
 
 def _teacher_params(abstract, path):

@@ -2,7 +2,7 @@
 
 batches: tasks by name, training batches with a position that can be saved.
 shards: which shards of the data each process reads.
-feature_converters: seqio's, with a teacher's stored top-k log-probs.
+feature_converters: seqio's, for prompts alone and stored top-k log-probs.
 """
 
 from etils import epy
@@ -15,5 +15,8 @@ with epy.lazy_api_imports(globals()):
     distilled_task,
     feature_converter,
     feature_lengths,
+    has_split,
     load_task,
+    target_vocabulary,
+    tasks_with_split,
   )

@@ -1,5 +1,6 @@
 """Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -51,7 +52,58 @@ def load_task(
       f"expected a seqio task or mixture such as {', '.join(near)}, got"
       f" {name!r}; set {setting} or MIXTURE_OR_TASK_MODULE"
     )
-  return seqio.get_mixture_or_task(name)
+  task = seqio.get_mixture_or_task(name)
+  for sub in seqio.get_subtasks(task):
+    _allow_prompts(sub)
+  return task
+
+
+def _allow_prompts(task):
+  """Lets examples lack targets: on-policy training and decoding read none."""
+  feature = task.output_features.get("targets")
+  if feature is not None and feature.required:
+    task.output_features["targets"] = dataclasses.replace(
+      feature, required=False
+    )
+
+
+def target_vocabulary(task: Any) -> seqio.Vocabulary:
+  """Returns the vocabulary of outputs; that of inputs for prompts alone.
+
+  Args:
+    task: from `load_task`.
+  """
+  features = task.output_features
+  return features["targets" if "targets" in features else "inputs"].vocabulary
+
+
+def has_split(task: Any, split: str) -> bool:
+  """Returns whether a task, or a task of a mixture, has a split."""
+  return any(split in sub.splits for sub in seqio.get_subtasks(task))
+
+
+def tasks_with_split(
+  task: Any, split: str, *, setting: str = "EVAL_SPLIT"
+) -> list[seqio.Task]:
+  """Returns the tasks of a task or mixture that have a split.
+
+  Args:
+    task: from `load_task`.
+    split: name of the split.
+    setting: what it is set with, for errors.
+
+  Raises:
+    ValueError: if none has it.
+  """
+  tasks = seqio.get_subtasks(task)
+  found = [sub for sub in tasks if split in sub.splits]
+  if not found:
+    known = sorted({name for sub in tasks for name in sub.splits})
+    raise ValueError(
+      f"expected a split of {known} of {task.name}, got {split!r};"
+      f" set {setting}"
+    )
+  return found
 
 
 def distilled_task(
@@ -93,7 +145,7 @@ def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
-  return cls(pack=pack)
+  return feature_converters.for_prompts(cls)(pack=pack)
 
 
 def feature_lengths(

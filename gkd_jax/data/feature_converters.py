@@ -1,16 +1,40 @@
-"""seqio feature converters that keep a teacher's stored top-k log-probs.
+"""seqio feature converters: for prompts alone, and for stored top-k log-probs.
 
 The log-probs of a target token are at the position where the student predicts it:
 the token's own in an encoder-decoder, after the prompt in a decoder-only model.
 Names are `TopK` and that of seqio's converter.
 """
 
+import functools
 from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
 
 from gkd_jax import types
+
+
+@functools.cache
+def for_prompts(cls: type) -> type:
+  """Returns a class like a converter's that takes prompts without targets.
+
+  Their targets are empty, and a batch has no loss weights for them.
+
+  Args:
+    cls: a subclass of `seqio.FeatureConverter`.
+  """
+
+  class Converter(cls):
+    def __call__(
+      self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+      if "targets" not in ds.element_spec:
+        empty = {"targets": tf.zeros([0], tf.int32)}
+        ds = ds.map(lambda example: example | empty)
+      return super().__call__(ds, task_feature_lengths)
+
+  return Converter
+
 
 # Features of a batch beside the model's own.
 _TOP_K = {

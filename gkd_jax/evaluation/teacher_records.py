@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import decoding, losses, partitioning
+from gkd_jax import data, decoding, losses, partitioning
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -148,12 +148,15 @@ def records(
 
 def _record(task, example, row, shards):
   """Returns the record of one output; `row` is its row of `_compiled`."""
-  targets = example["targets"]
   if shards.targets == OUTPUTS:
     targets = row["tokens"][: np.count_nonzero(row["tokens"])]
+  else:
+    targets = example["targets"]
   record = {"score": row["score"]}
-  for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
-    vocabulary = task.output_features[name].vocabulary
+  for name, ids, vocabulary in (
+    ("inputs", example["inputs"], task.output_features["inputs"].vocabulary),
+    ("targets", targets, data.target_vocabulary(task)),
+  ):
     # A vocabulary without text decodes to numbers.
     text = str(vocabulary.decode(ids.tolist()))
     record |= {name: ids, f"{name}_pretokenized": text}

@@ -57,14 +57,16 @@ class EvalConfig:
   """When and on what the student is evaluated.
 
   Attributes:
-    period: steps between evaluations on the validation split.
+    period: steps between evaluations.
+    split: of the evaluations. None: there are none.
     batch_size: rows decoded at a time.
-    num_examples: validation examples used, None for all.
+    num_examples: examples of the split that are used, None for all.
     final_split: after the last step this whole split is decoded greedily and by
       sampling at temperature 1, for `final.json`; None: neither.
   """
 
   period: int = 1000
+  split: str | None = "validation"
   batch_size: int = 256
   num_examples: int | None = 1000
   final_split: str | None = None
