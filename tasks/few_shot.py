@@ -7,7 +7,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import preprocessors
+from gkd_jax.tasks import example_statistics, preprocessors
 
 
 def shot_names(num_shots: int) -> tuple[str, ...]:
@@ -78,6 +78,13 @@ def grouped_target(
   return group, preprocessors.whole_target(output, example, is_target)
 
 
+def _in_group(target: tuple[str, str], prediction: str):
+  group, answer = target
+  hit = [100.0 * (prediction.strip() == answer.strip()), 1.0]
+  return {"accuracy": {group: hit}, f"accuracy/{group}": hit}
+
+
+@example_statistics.declare(_in_group)
 def grouped_exact_match(
   targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, float]:

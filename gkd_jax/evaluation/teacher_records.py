@@ -217,15 +217,9 @@ def _decoding(model, temperature, indices, key):
   `indices` `[B]` are those of the examples. Padding is not sampled, as in
   on-policy training.
   """
-  parameters = inspect.signature(model.decode_fn).parameters
-  defaults = model.default_decoder_params
   options: dict[str, Any] = {"temperature": temperature} if temperature else {}
-  if "suppress_ids" in parameters:
-    others = tuple(defaults.get("suppress_ids", ()))
+  if "suppress_ids" in inspect.signature(model.decode_fn).parameters:
+    others = tuple(model.default_decoder_params.get("suppress_ids", ()))
     options["suppress_ids"] = (decoding.PAD_ID, *others)
-  if "row_ids" not in parameters:
-    return options, jax.random.fold_in(key, indices[0])
-  # Each of several decodes, of which the best is kept, has its own stream.
-  decodes = int(defaults.get("num_decodes", 1))
-  rows = indices[:, None] * decodes + jnp.arange(decodes)[None]
-  return options | {"row_ids": rows.reshape(-1)}, key
+  streams, key = evaluate.random_streams(model, indices, key)
+  return options | streams, key
