@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gkd_jax import checkpoints, data, evaluation, files, partitioning
+from gkd_jax import (
+  checkpoints,
+  checks,
+  data,
+  evaluation,
+  files,
+  partitioning,
+)
 from gkd_jax.evaluation import evaluate, measurements, teacher_data
 from gkd_jax.tasks import text_metrics
 
@@ -44,11 +51,20 @@ class DecodeSettings:
   seed: int = 0
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise ValueError(
-        f"expected a temperature of at least 0, got {self.temperature};"
-        " set SAMPLING_TEMPERATURE"
-      )
+    checks.path(self.checkpoint_path, "CHECKPOINT_PATH")
+    checks.text(self.mixture_or_task_name, "MIXTURE_OR_TASK_NAME")
+    checks.text(
+      self.mixture_or_task_module, "MIXTURE_OR_TASK_MODULE", none=True
+    )
+    checks.lengths(self.task_feature_lengths, "TASK_FEATURE_LENGTHS")
+    checks.text(self.split, "EVAL_SPLIT")
+    checks.whole(self.batch_size, "BATCH_SIZE")
+    checks.whole(self.num_examples, "EVAL_NUM_EXAMPLES", none=True)
+    checks.number(
+      self.temperature, "SAMPLING_TEMPERATURE", least=0, what="a temperature"
+    )
+    checks.boolean(self.use_cached_tasks, "USE_CACHED_TASKS")
+    checks.whole(self.seed, "SEED", least=0)
 
   def load_task(self) -> Any:
     """Returns the seqio task or mixture."""
@@ -84,6 +100,7 @@ def infer(
   Raises:
     ValueError: if a setting is wrong.
   """
+  checks.path(output_path, "OUTPUT_PATH")
   output_path = os.fspath(files.absolute(output_path))
   if shards is not None:
     if output_path.endswith(".jsonl"):
@@ -157,10 +174,10 @@ def evaluate_checkpoint(
   Raises:
     ValueError: if a setting is wrong.
   """
-  if num_samples < 1:
-    raise ValueError(
-      f"expected at least 1 sample, got {num_samples}; set NUM_SAMPLES"
-    )
+  checks.path(eval_output_dir, "EVAL_OUTPUT_DIR")
+  checks.whole(num_samples, "NUM_SAMPLES")
+  checks.boolean(instruments, "infer.evaluate_checkpoint.instruments")
+  checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
   model, seed = settings.model, settings.seed
   decoder = _Decoder(settings)
   samples = [

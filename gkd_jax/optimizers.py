@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from gkd_jax import schedules, types
+from gkd_jax import checks, schedules, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,8 @@ def adamw(
 
 
 def _optimizer(learning_rate, transform, max_grad_norm):
+  checks.number(learning_rate, "LEARNING_RATE", least=0, schedule=True)
+  checks.number(max_grad_norm, "max_grad_norm", above=0, none=True)
   if max_grad_norm is not None:
     transform = optax.chain(optax.clip_by_global_norm(max_grad_norm), transform)
   return Optimizer(schedules.as_schedule(learning_rate), transform)

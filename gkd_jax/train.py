@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gkd_jax import checkpoints as checkpoint_files
-from gkd_jax import data, optimizers, partitioning, training
+from gkd_jax import checks, data, optimizers, partitioning, training
 from gkd_jax import evaluation as evaluators
 from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
@@ -61,6 +61,12 @@ def train(
     training.Stopped: SIGTERM came, and the step is saved.
   """
   # ---- build: what can be wrong is found here, before compiling ------------
+  checks.path(model_dir, "MODEL_DIR")
+  checks.whole(train_steps, "TRAIN_STEPS")
+  checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
+  checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
+  checks.whole(seed, "SEED", least=0)
+  checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
   task = data.load_task(
     dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )

@@ -16,6 +16,7 @@ with epy.lazy_api_imports(globals()):
     PAD_ID,
   )
   from gkd_jax.decoding.rows import (
+    check_options,
     decode,
     repeat_rows,
     row_axes,

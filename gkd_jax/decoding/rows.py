@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import types
+from gkd_jax import checks, types
 
 
 def row_axes(make: Callable[[int], types.PyTree]) -> types.PyTree:
@@ -114,6 +114,29 @@ def decode(
     jnp.take_along_axis(tokens, order[:, :, None], axis=1),
     jnp.take_along_axis(scores, order, axis=1),
   )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+  """Checks options of `sampling.sample` and `beams.beam_search`.
+
+  Args:
+    options: those that are there.
+
+  Raises:
+    ValueError: one is out of its range.
+  """
+  known = {
+    "temperature": lambda x: checks.number(
+      x, "SAMPLING_TEMPERATURE", least=0, what="a temperature"
+    ),
+    "top_k": lambda x: checks.whole(x, "SAMPLING_TOP_K", least=0),
+    "top_p": lambda x: checks.number(x, "SAMPLING_TOP_P", above=0, most=1),
+    "slots": lambda x: checks.whole(x, "DECODE_SLOTS", none=True),
+    "num_decodes": lambda x: checks.whole(x, "DECODER_PARAMS"),
+    "alpha": lambda x: checks.number(x, "DECODER_PARAMS", what="an alpha"),
+  }
+  for name in known.keys() & options.keys():
+    known[name](options[name])
 
 
 def _check_options(decode_fn, options):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import checkpoints, partitioning, types
+from gkd_jax import checkpoints, checks, partitioning, types
 
 OVER = ("vocabulary", "answers")
 
@@ -60,21 +60,14 @@ class EntailmentReward:
   ):
     self._mesh = partitioning.make_mesh(num_partitions)
     data_axis = partitioning.row_shards(self._mesh)
-    if batch_size < 1 or batch_size % data_axis:
+    checks.whole(batch_size, "SCORER_BATCH_SIZE")
+    if batch_size % data_axis:
       raise ValueError(
         f"expected a scorer's batch size that is a multiple of {data_axis}"
         f" data-parallel devices, got {batch_size}; set SCORER_BATCH_SIZE"
       )
-    if input_length < 2:
-      raise ValueError(
-        f"expected a scorer's input length of at least 2, got {input_length};"
-        " set SCORER_INPUT_LENGTH"
-      )
-    if over not in OVER:
-      raise ValueError(
-        f"expected a softmax over {' or '.join(OVER)}, got {over!r};"
-        " set SCORER_OVER"
-      )
+    checks.whole(input_length, "SCORER_INPUT_LENGTH", least=2)
+    checks.one_of(over, "SCORER_OVER", OVER)
     firsts = [vocabulary.encode(answer)[0] for answer in answers]
     if firsts[0] == firsts[1]:
       raise ValueError(

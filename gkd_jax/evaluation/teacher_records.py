@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import data, decoding, losses, partitioning
+from gkd_jax import checks, data, decoding, losses, partitioning
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -49,26 +49,17 @@ class Shards:
   teacher_temperature: float = 1.0
 
   def __post_init__(self):
-    for name, least in (("num_shards", 1), ("num_samples", 1), ("top_k", 0)):
-      if getattr(self, name) < least:
-        raise ValueError(
-          f"expected {name} of at least {least}, got {getattr(self, name)};"
-          f" set {name.upper()}"
-        )
-    for name, known in (
-      ("targets", (OUTPUTS, REFERENCES)),
-      ("top_k_dtype", ("float16", "float32")),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(
-          f"expected {name} of {' or '.join(map(repr, known))}, got"
-          f" {getattr(self, name)!r}; set {name.upper()}"
-        )
-    if self.teacher_temperature <= 0:
-      raise ValueError(
-        "expected a teacher_temperature above 0, got"
-        f" {self.teacher_temperature}; set TEACHER_TEMPERATURE"
-      )
+    checks.whole(self.num_shards, "NUM_SHARDS")
+    checks.whole(self.num_samples, "NUM_SAMPLES")
+    checks.whole(self.top_k, "TOP_K", least=0)
+    checks.one_of(self.targets, "TARGETS", (OUTPUTS, REFERENCES))
+    checks.one_of(self.top_k_dtype, "TOP_K_DTYPE", ("float16", "float32"))
+    checks.number(
+      self.teacher_temperature,
+      "TEACHER_TEMPERATURE",
+      above=0,
+      what="a teacher_temperature",
+    )
     if self.targets == REFERENCES and self.num_samples > 1:
       raise ValueError(
         "expected one target for each input with TARGETS = 'references', got"

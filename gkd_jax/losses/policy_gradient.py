@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import divergences, types
+from gkd_jax import checks, divergences, types
 from gkd_jax.losses import vocabulary
 
 BASELINES = ("leave_one_out", "running_mean", "none")
@@ -152,19 +152,9 @@ def check_settings(
     discount: see `advantages`.
     num_samples: N, the number of outputs of each prompt.
   """
-  if baseline not in BASELINES:
-    raise ValueError(
-      f"expected a baseline of {', '.join(BASELINES)}, got {baseline!r};"
-      " set BASELINE"
-    )
-  if credit not in CREDITS:
-    raise ValueError(
-      f"expected a credit of {', '.join(CREDITS)}, got {credit!r}; set CREDIT"
-    )
-  if not 0 < discount <= 1:
-    raise ValueError(
-      f"expected a discount in (0, 1], got {discount}; set DISCOUNT"
-    )
+  checks.one_of(baseline, "BASELINE", BASELINES)
+  checks.one_of(credit, "CREDIT", CREDITS)
+  checks.number(discount, "DISCOUNT", above=0, most=1, what="a discount")
   if discount != 1 and credit != "token":
     raise ValueError(
       f"expected no discount of per-sequence credit, got {discount};"
@@ -341,8 +331,4 @@ def minillm_loss(
 
 def check_importance(importance: str) -> None:
   """Raises a ValueError for another kind of importance weights."""
-  if importance not in IMPORTANCE:
-    raise ValueError(
-      f"expected importance weights of {', '.join(IMPORTANCE)}, got"
-      f" {importance!r}; set IMPORTANCE"
-    )
+  checks.one_of(importance, "IMPORTANCE", IMPORTANCE)

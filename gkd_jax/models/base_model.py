@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import decoding, losses, partitioning, types
-from gkd_jax.network import layer_loops
+from gkd_jax import checks, decoding, losses, partitioning, types
+from gkd_jax.network import layer_loops, projections
 
 EOS_ID = 1
 # Where the sequences of a step come from.
@@ -66,6 +66,31 @@ class BaseTransformerModel:
     length_normalization: str = "token",
     loss_normalizing_factor: float | None = None,
   ):
+    if decode_fn is not None and not callable(decode_fn):
+      checks.refuse(
+        "a decode function such as @decoding.beam_search, or None",
+        decode_fn,
+        "DECODE_FN",
+      )
+    if not isinstance(default_decoder_params or {}, Mapping):
+      checks.refuse(
+        "options such as {'num_decodes': 4}, or None",
+        default_decoder_params,
+        "DECODER_PARAMS",
+      )
+    decoding.check_options(default_decoder_params or {})
+    if not hasattr(module.config, "vocab_size"):
+      checks.refuse(
+        "sizes such as %T5_1_1_SMALL of models/t5_1_1.gin",
+        module.config,
+        "STUDENT, or TEACHER",
+      )
+    checks.one_of(
+      getattr(module, "weights", "auto"),
+      "TEACHER_WEIGHTS (or WEIGHTS)",
+      projections.WEIGHTS,
+    )
+    checks.boolean(getattr(module, "scan_layers", False), "TEACHER_SCAN_LAYERS")
     self.module = module
     self.input_vocabulary = input_vocabulary
     self.output_vocabulary = output_vocabulary
@@ -77,12 +102,13 @@ class BaseTransformerModel:
     self.z_loss = z_loss
     self.length_normalization = length_normalization
     self.loss_normalizing_factor = loss_normalizing_factor
-    vocab_size = self.config.vocab_size
-    if num_real_tokens is not None and not 2 <= num_real_tokens <= vocab_size:
-      raise ValueError(
-        f"expected num_real_tokens within 2..{vocab_size}, the vocab_size, got"
-        f" {num_real_tokens}; set NUM_REAL_TOKENS"
-      )
+    checks.whole(
+      num_real_tokens,
+      "NUM_REAL_TOKENS",
+      least=2,
+      most=self.config.vocab_size,
+      none=True,
+    )
 
   @property
   def config(self) -> Any:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import decoding, network, types
+from gkd_jax import checks, decoding, network, types
 from gkd_jax.decoding import sampling
 from gkd_jax.models import base_model
 from gkd_jax.network import projections
@@ -75,11 +75,10 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     if feature_converter_cls is not None:
       self.FEATURE_CONVERTER_CLS = feature_converter_cls
     self.max_output_length = max_output_length
-    if max_output_length is not None and max_output_length < 1:
-      raise ValueError(
-        f"expected a longest output of at least 1, got {max_output_length};"
-        " set models.DecoderOnlyModel.max_output_length"
-      )
+    checks.boolean(inputs_bidirectional_attention, "PREFIX_LM")
+    checks.whole(
+      max_output_length, "models.DecoderOnlyModel.max_output_length", none=True
+    )
     _check_decode_fn(self.decode_fn)
 
   def get_initial_variables(

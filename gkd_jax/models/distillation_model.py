@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import divergences, types
+from gkd_jax import checks, divergences, types
 from gkd_jax.models import base_model, length_buckets
 
 
@@ -55,16 +55,22 @@ class DistillationModel:
     self.skew_alpha = skew_alpha
     self.student_temperature = student_temperature
     self.length_normalization = length_normalization
-    check_fraction("β", beta, "BETA")
-    check_temperature("student_temperature", student_temperature)
-    if length_normalization not in ("sequence", "token"):
-      raise ValueError(
-        "expected length normalisation 'sequence' or 'token', got"
-        f" {length_normalization!r}; set LENGTH_NORMALIZATION"
-      )
+    checks.one_of(divergence, "DIVERGENCE", divergences.names())
+    checks.number(
+      beta, "BETA", least=0, most=1, none=True, schedule=True, what="β"
+    )
+    checks.number(
+      student_temperature,
+      "STUDENT_TEMPERATURE",
+      above=0,
+      what="a student_temperature",
+    )
+    checks.one_of(
+      length_normalization, "LENGTH_NORMALIZATION", ("sequence", "token")
+    )
     self.divergence_at(0)
-    if output_buckets:
-      length_buckets.check(output_buckets, "OUTPUT_BUCKETS")
+    checks.ascending(output_buckets, "OUTPUT_BUCKETS")
+    if output_buckets is not None:
       self.outputs_loss = length_buckets.bucketed(
         self.outputs_loss, output_buckets, student
       )
@@ -189,20 +195,6 @@ class DistillationModel:
   def score_batch(self, params, batch):
     """See `BaseTransformerModel.score_batch`."""
     return self.student.score_batch(params, batch)
-
-
-def check_fraction(name: str, value: Any, setting: str) -> None:
-  """Raises a ValueError for a number outside of [0, 1]; schedules pass."""
-  if isinstance(value, (int, float)) and not 0 <= value <= 1:
-    raise ValueError(f"expected {name} in [0, 1], got {value}; set {setting}")
-
-
-def check_temperature(name: str, value: float) -> None:
-  """Raises a ValueError for a temperature of a loss that is not above 0."""
-  if value <= 0:
-    raise ValueError(
-      f"expected a {name} above 0, got {value}; set {name.upper()}"
-    )
 
 
 def check_pair(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import decoding, losses, schedules, types
+from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
 from gkd_jax.models import base_model, distillation_model
 
@@ -95,27 +95,28 @@ class GKDModel(distillation_model.DistillationModel):
     self._check_settings()
 
   def _check_settings(self):
-    distillation_model.check_fraction(
-      "λ", self.student_data_fraction, "STUDENT_DATA_FRACTION"
+    checks.number(
+      self.student_data_fraction,
+      "STUDENT_DATA_FRACTION",
+      least=0,
+      most=1,
+      schedule=True,
+      what="λ",
     )
-    distillation_model.check_temperature(
-      "teacher_temperature", self.teacher_temperature
+    checks.number(
+      self.teacher_temperature,
+      "TEACHER_TEMPERATURE",
+      above=0,
+      what="a teacher_temperature",
     )
-    if self.sampling["temperature"] < 0:
-      raise ValueError(
-        "expected a sampling temperature of at least 0, got"
-        f" {self.sampling['temperature']}; set SAMPLING_TEMPERATURE"
-      )
-    if self.student_data_granularity not in ("step", "example"):
-      raise ValueError(
-        "expected student_data_granularity 'step' or 'example', got"
-        f" {self.student_data_granularity!r}; set STUDENT_DATA_GRANULARITY"
-      )
-    if self.loss_chunk_size is not None and self.loss_chunk_size < 0:
-      raise ValueError(
-        "expected a loss_chunk_size of at least 0, got"
-        f" {self.loss_chunk_size}; set LOSS_CHUNK_SIZE"
-      )
+    checks.one_of(
+      self.student_data_granularity,
+      "STUDENT_DATA_GRANULARITY",
+      ("step", "example"),
+    )
+    checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
+    checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
+    decoding.check_options(self.sampling)
 
   @property
   def sources(self) -> tuple[str, ...]:

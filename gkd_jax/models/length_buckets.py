@@ -15,16 +15,6 @@ import jax.numpy as jnp
 from gkd_jax import types
 
 
-def check(buckets: Sequence[int], setting: str) -> None:
-  """Raises a ValueError unless the lengths are at least 1 and ascend."""
-  ascending = [*buckets] == sorted({*buckets})
-  if not ascending or any(length < 1 for length in buckets):
-    raise ValueError(
-      f"expected ascending lengths of at least 1, got {tuple(buckets)};"
-      f" set {setting}"
-    )
-
-
 def lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
   """Returns the buckets below the longest length, and that length.
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import decoding, losses, types
+from gkd_jax import checks, decoding, losses, types
 from gkd_jax.losses import policy_gradient
 from gkd_jax.models import gkd, rl_gkd
 
@@ -72,10 +72,10 @@ class MiniLLMModel(gkd.GKDModel):
     self.teacher_mix = teacher_mix
     self.importance = importance
     self.normalize_returns = normalize_returns
-    if not 0 <= teacher_mix < 1:
-      raise ValueError(
-        f"expected a teacher_mix in [0, 1), got {teacher_mix}; set TEACHER_MIX"
-      )
+    checks.number(
+      teacher_mix, "TEACHER_MIX", least=0, below=1, what="a teacher_mix"
+    )
+    checks.boolean(normalize_returns, "NORMALIZE_RETURNS")
     policy_gradient.check_importance(importance)
     log_probs = functools.partial(
       decoding.sampling_log_probs,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import decoding, losses, types
+from gkd_jax import checks, decoding, losses, types
 from gkd_jax.losses import policy_gradient
 from gkd_jax.models import base_model, gkd
 
@@ -69,13 +69,10 @@ class RLGKDModel(gkd.GKDModel):
     self.discount = discount
     self.whiten_rewards = whiten_rewards
     self.baseline_decay = baseline_decay
-    if not 0 <= alpha <= 1:
-      raise ValueError(f"expected α in [0, 1], got {alpha}; set ALPHA")
-    if not 0 <= baseline_decay < 1:
-      raise ValueError(
-        f"expected a baseline_decay in [0, 1), got {baseline_decay};"
-        " set BASELINE_DECAY"
-      )
+    checks.number(alpha, "ALPHA", least=0, most=1, what="α")
+    checks.whole(samples_per_prompt, "SAMPLES_PER_PROMPT")
+    checks.number(baseline_decay, "BASELINE_DECAY", least=0, below=1)
+    checks.boolean(whiten_rewards, "WHITEN_REWARDS")
     if self.needs_rewards:
       policy_gradient.check_settings(
         baseline, credit, discount, samples_per_prompt

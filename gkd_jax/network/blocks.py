@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax import partitioning
+from gkd_jax import checks, partitioning
 from gkd_jax.network import layer_loops, layers, projections
 
 
@@ -28,21 +28,35 @@ def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
   """
   name = type(config).__name__
   for size in sizes:
-    if getattr(config, size) < 1:
-      raise ValueError(
-        f"expected {name}.{size} of at least 1, got {getattr(config, size)};"
-        f" set {module}.{name}.{size}"
+    checks.whole(getattr(config, size), f"{module}.{name}.{size}")
+  try:
+    jnp.dtype(config.dtype)
+  except TypeError:
+    checks.refuse(
+      "'float32' or 'bfloat16'", config.dtype, f"{module}.{name}.dtype"
+    )
+  for activation in config.mlp_activations:
+    if activation != "linear" and not hasattr(nn, str(activation)):
+      checks.refuse(
+        "functions of flax.linen, such as ('gelu', 'linear')",
+        config.mlp_activations,
+        f"{module}.{name}.mlp_activations",
       )
-  if config.remat_policy not in layer_loops.REMAT_POLICIES:
-    raise ValueError(
-      f"expected {name}.remat_policy in {list(layer_loops.REMAT_POLICIES)}, got"
-      f" {config.remat_policy!r}; set {module}.{name}.remat_policy"
-    )
-  if not 0 <= config.dropout_rate < 1:
-    raise ValueError(
-      f"expected a dropout rate in [0, 1), got {config.dropout_rate};"
-      " set DROPOUT_RATE"
-    )
+  checks.boolean(
+    config.logits_via_embedding, f"{module}.{name}.logits_via_embedding"
+  )
+  checks.one_of(
+    config.remat_policy,
+    f"{module}.{name}.remat_policy",
+    layer_loops.REMAT_POLICIES,
+  )
+  checks.number(
+    config.dropout_rate,
+    "DROPOUT_RATE",
+    least=0,
+    below=1,
+    what="a dropout rate",
+  )
 
 
 def constrain(x: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from gkd_jax import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
@@ -30,6 +32,18 @@ class DatasetConfig:
   use_cached: bool = False
   shards: int | None = None
 
+  def __post_init__(self):
+    checks.text(self.mixture_or_task_name, "MIXTURE_OR_TASK_NAME")
+    checks.text(
+      self.mixture_or_task_module, "MIXTURE_OR_TASK_MODULE", none=True
+    )
+    checks.lengths(self.task_feature_lengths, "TASK_FEATURE_LENGTHS")
+    checks.whole(self.batch_size, "BATCH_SIZE")
+    checks.boolean(self.pack, "PACK")
+    checks.ascending(self.input_buckets, "INPUT_BUCKETS")
+    checks.boolean(self.use_cached, "USE_CACHED_TASKS")
+    checks.whole(self.shards, "DATA_SHARDS", none=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class PartitionerConfig:
@@ -51,6 +65,13 @@ class PartitionerConfig:
   shard_params_over_data: bool = False
   num_microbatches: int = 1
 
+  def __post_init__(self):
+    checks.one_of(self.executor, "EXECUTOR", ("jit", "pmap"))
+    checks.whole(self.num_partitions, "NUM_PARTITIONS")
+    checks.whole(self.num_slices, "NUM_SLICES", none=True)
+    checks.boolean(self.shard_params_over_data, "SHARD_PARAMS_OVER_DATA")
+    checks.whole(self.num_microbatches, "NUM_MICROBATCHES")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -71,6 +92,13 @@ class EvalConfig:
   num_examples: int | None = 1000
   final_split: str | None = None
 
+  def __post_init__(self):
+    checks.whole(self.period, "EVAL_PERIOD")
+    checks.whole(self.batch_size, "EVAL_BATCH_SIZE")
+    checks.whole(self.num_examples, "EVAL_NUM_EXAMPLES", none=True)
+    checks.text(self.split, "EVAL_SPLIT", none=True)
+    checks.text(self.final_split, "FINAL_EVAL_SPLIT", none=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -88,6 +116,12 @@ class CheckpointConfig:
   best_metric: str | None = None
   best_mode: str = "min"
 
+  def __post_init__(self):
+    checks.whole(self.period, "CHECKPOINT_PERIOD")
+    checks.whole(self.keep, "CHECKPOINTS_TO_KEEP")
+    checks.text(self.best_metric, "BEST_METRIC", none=True)
+    checks.one_of(self.best_mode, "BEST_MODE", ("min", "max"))
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -103,3 +137,8 @@ class LogConfig:
   period: int = 50
   profile_steps: tuple[int, int] | None = None
   wandb_project: str | None = None
+
+  def __post_init__(self):
+    checks.whole(self.period, "LOG_PERIOD")
+    checks.steps(self.profile_steps, "PROFILE_STEPS")
+    checks.text(self.wandb_project, "WANDB_PROJECT", none=True)

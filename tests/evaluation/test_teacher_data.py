@@ -286,7 +286,7 @@ def test_wrong_settings_are_told(tmp_path):
     write(tmp_path / "out", task=mixture)
   with pytest.raises(ValueError, match=r"\.jsonl'; set OUTPUT_PATH"):
     infer.infer(
-      infer.DecodeSettings(model, "", task.name, LENGTHS),
+      infer.DecodeSettings(model, "nowhere", task.name, LENGTHS),
       output_path=str(tmp_path / "out.jsonl"),
       shards=evaluation.Shards(),
     )

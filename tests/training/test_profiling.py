@@ -55,4 +55,4 @@ def test_without_steps_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("steps", [(3,), (0, 2), (5, 4)])
 def test_wrong_steps(steps):
   with pytest.raises(ValueError, match=r"such as \(10, 13\).*PROFILE_STEPS"):
-    training.Profiler("/tmp", steps)
+    training.LogConfig(profile_steps=steps)

@@ -323,7 +323,7 @@ def test_fixed_data_steps_hold_no_decoding_loop():
     ({"teacher_temperature": 0.0}, "set TEACHER_TEMPERATURE"),
     ({"sampling_temperature": -1.0}, "set SAMPLING_TEMPERATURE"),
     ({"length_normalization": "mean"}, "set LENGTH_NORMALIZATION"),
-    ({"student_data_granularity": "token"}, "student_data_granularity"),
+    ({"student_data_granularity": "token"}, "STUDENT_DATA_GRANULARITY"),
   ],
 )
 def test_wrong_settings(kwargs, message):
