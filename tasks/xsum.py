@@ -29,7 +29,7 @@ def add_xsum_task(
     vocabulary: Of inputs and targets; None for T5's SentencePiece.
 
   Returns:
-    The task. Its metrics are `rouge1`, `rouge2` and `rougeL`, in percent.
+    The task. Its metrics are those of `text_metrics.rouge`, in percent.
 
   Raises:
     ValueError: If the name is taken.

@@ -15,7 +15,6 @@ from gkd_jax import data, partitioning
 from gkd_jax.evaluation import metric_values
 from gkd_jax.tasks import example_statistics
 
-
 Predictions = metric_values.Predictions
 
 
@@ -77,6 +76,10 @@ class Evaluator:
       features = list(converted.as_numpy_iterator())
       stacked = {k: np.stack([f[k] for f in features]) for k in features[0]}
       self._tasks[sub.name] = sub, examples, stacked
+
+  def prefix(self, name: str) -> str:
+    """Returns what stands before the names of a task's metrics."""
+    return f"{name}/" if self._is_mixture else ""
 
   @property
   def num_examples(self) -> int:
@@ -165,13 +168,11 @@ class Evaluator:
     Raises:
       ValueError: if two metric functions of a task return the same name.
     """
-    return metric_values.joined(
-      {
-        name: metric_values.of_task(self._tasks[name][0], result)
-        for name, result in results.items()
-      },
-      prefix=self._is_mixture,
-    )
+    values = metric_values.MetricValues({}, {}, {}, {})
+    for name, result in results.items():
+      of_task = metric_values.of_task(self._tasks[name][0], result)
+      values = values.joined(of_task, self.prefix(name))
+    return values
 
   def try_metrics(self, num_rows: int = 2) -> metric_values.MetricValues:
     """Computes the metrics of a few references as if they had been decoded.
@@ -227,7 +228,7 @@ class Evaluator:
     """
     rows = []
     for name, result in results.items():
-      prefix = f"{name}/" if self._is_mixture else ""
+      prefix = self.prefix(name)
       parts: list[dict[str, Any]] = [{} for _ in result.inputs]
       for call in metric_values.calls(self._tasks[name][0], result):
         try:

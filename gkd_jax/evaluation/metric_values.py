@@ -6,7 +6,7 @@ costs its own value and nothing else.
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from gkd_jax.tasks import example_statistics
@@ -47,6 +47,15 @@ class MetricValues(NamedTuple):
   texts: dict[str, str]
   left_out: dict[str, str]
   failed: dict[str, str]
+
+  def joined(self, other: "MetricValues", prefix: str) -> "MetricValues":
+    """Returns these and another task's values, with a prefix before its names."""
+    return MetricValues(
+      *(
+        mine | {prefix + name: value for name, value in theirs.items()}
+        for mine, theirs in zip(self, other, strict=True)
+      )
+    )
 
   def problems(self) -> list[str]:
     """Returns a line for each value or function that is left out."""
@@ -113,23 +122,6 @@ def of_task(task: Any, result: Predictions) -> MetricValues:
   return found
 
 
-def joined(
-  parts: Mapping[str, MetricValues], *, prefix: bool
-) -> MetricValues:
-  """Joins the values of several tasks.
-
-  Args:
-    parts: task name to values.
-    prefix: put `TASK/` before each name.
-  """
-  result = MetricValues({}, {}, {}, {})
-  for task, values in parts.items():
-    start = f"{task}/" if prefix else ""
-    for whole, part in zip(result, values, strict=True):
-      whole.update({start + key: value for key, value in part.items()})
-  return result
-
-
 def check_best_metric(name: str | None, values: MetricValues) -> None:
   """Refuses a BEST_METRIC that the metrics do not return.
 
@@ -179,8 +171,3 @@ def _text(value: Any) -> str | None:
 
 def _kind(value: Any) -> str:
   return "None" if value is None else f"a {type(value).__name__}"
-
-
-def subset(result: Predictions, rows: Sequence[int]) -> Predictions:
-  """Returns the predictions of some examples."""
-  return Predictions(*([x[i] for i in rows] if x else [] for x in result))

@@ -82,6 +82,25 @@ def is_stochastic(model: Any, temperature: float) -> bool:
   return bool(temperature or options.get("temperature", default))
 
 
+def check_num_samples(model: Any, number: int, temperature: float) -> None:
+  """Refuses several outputs of an input where all of them are equal.
+
+  Args:
+    model: with T5X's protocol.
+    number: outputs of each input.
+    temperature: see `records`.
+
+  Raises:
+    ValueError: if there are several, and decoding is not random.
+  """
+  if number > 1 and not is_stochastic(model, temperature):
+    raise ValueError(
+      f"expected one output for each input without sampling, got {number} at"
+      f" temperature {temperature}; set SAMPLING_TEMPERATURE, or"
+      " NUM_SAMPLES = 1"
+    )
+
+
 def records(
   model: Any,
   params: Any,
