@@ -21,21 +21,21 @@ def _read(path: str, modified_ns: int, size: int) -> sources.Columns:
   # The last two arguments make a file that was written anew be read anew.
   del modified_ns, size
   inputs, targets = [], []
-  with tf.io.gfile.GFile(path) as lines:
-    for number, line in enumerate(lines, start=1):
-      try:
-        row = json.loads(line)
-        pair = row["inputs"], row["prediction"]
-      except (ValueError, KeyError, TypeError):
-        pair = (None, None)
-      if not all(isinstance(text, str) for text in pair):
-        raise ValueError(
-          "expected lines of JSON with the texts 'inputs' and 'prediction', "
-          f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
-          "a file that `gkd infer` wrote"
-        )
-      inputs.append(pair[0])
-      targets.append(pair[1])
+  lines = sources.read_text(path).removesuffix("\n").split("\n")
+  for number, line in enumerate(lines if lines != [""] else [], start=1):
+    try:
+      row = json.loads(line)
+      pair = row["inputs"], row["prediction"]
+    except (ValueError, KeyError, TypeError):
+      pair = (None, None)
+    if not all(isinstance(text, str) for text in pair):
+      raise ValueError(
+        "expected lines of JSON with the texts 'inputs' and 'prediction', "
+        f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
+        "a file that `gkd infer` wrote"
+      )
+    inputs.append(pair[0])
+    targets.append(pair[1])
   if not inputs:
     raise ValueError(
       f"expected at least one line in {path}, got an empty file; set path to "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats as scipy_stats
 
-from gkd_jax.evaluation import eval_folders, metric_functions
+from gkd_jax.evaluation import eval_folders
 from gkd_jax.tasks import example_statistics
 
 Metric = Callable[[np.ndarray], np.ndarray]
@@ -315,6 +315,9 @@ def _compare(
   _check_settings(level, num_resamples)
   found = _of_statistics(a, b, name)
   if found is None:
+    # Not at the top: it imports TensorFlow.
+    from gkd_jax.evaluation import metric_functions
+
     num_resamples = min(num_resamples, _FUNCTION_RESAMPLES)
     of_both, n = metric_functions.of_evaluations(a, b, name)
     of_a, of_b = of_both, lambda rows: of_both(rows + n)
