@@ -323,7 +323,7 @@ def _scores(evaluator, samples):
     name: evaluate.pool([sample[name] for sample in samples])
     for name in samples[0]
   }
-  values = evaluator.metric_values(pooled)
+  values = evaluator.values(pooled)
   scores = dict(values.numbers)
   if len(samples) > 1:
     for name in pooled:

@@ -313,6 +313,9 @@ def _compare(
 ) -> Comparison:
   """Compares one metric by its statistics, or by its function."""
   _check_settings(level, num_resamples)
+  for run in (a, b):
+    if run.metrics.get(name, 0.0) is None:
+      raise ValueError(f"expected a finite value, got none in {run.folder!r}")
   found = _of_statistics(a, b, name)
   if found is None:
     # Not at the top: it imports TensorFlow.

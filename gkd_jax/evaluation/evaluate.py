@@ -157,7 +157,7 @@ class Evaluator:
         yield first + start, batch
       first += len(examples)
 
-  def metric_values(
+  def values(
     self, results: Mapping[str, Predictions]
   ) -> metric_values.MetricValues:
     """Computes the metrics of all tasks; of a mixture, with the task as prefix.
@@ -183,7 +183,7 @@ class Evaluator:
       num_rows: of each task, from the first.
 
     Raises:
-      ValueError: as `metric_values`.
+      ValueError: as `values`.
     """
     results = {}
     for name, (task, examples, _) in self._tasks.items():
@@ -201,7 +201,7 @@ class Evaluator:
         _predictions(task, texts, rows),
         [0.0] * len(rows),
       )
-    return self.metric_values(results)
+    return self.values(results)
 
   def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
     """Returns the metrics that are numbers; prints a line for each other one.
@@ -209,7 +209,7 @@ class Evaluator:
     Args:
       results: from `predict`.
     """
-    values = self.metric_values(results)
+    values = self.values(results)
     for line in values.problems():
       _say(line)
     return values.numbers
