@@ -24,12 +24,13 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # A program is compiled once for all tests and the processes that they start: the
-# first process of pytest makes the folder, its workers and theirs inherit it.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# first process of pytest makes the folder, its workers and theirs inherit it. Who
+# sets JAX_COMPILATION_CACHE_DIR keeps the programs for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   cache = tempfile.mkdtemp(prefix="gkd_jax_programs")
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 
