@@ -17,36 +17,14 @@ Modules load when they are first used: `import gkd_jax` does not import jax.
 import importlib
 import importlib.util
 import pathlib
+import pkgutil
 import sys
 import time
 
 __version__ = "0.2.0"
 STARTED = time.monotonic()  # the time to the first step counts from here
 
-_MODULES = [
-  "checkpoints",
-  "checks",
-  "data",
-  "decoding",
-  "divergences",
-  "evaluation",
-  "experiments",
-  "files",
-  "gin_utils",
-  "infer",
-  "kernels",
-  "losses",
-  "models",
-  "network",
-  "optimizers",
-  "partitioning",
-  "planning",
-  "schedules",
-  "tasks",
-  "train",
-  "training",
-  "types",
-]
+_MODULES = {m.name for m in pkgutil.iter_modules(__path__)} | {"tasks"}
 
 
 def __getattr__(name):

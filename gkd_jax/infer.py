@@ -77,6 +77,27 @@ class DecodeSettings:
       self.mixture_or_task_name, self.mixture_or_task_module
     )
 
+  def fitted(self, teacher_path: str | None = None) -> "DecodeSettings":
+    """Returns these settings with a model that has the task's special tokens.
+
+    Args:
+      teacher_path: the teacher's checkpoint, if there is one.
+
+    Raises:
+      ValueError: see `data.fitted`.
+    """
+    paths = {
+      "CHECKPOINT_PATH": self.checkpoint_path,
+      "TEACHER_CHECKPOINT_PATH": teacher_path,
+    }
+    stated = {
+      name: checkpoints.load_special_tokens(path, setting=name)
+      for name, path in paths.items()
+      if path
+    }
+    model = data.fitted(self.model, self.load_task(), stated)
+    return dataclasses.replace(self, model=model)
+
   def load_params(self) -> Any:
     """Reads the parameters into host memory, in the network's dtypes."""
     return checkpoints.load_params(
@@ -96,10 +117,11 @@ def infer(
 
   Args:
     settings: what to decode.
-    output_path: file of JSON lines `{"task", "inputs", "prediction", "score"}`:
-      the task's name, texts decoded by the vocabulary, and the log-prob of the
-      output in nats, summed over its tokens. With `shards`, the prefix of their
-      paths.
+    output_path: file of JSON lines
+      `{"task", "inputs", "prediction", "score", "ended"}`: the task's name, texts
+      decoded by the vocabulary, the log-prob of the output in nats, summed over
+      its tokens, and whether it has EOS or was cut. With `shards`, the prefix of
+      their paths.
     shards: write TFRecord shards to train on instead (see `teacher_data`); an
       interrupted call is continued by the next.
 
@@ -108,12 +130,14 @@ def infer(
   """
   checks.path(output_path, "OUTPUT_PATH")
   output_path = os.fspath(files.absolute(output_path))
+  files.check_folder(os.path.dirname(output_path), "OUTPUT_PATH")
+  if shards is not None and output_path.endswith(".jsonl"):
+    raise ValueError(
+      f"expected a prefix of shards, got the name of a file {output_path!r};"
+      " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+    )
+  settings = settings.fitted()
   if shards is not None:
-    if output_path.endswith(".jsonl"):
-      raise ValueError(
-        f"expected a prefix of shards, got the name of a file {output_path!r};"
-        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
-      )
     total = teacher_data.write(
       settings.model.student,
       settings.load_params(),
@@ -131,10 +155,16 @@ def infer(
     print(f"outputs for {total:,} examples are in {output_path}", flush=True)
     return
   rows = [
-    {"task": name, "inputs": text, "prediction": output, "score": score}
+    {
+      "task": name,
+      "inputs": text,
+      "prediction": output,
+      "score": score,
+      "ended": ended,
+    }
     for name, result in _Decoder(settings).predict().items()
-    for text, output, score in zip(
-      result.inputs, result.outputs, result.scores, strict=True
+    for text, output, score, ended in zip(
+      result.inputs, result.outputs, result.scores, result.ended, strict=True
     )
   ]
   if jax.process_index() == 0:
@@ -185,9 +215,11 @@ def evaluate_checkpoint(
       function raised.
   """
   checks.path(eval_output_dir, "EVAL_OUTPUT_DIR")
+  files.check_folder(eval_output_dir, "EVAL_OUTPUT_DIR")
   checks.whole(num_samples, "NUM_SAMPLES")
   checks.boolean(instruments, "infer.evaluate_checkpoint.instruments")
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
+  settings = settings.fitted(teacher_checkpoint_path if instruments else None)
   teacher_records.check_num_samples(
     settings.model.student, num_samples, settings.temperature
   )
@@ -269,6 +301,7 @@ class _Decoder:
       settings.batch_size,
       self.mesh,
       converter=settings.model.student.FEATURE_CONVERTER_CLS,
+      special_tokens=settings.model.student.special_tokens,
       split=settings.split,
       num_examples=settings.num_examples,
       use_cached=settings.use_cached_tasks,

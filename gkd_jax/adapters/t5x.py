@@ -108,7 +108,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
   Args:
     module: the student's network, with T5X's call.
     input_vocabulary: seqio vocabulary.
-    output_vocabulary: seqio vocabulary.
+    output_vocabulary: seqio vocabulary; its EOS ends the student's samples.
     optimizer_def: T5X's.
     teacher_module: the teacher's network, with T5X's call.
     decode_fn: of the evaluation; training samples with our `decoding.sample`.
@@ -151,7 +151,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
       loss_normalizing_factor=loss_normalizing_factor,
       default_decoder_params=default_decoder_params,
     )
-    self.teacher = Network(teacher_module)
+    self.teacher = Network(teacher_module, output_vocabulary=output_vocabulary)
     self._gkd_options = gkd_options
     self.gkd  # noqa: B018  wrong settings are met here, not in the first step
 
@@ -160,7 +160,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """The student, the teacher and the divergence between them."""
     # Made anew: T5X may replace `module` (of scanned layers) after the start.
     return models.GKDModel(
-      Network(self.module),
+      Network(self.module, output_vocabulary=self.output_vocabulary),
       self.teacher,
       # T5X's networks return logits and not what they are made of.
       **{"loss_chunk_size": 0} | self._gkd_options,

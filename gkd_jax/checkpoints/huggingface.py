@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax import network
+from gkd_jax import network, types
 from gkd_jax.checkpoints import (
   errors,
   parameters,
@@ -24,31 +24,42 @@ from gkd_jax.checkpoints import (
   stored_arrays,
 )
 
+GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 # Fields that `config.json` leaves out when they have these values.
+_T5_DEFAULTS = {
+  "vocab_size": 32128,
+  "d_model": 512,
+  "d_kv": 64,
+  "d_ff": 2048,
+  "num_layers": 6,
+  "num_heads": 8,
+  "dropout_rate": 0.1,
+  "feed_forward_proj": "relu",
+  "tie_word_embeddings": True,
+}
 _DEFAULTS = {
-  "t5": {
-    "vocab_size": 32128,
-    "d_model": 512,
-    "d_kv": 64,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "dropout_rate": 0.1,
-    "feed_forward_proj": "relu",
-    "tie_word_embeddings": True,
-  },
-  "mt5": {
+  "t5": _T5_DEFAULTS,
+  "mt5": _T5_DEFAULTS
+  | {
     "vocab_size": 250112,
-    "d_model": 512,
-    "d_kv": 64,
     "d_ff": 1024,
     "num_layers": 8,
     "num_heads": 6,
-    "dropout_rate": 0.1,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
   },
+}
+# Our fields to theirs, beside the activations and the head.
+_FIELDS = {
+  "vocab_size": "vocab_size",
+  "emb_dim": "d_model",
+  "head_dim": "d_kv",
+  "mlp_dim": "d_ff",
+  "num_encoder_layers": "num_layers",
+  "num_decoder_layers": "num_decoder_layers",
+  "num_heads": "num_heads",
+  "dropout_rate": "dropout_rate",
 }
 # Fixed in our network.
 _FIXED = {
@@ -100,31 +111,21 @@ def name_table(config: network.T5Config) -> dict[str, tuple[str, bool]]:
     "decoder": config.num_decoder_layers,
   }
   branches = range(len(config.mlp_activations))
-  mlp = (
-    [("wi", "wi")]
-    if len(branches) == 1
-    else [(f"wi_{i}", f"wi_{i}") for i in branches]
-  )
+  inner = ["wi"] if len(branches) == 1 else [f"wi_{i}" for i in branches]
+  mlp = [(name, name) for name in (*inner, "wo")]
   for side, depth in depths.items():
     first = f"{side}.block.0.layer.0.SelfAttention"
-    table[f"{side}/relpos_bias/rel_embedding"] = (
-      f"{first}.relative_attention_bias.weight",
-      True,
-    )
-    table[f"{side}/{side}_norm/scale"] = (
-      f"{side}.final_layer_norm.weight",
-      False,
-    )
+    bias = "relative_attention_bias.weight"
+    table[f"{side}/relpos_bias/rel_embedding"] = (f"{first}.{bias}", True)
+    final_norm = f"{side}.final_layer_norm.weight"
+    table[f"{side}/{side}_norm/scale"] = (final_norm, False)
     for i in range(depth):
       for j, (norm, ours, theirs) in enumerate(_SUBLAYERS[side]):
         here, there = f"{side}/layers_{i}", f"{side}.block.{i}.layer.{j}"
         table[f"{here}/{norm}/scale"] = (f"{there}.layer_norm.weight", False)
-        matrices = [*mlp, ("wo", "wo")] if ours == "mlp" else _ATTENTION
-        for a, b in matrices:
-          table[f"{here}/{ours}/{a}/kernel"] = (
-            f"{there}.{theirs}.{b}.weight",
-            True,
-          )
+        for a, b in mlp if ours == "mlp" else _ATTENTION:
+          name = f"{there}.{theirs}.{b}.weight"
+          table[f"{here}/{ours}/{a}/kernel"] = (name, True)
   if not config.logits_via_embedding:
     table["decoder/logits_dense/kernel"] = (_HEAD, True)
   return table
@@ -162,19 +163,11 @@ def _config(fields, folder, setting):
       f" {other or fields['feed_forward_proj']} in {os.fspath(file)}; set"
       f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
-  decoder_layers = fields.get("num_decoder_layers")
+  if fields.get("num_decoder_layers") is None:
+    fields = fields | {"num_decoder_layers": fields["num_layers"]}
   return network.T5Config(
-    vocab_size=fields["vocab_size"],
-    emb_dim=fields["d_model"],
-    num_heads=fields["num_heads"],
-    num_encoder_layers=fields["num_layers"],
-    num_decoder_layers=(
-      fields["num_layers"] if decoder_layers is None else decoder_layers
-    ),
-    head_dim=fields["d_kv"],
-    mlp_dim=fields["d_ff"],
+    **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
-    dropout_rate=fields["dropout_rate"],
     logits_via_embedding=_scales_logits(fields),
   )
 
@@ -194,12 +187,57 @@ def _scales_logits(fields):
   return bool(fields["tie_word_embeddings"])
 
 
-def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
+def read_special_tokens(
+  folder: epath.Path, *, setting: str
+) -> types.SpecialTokens:
+  """Returns what a folder says of EOS, PAD and the decoder's start.
+
+  As in transformers, `generation_config.json` comes before `config.json`.
+
+  Args:
+    folder: with `config.json`.
+    setting: what the user set the path with, for the messages.
+  """
+  said = {"eos_token_id": 1, "pad_token_id": 0}  # of transformers' T5Config
+  for name in (safetensors_io.CONFIG_FILE, GENERATION_FILE):
+    if (folder / name).exists():
+      text = safetensors_io.read_json(folder / name, setting=setting)
+      said |= {k: v for k, v in text.items() if v is not None}
+  eos, pad = said["eos_token_id"], said["pad_token_id"]
+  return types.SpecialTokens(
+    tuple(eos) if isinstance(eos, list) else (eos,),
+    pad,
+    said.get("decoder_start_token_id", pad),
+  )
+
+
+def generation_fields(tokens: types.SpecialTokens) -> dict[str, Any]:
+  """Returns the fields of `generation_config.json`.
+
+  Where a vocabulary has no PAD, what follows an output is EOS.
+  """
+  eos = list(tokens.eos)
+  pad = tokens.pad
+  if pad is None and eos:
+    pad = eos[0]
+  return {
+    "decoder_start_token_id": tokens.start,
+    "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    "pad_token_id": pad,
+  }
+
+
+def write_config(
+  config: network.T5Config,
+  dtype: str,
+  tokens: types.SpecialTokens = types.T5_TOKENS,
+) -> dict[str, Any]:
   """Returns the content of `config.json`.
 
   Args:
     config: our configuration.
     dtype: of the parameters.
+    tokens: of the model.
 
   Raises:
     ValueError: if Hugging Face's T5 does not have this feed-forward block.
@@ -214,22 +252,13 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
   return {
     "architectures": ["T5ForConditionalGeneration"],
     "model_type": "t5",
-    "vocab_size": config.vocab_size,
-    "d_model": config.emb_dim,
-    "d_kv": config.head_dim,
-    "d_ff": config.mlp_dim,
-    "num_layers": config.num_encoder_layers,
-    "num_decoder_layers": config.num_decoder_layers,
-    "num_heads": config.num_heads,
-    "dropout_rate": config.dropout_rate,
+    **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
     "feed_forward_proj": names[activations],
     "tie_word_embeddings": config.logits_via_embedding,
     **_FIXED,
     "initializer_factor": 1.0,
     "use_cache": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
+    **generation_fields(tokens),
     "torch_dtype": dtype,
   }
 

@@ -70,14 +70,10 @@ def orbax_arrays(
   in_database = (item / "manifest.ocdbt").exists()
   arrays = {}
   for path, leaf in traverse_util.flatten_dict(dict(tree), sep="/").items():
+    store = kvstore(item / leaf.name)
     if in_database:
-      store = {
-        "driver": "ocdbt",
-        "base": kvstore(item),
-        "path": leaf.name + "/",
-      }
-    else:
-      store = kvstore(item / leaf.name)
+      base = kvstore(item)
+      store = {"driver": "ocdbt", "base": base, "path": leaf.name + "/"}
     arrays[path] = stored(
       {"driver": driver, "kvstore": store},
       tuple(leaf.shape),

@@ -13,7 +13,6 @@ Reference: the format's description,
 https://huggingface.co/docs/safetensors
 """
 
-import functools
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gkd_jax import files
+from gkd_jax import files, types
 from gkd_jax.checkpoints import stored_arrays
 
 FORMAT = "gkd_jax"
@@ -156,6 +155,26 @@ def open_file(
   return arrays
 
 
+# The key of `config.json` with the model's special tokens.
+SPECIAL_TOKENS = "special_tokens"
+
+
+def with_special_tokens(
+  config: Mapping[str, Any], tokens: types.SpecialTokens | None
+) -> dict[str, Any]:
+  """Returns a configuration that says what a model's special tokens are."""
+  if tokens is None:
+    return dict(config)
+  return {
+    **config,
+    SPECIAL_TOKENS: {
+      "eos": [*tokens.eos],
+      "pad": tokens.pad,
+      "start": tokens.start,
+    },
+  }
+
+
 def encode_config(config: Mapping[str, Any]) -> bytes:
   """Returns the text of `config.json`, the format's mark included."""
   if "format" in config:
@@ -247,34 +266,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _stored(file, name, entry, start, setting) -> stored_arrays.StoredArray:
   shape = tuple(int(size) for size in entry["shape"])
   dtype = _DTYPES[entry["dtype"]]
-  begin = start + entry["data_offsets"][0]
-  return stored_arrays.StoredArray(
-    shape,
-    dtype,
-    functools.partial(_fetch, file, name, shape, dtype, begin, setting),
-  )
+  begin, row = start + entry["data_offsets"][0], math.prod(shape[1:])
 
+  def fetch(index):
+    """Reads the rows of `index`; its other axes are cut in memory."""
+    first, last = 0, 1
+    if shape:
+      first, last, step = index[0].indices(shape[0])
+      if step != 1:
+        first, last = 0, shape[0]
+      else:
+        index = (slice(None), *index[1:])
+    size = max(last - first, 0) * row * dtype.itemsize
+    with file.open("rb") as f:
+      f.seek(begin + first * row * dtype.itemsize)
+      data = f.read(size)
+    if len(data) != size:
+      raise _damaged(file, f"{len(data)} bytes of {name}", setting)
+    array = np.frombuffer(data, dtype)
+    if not shape:
+      return array.reshape(())
+    return array.reshape(-1 if row else last - first, *shape[1:])[index]
 
-def _fetch(file, name, shape, dtype, begin, setting, index) -> np.ndarray:
-  """Reads the rows of `index`; its other axes are cut in memory."""
-  first, last = 0, 1
-  row = math.prod(shape[1:])
-  if shape:
-    first, last, step = index[0].indices(shape[0])
-    if step != 1:
-      first, last = 0, shape[0]
-    else:
-      index = (slice(None), *index[1:])
-  count = max(last - first, 0) * row
-  with file.open("rb") as f:
-    f.seek(begin + first * row * dtype.itemsize)
-    data = f.read(count * dtype.itemsize)
-  if len(data) != count * dtype.itemsize:
-    raise _damaged(file, f"{len(data)} bytes of {name}", setting)
-  array = np.frombuffer(data, dtype)
-  if not shape:
-    return array.reshape(())
-  return array.reshape(-1 if row else last - first, *shape[1:])[index]
+  return stored_arrays.StoredArray(shape, dtype, fetch)
 
 
 def _damaged(file, reason, setting) -> ValueError:

@@ -1,9 +1,10 @@
 """Divergences between the teacher's and the student's next-token distributions.
 
-p is the teacher and q the student, in that order in every signature. All take
-log-probs `[..., V]` in any float type and return nats per position `[...]` in
-float32. Values and gradients are finite at log-probs of -1e9 and of -inf: a
-log-prob below -1e10 counts as -1e10.
+p is the teacher and q the student, in that order in every signature. A divergence
+is a `types.Divergence`: it takes log p and log q, `[..., V]` in any float type, and
+returns nats per position, `[...]` in float32. Docstrings below say what is special
+to one. Values and gradients are finite at log-probs of -1e9 and of -inf: a log-prob
+below -1e10 counts as -1e10.
 
 All but total variation are computed from one quantity, for distributions a, b
 and a share s of b in their mixture:
@@ -63,13 +64,6 @@ def forward_kl(
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(forward_kl(p, q)), 4)
   0.1438
-
-  Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
-
-  Returns:
-    `[...]` nats per position, float32.
   """
   return stable.skewed_kl(teacher_log_probs, student_log_probs, 1.0, 0.0)
 
@@ -83,13 +77,6 @@ def reverse_kl(
   >>> p, q = jnp.log(jnp.array([[0.5, 0.5], [0.75, 0.25]]))
   >>> round(float(reverse_kl(p, q)), 4)
   0.1308
-
-  Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
-
-  Returns:
-    `[...]` nats per position, float32.
   """
   return stable.skewed_kl(student_log_probs, teacher_log_probs, 1.0, 0.0)
 
@@ -112,8 +99,6 @@ def jsd(
   0.0338
 
   Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
     beta: in (0, 1), a number or a traced scalar.
 
   Returns:
@@ -147,13 +132,8 @@ def generalized_jsd(
   `DIVERGENCE = 'jsd'` and `BETA` mean. Its scale jumps at both ends.
 
   Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
     beta: in [0, 1], a number or a traced scalar; only the divergence that it
       picks is computed (all three if `vmap` maps over it).
-
-  Returns:
-    `[...]` nats per position, float32.
 
   Raises:
     ValueError: β is known when tracing and outside of [0, 1].
@@ -184,12 +164,7 @@ def normalized_jsd(
   [0.1438, 0.1353, 0.1308]
 
   Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
     beta: in [0, 1], a number or a traced scalar.
-
-  Returns:
-    `[...]` nats per position, float32.
 
   Raises:
     ValueError: β is known when tracing and outside of [0, 1].
@@ -215,10 +190,6 @@ def total_variation(
   >>> round(float(total_variation(p, q)), 4)
   0.25
 
-  Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
-
   Returns:
     `[...]` per position, float32.
   """
@@ -238,8 +209,6 @@ def skew_forward_kl(
   """Computes KL(p ‖ α p + (1-α) q), DistiLLM's skew KL; forward KL at α = 0.
 
   Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
     alpha: in [0, 1), the teacher's share of the mixture, a number or a traced
       scalar.
 
@@ -264,8 +233,6 @@ def skew_reverse_kl(
   """Computes KL(q ‖ (1-α) p + α q), DistiLLM's; reverse KL at α = 0.
 
   Args:
-    teacher_log_probs: `[..., V]` log p.
-    student_log_probs: `[..., V]` log q.
     alpha: in [0, 1), the student's share of the mixture, a number or a traced
       scalar.
 

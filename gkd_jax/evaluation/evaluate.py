@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import data, partitioning
+from gkd_jax import data, partitioning, types
+from gkd_jax.data import vocabularies
 from gkd_jax.evaluation import metric_values
 from gkd_jax.tasks import example_statistics
 
@@ -30,6 +31,7 @@ class Evaluator:
     batch_size: rows decoded at a time.
     mesh: rows are sharded over its data axis.
     converter: the `FEATURE_CONVERTER_CLS` of the models to evaluate.
+    special_tokens: of these models; by default those of the task's vocabulary.
     split: name of the split.
     num_examples: maximum number of examples of each task; None for all.
     use_cached: read seqio's cache.
@@ -43,10 +45,13 @@ class Evaluator:
     mesh: Any,
     *,
     converter: Any = "EncDecFeatureConverter",
+    special_tokens: types.SpecialTokens | None = None,
     split: str = "validation",
     num_examples: int | None = None,
     use_cached: bool = False,
   ):
+    if special_tokens is None:
+      special_tokens = data.special_tokens(task)
     self._mesh = mesh
     self._batch_size = batch_size
     self._tasks = {}
@@ -65,7 +70,7 @@ class Evaluator:
       )
       if num_examples is not None:
         dataset = dataset.take(num_examples)
-      convert = data.feature_converter(converter, pack=False)
+      convert = data.feature_converter(converter, False, special_tokens)
       converted = convert(dataset, dict(lengths))
       examples = list(dataset.as_numpy_iterator())
       if not examples:
@@ -119,7 +124,9 @@ class Evaluator:
     for name, (task, examples, features) in self._tasks.items():
       count = len(examples) if limit is None else min(limit, len(examples))
       examples = examples[:count]
-      tokens, scores = self._run(decode, params, features, count, key)
+      tokens, scores, lengths, ended = self._run(
+        decode, params, features, count, key
+      )
       target_scores = []
       if task.score_metric_fns:
         (target_scores,) = self._run(
@@ -127,7 +134,10 @@ class Evaluator:
         )
       inputs = task.output_features["inputs"].vocabulary
       targets = data.target_vocabulary(task)
-      outputs = [targets.decode(t.tolist()) for t in tokens]
+      outputs = [
+        vocabularies.text(targets, row[:length], model.special_tokens)
+        for row, length in zip(tokens, lengths, strict=True)
+      ]
       results[name] = Predictions(
         [inputs.decode(e["inputs"].tolist()) for e in examples],
         outputs,
@@ -135,6 +145,7 @@ class Evaluator:
         [_target(task, e) for e in examples],
         _predictions(task, outputs, examples),
         [float(s) for s in target_scores],
+        [bool(e) for e in ended],
       )
     return results
 
@@ -311,7 +322,7 @@ def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
     tokens, aux = model.predict_batch_with_aux(
       params, batch, key, decoder_params=dict(options) | streams
     )
-    return tokens, aux["scores"]
+    return tokens, aux["scores"], aux["lengths"], aux["ended"]
 
   # Replicated, so that every process can read all rows.
   return partitioning.jit(

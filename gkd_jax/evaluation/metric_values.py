@@ -6,7 +6,7 @@ costs its own value and nothing else.
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gkd_jax.tasks import example_statistics
@@ -23,6 +23,7 @@ class Predictions(NamedTuple):
     predictions: postprocessed outputs, the predictions for the metrics.
     target_scores: log-prob of each target in nats, summed over tokens; empty
       unless a metric of the task needs it.
+    ended: whether each output has EOS, or was cut.
   """
 
   inputs: list[str]
@@ -31,6 +32,7 @@ class Predictions(NamedTuple):
   targets: list[Any]
   predictions: list[Any]
   target_scores: list[float]
+  ended: Sequence[bool] = ()
 
 
 class MetricValues(NamedTuple):
@@ -40,13 +42,13 @@ class MetricValues(NamedTuple):
     numbers: metric name to value.
     texts: name to text, such as `seqio.metrics.Text`.
     left_out: name to the reason why its value is neither.
-    failed: name of a metric function to the reason why it has no values.
+    failed: name of a metric function to the error that it raised.
   """
 
   numbers: dict[str, float]
   texts: dict[str, str]
   left_out: dict[str, str]
-  failed: dict[str, str]
+  failed: dict[str, Exception]
 
   def joined(self, other: "MetricValues", prefix: str) -> "MetricValues":
     """Returns these and another task's values, with a prefix before its names."""
@@ -59,10 +61,11 @@ class MetricValues(NamedTuple):
 
   def problems(self) -> list[str]:
     """Returns a line for each value or function that is left out."""
-    return [
-      f"left out: {name} {reason}"
-      for name, reason in (self.left_out | self.failed).items()
-    ]
+    reasons = self.left_out | {
+      name: f"{type(error).__name__}: {' '.join(str(error).split())}"
+      for name, error in self.failed.items()
+    }
+    return [f"left out: {name}: {reason}" for name, reason in reasons.items()]
 
 
 def calls(
@@ -100,9 +103,13 @@ def of_task(task: Any, result: Predictions) -> MetricValues:
   sources: dict[str, str] = {}
   for function, arguments in calls(task, result):
     name = function_name(function)
-    values, reason = _values(function, arguments)
-    if reason:
-      found.failed[name] = reason
+    try:
+      values = function(*arguments)
+      if not isinstance(values, Mapping):
+        raise TypeError(f"expected a dictionary of values, got {_kind(values)}")
+    except Exception as error:
+      found.failed[name] = error
+      continue
     for key, value in values.items():
       if key in sources:
         raise ValueError(
@@ -118,7 +125,7 @@ def of_task(task: Any, result: Predictions) -> MetricValues:
       elif text is not None:
         found.texts[key] = text
       else:
-        found.left_out[key] = f"is no number, but {_kind(value)}"
+        found.left_out[key] = f"expected a number, got {_kind(value)}"
   return found
 
 
@@ -148,18 +155,6 @@ def function_name(function: Callable) -> str:
   while isinstance(function, functools.partial):
     function = function.func
   return getattr(function, "__name__", type(function).__name__)
-
-
-def _values(function, arguments) -> tuple[Mapping[str, Any], str]:
-  """Returns what a function returns, and why that cannot be used."""
-  try:
-    values = function(*arguments)
-  except Exception as error:
-    line = " ".join(str(error).split())
-    return {}, f"raised {type(error).__name__}: {line}"
-  if not isinstance(values, Mapping):
-    return {}, f"returned no dictionary, but {_kind(values)}"
-  return values, ""
 
 
 def _text(value: Any) -> str | None:

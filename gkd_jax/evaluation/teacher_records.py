@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import checks, data, decoding, losses, partitioning
+from gkd_jax import checks, data, losses, models, partitioning
+from gkd_jax.data import vocabularies
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -153,22 +154,23 @@ def records(
     for number, result in enumerate(samples):
       row = {k: v[i] for k, v in result.items()}
       numbers = {"example_index": first_index + i, "sample_number": number}
-      yield _record(task, example, row, shards) | numbers
+      record = _record(task, example, row, shards, model.special_tokens)
+      yield record | numbers
 
 
-def _record(task, example, row, shards):
+def _record(task, example, row, shards, special_tokens):
   """Returns the record of one output; `row` is its row of `_compiled`."""
   if shards.targets == OUTPUTS:
-    targets = row["tokens"][: np.count_nonzero(row["tokens"])]
+    targets = row["tokens"][: row["length"]]
   else:
     targets = example["targets"]
-  record = {"score": row["score"]}
+  record = {"score": row["score"], "ended": int(row["ended"])}
   for name, ids, vocabulary in (
     ("inputs", example["inputs"], task.output_features["inputs"].vocabulary),
     ("targets", targets, data.target_vocabulary(task)),
   ):
     # A vocabulary without text decodes to numbers.
-    text = str(vocabulary.decode(ids.tolist()))
+    text = str(vocabularies.text(vocabulary, ids, special_tokens))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
     here = row["weights"] > 0
@@ -194,13 +196,22 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
       tokens, aux = model.predict_batch_with_aux(
         params, batch, key, options, return_all_decodes=False
       )
-      # Readers end an output at the first padding token.
-      kept = jnp.cumprod((tokens != decoding.PAD_ID).astype(jnp.int32), axis=1)
-      result = {"tokens": tokens * kept, "score": aux["scores"]}
-      weights = kept.astype(jnp.float32)
-      batch |= model.output_features(batch, result["tokens"], weights)
+      kept = jnp.arange(tokens.shape[1])[None] < aux["lengths"][:, None]
+      if model.special_tokens.zero_is_padding:
+        # Readers end an output at the first padding token.
+        kept &= jnp.cumprod((tokens != 0).astype(jnp.int32), axis=1) > 0
+      tokens, weights = tokens * kept, kept.astype(jnp.float32)
+      eos_id = model.special_tokens.eos_id
+      result = {
+        "tokens": tokens,
+        "length": jnp.sum(kept, axis=1),
+        "score": aux["scores"],
+        "ended": models.has_eos(tokens, weights, eos_id),
+      }
+      batch |= model.output_features(batch, tokens, weights)
     else:
-      result = {"score": model.score_batch(params, batch)}
+      score = model.score_batch(params, batch)
+      result = {"score": score, "ended": jnp.ones_like(score, bool)}
     if shards.top_k:
       ids, log_probs = losses.top_k_log_probs(
         model.logits(params, batch),
@@ -224,12 +235,12 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
 def _decoding(model, temperature, indices, key):
   """Returns the options of the decode function, and its key.
 
-  `indices` `[B]` are those of the examples. Padding is not sampled, as in
+  `indices` `[B]` are those of the examples. PAD is not sampled, as in
   on-policy training.
   """
   options: dict[str, Any] = {"temperature": temperature} if temperature else {}
   if "suppress_ids" in inspect.signature(model.decode_fn).parameters:
     others = tuple(model.default_decoder_params.get("suppress_ids", ()))
-    options["suppress_ids"] = (decoding.PAD_ID, *others)
+    options["suppress_ids"] = (*model.special_tokens.never_sampled, *others)
   streams, key = evaluate.random_streams(model, indices, key)
   return options | streams, key

@@ -21,7 +21,7 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
   regimes = panels.regimes(study, runs)
   methods = study.points("method", runs)
   picture, axes = panels.grid(
-    len(regimes), height=0.42 * len(methods) + 0.9, width=4.6, sharey=True
+    regimes, height=0.42 * len(methods) + 0.9, width=4.6, sharey=True
   )
   has_paper = False
   for panel, (regime, members) in zip(axes, regimes.items(), strict=True):
@@ -30,11 +30,8 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
       (0.19, "sampled", panels.color(1)),
     ):
       for y, method in enumerate(methods):
-        values = studies.scores(
-          (r for r in members if r.place["method"] == method),
-          f"{how}/{study.metric}",
-        )
-        if values:
+        of_method = [r for r in members if r.place["method"] == method]
+        if values := studies.scores(of_method, f"{how}/{study.metric}"):
           _draw_bar(panel, y + offset, values, color)
       panel.barh(0, 0, color=color, label=panels.HOW[how])
     for y, method in enumerate(methods):
@@ -43,9 +40,9 @@ def method_bars(study: studies.Study) -> panels.Picture | None:
         panel.plot(value, y, "D", color="black", markersize=6)
         has_paper = True
     panel.set_yticks(range(len(methods)), methods)
-    panel.set(title=panels.regime_title(regime), xlabel=study.metric_label)
+    panel.set_xlabel(study.metric_label)
     _zoom(panel)
-    panel.grid(axis="x", alpha=0.3)
+    panel.grid(visible=False, axis="y")
     panel.set_axisbelow(True)
   axes[0].invert_yaxis()
   if has_paper:
@@ -82,24 +79,20 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
     for how, text in panels.HOW.items()
   }
   picture, axes = panels.grid(
-    len(parts),
+    parts,
     height=0.65 * len(fractions) + 1.3,
     width=0.95 * len(names) + 1.8,
     columns=2,
   )
   has_paper = False
-  for panel, (regime, (members, how)) in zip(axes, parts.items(), strict=True):
+  for panel, (members, how) in zip(axes, parts.values(), strict=True):
     cells, theirs = {}, {}
     for run in members:
-      values = studies.scores(
-        (r for r in members if r.place == run.place), f"{how}/{study.metric}"
-      )
-      if values:
-        cell = (
-          fractions.index(run.place["lambda"]),
-          names.index(run.place["divergence"]),
-        )
-        cells[cell] = studies.estimate(values)
+      alike = [r for r in members if r.place == run.place]
+      if mean := studies.mean_score(alike, f"{how}/{study.metric}"):
+        row = fractions.index(run.place["lambda"])
+        cell = row, names.index(run.place["divergence"])
+        cells[cell] = mean
         if study.has_most_labelled(run.place):
           theirs[cell] = studies.paper_cell(study, run, how)
     shape = len(fractions), len(names)
@@ -107,7 +100,7 @@ def heat_maps(study: studies.Study) -> panels.Picture | None:
     has_paper |= any(theirs.values())
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set_yticks(range(len(fractions)), fractions)
-    panel.set(title=panels.regime_title(regime), ylabel="λ")
+    panel.set_ylabel("λ")
   return panels.Picture(
     "lambda_divergence",
     "Student-data fraction λ and divergence",
@@ -141,16 +134,14 @@ def learning_curves(study: studies.Study) -> panels.Picture | None:
     if run.folder not in curves
     and (level := _validation_score(study, run)) is not None
   ]
-  picture, axes = panels.grid(len(regimes), height=3.4, width=4.8)
-  for panel, (regime, members) in zip(axes, regimes.items(), strict=True):
+  picture, axes = panels.grid(regimes, height=3.4, width=4.8)
+  for panel, members in zip(axes, regimes.values(), strict=True):
     for method in study.points("method", members):
       lines = [curves[r.folder] for r in members if r.place["method"] == method]
       _draw_curves(panel, lines, panels.method_style(study, method), method)
     for method, level in levels:
       panel.axhline(level, color="grey", linestyle="--", label=method)
-    panel.set(title=panels.regime_title(regime), xlabel="step")
-    panel.set_ylabel(study.metric_label)
-    panel.grid(alpha=0.3)
+    panel.set(xlabel="step", ylabel=study.metric_label)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "learning_curves",
@@ -183,29 +174,24 @@ def data_efficiency(study: studies.Study) -> panels.Picture | None:
     for size in study.points("size", runs) or [None]
     for how, text in panels.HOW.items()
   }
-  picture, axes = panels.grid(len(parts), height=3.4, width=4.8, columns=2)
+  picture, axes = panels.grid(parts, height=3.4, width=4.8, columns=2)
   methods = study.points("method", runs)
-  for panel, (regime, (size, how)) in zip(axes, parts.items(), strict=True):
+  for panel, (size, how) in zip(axes, parts.values(), strict=True):
     for i, method in enumerate(methods):
       shifted = _beside(xs, i, len(methods), is_log)
       points = []
       for x, label in zip(shifted, labels, strict=True):
         place = {"method": method, "labelled": label}
         place |= {"size": size} if size else {}
-        values = studies.scores(
-          (r for r in runs if place.items() <= r.place.items()),
-          f"{how}/{study.metric}",
-        )
-        if values:
-          points.append((x, studies.estimate(values)))
+        there = [r for r in runs if place.items() <= r.place.items()]
+        if mean := studies.mean_score(there, f"{how}/{study.metric}"):
+          points.append((x, mean))
       _draw_estimates(panel, points, panels.method_style(study, method), method)
     if is_log:
       panel.set_xscale("log")
       panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.set_xticks(xs, labels)
-    panel.set(title=panels.regime_title(regime), xlabel="labelled examples")
-    panel.set_ylabel(study.metric_label)
-    panel.grid(alpha=0.3)
+    panel.set(xlabel="labelled examples", ylabel=study.metric_label)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "data_efficiency",
@@ -248,6 +234,7 @@ def _draw_heat_map(panel, shape, cells, theirs, lower_is_better):
   table = np.full(shape, np.nan)
   for place, summary in cells.items():
     table[place] = sign * summary.mean
+  panel.grid(visible=False)
   panel.imshow(table, cmap="Blues", aspect="auto")
   middle = np.nanmean([np.nanmin(table), np.nanmax(table)])
   for (row, column), summary in cells.items():
@@ -270,14 +257,8 @@ def _draw_curves(panel, lines, style, label):
   table = np.array([[dict(line)[x] for x in common] for line in lines])
   panel.plot(common, table.mean(0), **style, markersize=3.5, label=label)
   if len(lines) > 1:
-    panel.fill_between(
-      common,
-      table.min(0),
-      table.max(0),
-      color=style["color"],
-      alpha=0.15,
-      linewidth=0,
-    )
+    shade = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+    panel.fill_between(common, table.min(0), table.max(0), **shade)
 
 
 def _draw_estimates(panel, points, style, label):
@@ -288,12 +269,7 @@ def _draw_estimates(panel, points, style, label):
   panel.plot(
     xs, [s.mean for s in summaries], **style, markersize=4.5, label=label
   )
+  thin = {"color": style["color"], "linewidth": 1.2, "alpha": 0.7}
   for x, summary in points:
     if summary.low is not None:
-      panel.plot(
-        [x, x],
-        [summary.low, summary.high],
-        color=style["color"],
-        linewidth=1.2,
-        alpha=0.7,
-      )
+      panel.plot([x, x], [summary.low, summary.high], **thin)

@@ -27,7 +27,7 @@ def quality_diversity(study: studies.Study) -> panels.Picture | None:
       line.setdefault(run.place.get("temperature", ""), []).append(found)
   if not points:
     return None
-  picture, (panel,) = panels.grid(1, height=4.4, width=7)
+  picture, (panel,) = panels.grid([()], height=4.4, width=7)
   for i, (name, line) in enumerate(points.items()):
     means = {t: np.mean(pairs, axis=0) for t, pairs in line.items()}
     xs, ys = zip(*sorted(map(tuple, means.values())), strict=True)
@@ -39,7 +39,6 @@ def quality_diversity(study: studies.Study) -> panels.Picture | None:
   label = metrics.of("self_bleu").label
   panel.set(xlabel=f"{label} (higher is less diverse)")
   panel.set_ylabel(study.metric_label)
-  panel.grid(alpha=0.3)
   panels.legend_below(picture, panel)
   return panels.Picture(
     "quality_diversity",
@@ -76,7 +75,7 @@ def rl_tradeoff(study: studies.Study) -> panels.Picture | None:
   value = lambda run: (
     late[run.folder]["reward"] if has_reward else run.scores[key]
   )
-  picture, (panel,) = panels.grid(1, height=4.4, width=7)
+  picture, (panel,) = panels.grid([()], height=4.4, width=7)
   lines = studies.groups(
     runs, lambda r: tuple((k, v) for k, v in r.place.items() if k != "alpha")
   )
@@ -100,7 +99,6 @@ def rl_tradeoff(study: studies.Study) -> panels.Picture | None:
   panel.set_ylabel(
     "reward" if has_reward else f"{study.metric_label},\nsampled, test split"
   )
-  panel.grid(alpha=0.3)
   panels.legend_below(picture, panel)
   return panels.Picture(
     "rl_tradeoff",
@@ -136,7 +134,7 @@ def by_position(study: studies.Study) -> panels.Picture | None:
     for regime, members in panels.regimes(study, runs).items()
     for name in names
   }
-  picture, axes = panels.grid(len(parts), height=3.6, width=5.2)
+  picture, axes = panels.grid(parts, height=3.6, width=5.2)
   for panel, (regime, (members, name)) in zip(axes, parts.items(), strict=True):
     lines = studies.groups(
       members, functools.partial(_line_name, regime=regime)
@@ -154,10 +152,8 @@ def by_position(study: studies.Study) -> panels.Picture | None:
       panel.plot([], [], color=color, label=line)
     for dashes, where in _SOURCES.values():
       panel.plot([], [], dashes, color="black", label=where)
-    panel.set(title=panels.regime_title(regime), ylabel=metrics.of(name).unit)
-    panel.set(xlabel="position of the output")
+    panel.set(xlabel="position of the output", ylabel=metrics.of(name).unit)
     panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    panel.grid(alpha=0.3)
   panels.legend_below(picture, *axes)
   return panels.Picture(
     "by_position",

@@ -64,7 +64,7 @@ def _scores(folder: str, step: int | None) -> dict[str, dict[str, Any]]:
   rows = run_folders.read_metrics(folder)
   until = [row for row in rows if step is None or row["step"] <= step]
   scores = {
-    row["step"]: evaluated for row in until if (evaluated := _evaluated(row))
+    row["step"]: last for row in until if (last := run_folders.evaluated(row))
   }
   if scores:
     last = max(scores)
@@ -80,11 +80,3 @@ def _scores(folder: str, step: int | None) -> dict[str, dict[str, Any]]:
       for key, value in values.items()
     }
   return {title: rows for title, rows in found.items() if rows}
-
-
-def _evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    key.removeprefix("eval/"): value
-    for key, value in row.items()
-    if key.startswith("eval/")
-  }

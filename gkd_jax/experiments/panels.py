@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from matplotlib import figure
@@ -105,14 +105,23 @@ def seeds_note(runs: Sequence[studies.Run], what: str = "Thin lines") -> str:
 
 
 def grid(
-  number: int,
+  regimes: Collection[Regime],
   *,
   height: float,
   width: float,
   columns: int | None = None,
   **options: Any,
 ):
-  """Returns a figure and its panels; sizes are of one panel, in inches."""
+  """Returns a figure and a panel for each regime, with its heading.
+
+  Args:
+    regimes: what the panels are about.
+    height: of one panel, in inches.
+    width: of one panel, in inches.
+    columns: most panels in a row.
+    **options: of matplotlib's `subplots`.
+  """
+  number = len(regimes)
   # More than three are read two by two: that is what a page is wide enough for.
   columns = min(columns or (3 if number < 4 else 2), number)
   rows = -(-number // columns)
@@ -120,8 +129,10 @@ def grid(
     figsize=(width * columns, height * rows + 0.7), layout="constrained"
   )
   axes = picture.subplots(rows, columns, squeeze=False, **options).ravel()
-  for panel in axes:
+  for panel, regime in zip(axes, regimes, strict=False):
+    panel.set_title(regime_title(regime))
     panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.3)
   for panel in axes[number:]:
     panel.set_visible(False)
   return picture, list(axes[:number])

@@ -64,13 +64,10 @@ def _result_rows(study, runs):
   for members in _places(study, runs, axes):
     row = [members[0].place.get(axis, "") for axis in axes]
     row.append(str(len(members)))
-    for name in names:
-      values = studies.scores(members, name)
-      row.append(_show(studies.estimate(values)) if values else "")
-    for name in ("params", "seconds"):
-      values = studies.scores(members, name)
-      if name == "params" or seconds:
-        row.append(f"{sum(values) / len(values):,.0f}" if values else "")
+    row += [_show(studies.mean_score(members, name)) for name in names]
+    for name in ("params", "seconds")[: 1 + seconds]:
+      mean = studies.mean_score(members, name)
+      row.append(f"{mean.mean:,.0f}" if mean else "")
     rows.append(row)
   return rows
 
@@ -138,19 +135,16 @@ def paper(study: studies.Study) -> Table | None:
       continue
     row = [method]
     for size in sizes:
-      values = studies.scores(
-        (
-          run
-          for run in study.runs
-          if run.on_grid
-          and run.place["method"] == method
-          and run.place.get("size", "").removeprefix("t5-") == size
-          and study.has_most_labelled(run.place)
-        ),
-        f"greedy/{study.metric}",
-      )
+      ours = [
+        run
+        for run in study.runs
+        if run.on_grid
+        and run.place["method"] == method
+        and run.place.get("size", "").removeprefix("t5-") == size
+        and study.has_most_labelled(run.place)
+      ]
       row.append(f"{theirs[size]:.2f}" if size in theirs else "")
-      row.append(_show(studies.estimate(values)) if values else "")
+      row.append(_show(studies.mean_score(ours, f"greedy/{study.metric}")))
     rows.append(row)
   rows.append(["teacher", f"{study.paper['teacher']:.2f}", *[""] * 5])
   caption = (
@@ -213,8 +207,10 @@ def text(table: Table) -> str:
   return "\n".join(lines)
 
 
-def _show(summary: studies.Estimate, digits: int = 1) -> str:
+def _show(summary: studies.Estimate | None, digits: int = 1) -> str:
   """Returns the mean, with the interval in brackets if there is one."""
+  if summary is None:
+    return ""
   if summary.low is None:
     return f"{summary.mean:.{digits}f}"
   low, high = f"{summary.low:.{digits}f}", f"{summary.high:.{digits}f}"

@@ -18,6 +18,14 @@ from gkd_jax import files
 _MACRO = re.compile(r"^(?:\w+/)*([A-Z][A-Z0-9_]*)(?:/macro\.value)? = (.+)$")
 
 
+def name_and_folder(item: str) -> tuple[str, str]:
+  """Splits `NAME=FOLDER`; a folder alone has its own name."""
+  name, equals, folder = item.partition("=")
+  if equals:
+    return name, folder
+  return os.path.basename(os.path.normpath(item)), item
+
+
 def read_metrics(folder: files.Path) -> list[dict[str, Any]]:
   """Returns the rows of `metrics.jsonl`, one for each step, in order.
 
@@ -27,6 +35,15 @@ def read_metrics(folder: files.Path) -> list[dict[str, Any]]:
   for row in files.read_json_lines(os.path.join(folder, "metrics.jsonl")):
     found.setdefault(row["step"], {}).update(row)
   return [found[step] for step in sorted(found)]
+
+
+def evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the scores of a row of `metrics.jsonl`, {} if it has none."""
+  return {
+    key.removeprefix("eval/"): value
+    for key, value in row.items()
+    if key.startswith("eval/")
+  }
 
 
 def read_macros(folder: files.Path) -> dict[str, str]:

@@ -163,6 +163,12 @@ def scores(runs: Iterable[Run], name: str) -> list[float]:
   return [run.scores[name] for run in runs if name in run.scores]
 
 
+def mean_score(runs: Iterable[Run], name: str) -> Estimate | None:
+  """Returns the mean of a score over the runs that have it, None if none has."""
+  values = scores(runs, name)
+  return estimate(values) if values else None
+
+
 def examples_count(label: str) -> float | None:
   """Returns how many labelled examples "1000", "3k" or "5%" means; else None.
 
@@ -219,9 +225,7 @@ def read(items: Sequence[str]) -> Study:
   settings: dict[str, Any] = {}
   order: dict[str, dict[str, None]] = {}
   for item in items:
-    name, equals, folder = item.partition("=")
-    if not equals:
-      name, folder = os.path.basename(os.path.normpath(item)), item
+    name, folder = run_folders.name_and_folder(item)
     sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))
@@ -257,6 +261,11 @@ def read(items: Sequence[str]) -> Study:
 
 
 def _single(name, folder) -> Run:
+  if not files.absolute(folder).is_dir():
+    raise ValueError(
+      f"expected the folder of a run or of a sweep, got {folder!r}, which is no"
+      " folder; run `gkd report [NAME=]FOLDER ...`"
+    )
   if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"

@@ -1,5 +1,6 @@
 """Checks a grid's gin, runs its cells as processes, and resumes a stopped sweep."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -31,6 +32,54 @@ class _Running:
   cell: sweeps.Cell
   cores: list[int]
   process: subprocess.Popen | None
+
+
+def sweep(
+  definition: Mapping[str, Any],
+  output_dir: str | None,
+  *,
+  bindings: Sequence[str],
+  search_paths: Sequence[str],
+  options: Sequence[str],
+  jobs: int,
+  print_commands: bool,
+) -> bool:
+  """Checks and runs the unfinished cells of a grid, or prints their commands.
+
+  Args:
+    definition: see `sweeps.cells`, as `bindings`.
+    output_dir: folder of the sweep.
+    bindings: further gin bindings.
+    search_paths: further folders of gin files.
+    options: see `run`, as `jobs`.
+    jobs: cells at a time.
+    print_commands: whether nothing is run.
+
+  Returns:
+    Whether every cell is finished, or printed.
+
+  Raises:
+    ValueError: a setting or a cell is wrong.
+  """
+  if not output_dir:
+    raise ValueError("expected a folder, got none; set --output_dir")
+  cells = sweeps.cells(definition, bindings)
+  output = os.fspath(files.absolute(output_dir))
+  if files.is_remote(output):
+    raise ValueError(
+      "expected a local folder for the cells, which run on this machine under"
+      f" locks and logs, got {output}; set --output_dir"
+    )
+  files.check_folder(output, "--output_dir")
+  left = [cell for cell in cells if not is_finished(cell, output)]
+  _check_cells(left, output, search_paths)
+  prepare(cells, output, definition.get("report", {}))
+  if search_paths:
+    options = [f"--gin_search_paths={','.join(search_paths)}", *options]
+  if print_commands:
+    print(commands(cells, output, options))
+    return True
+  return run(cells, output, jobs=jobs, options=options)
 
 
 def prepare(
@@ -66,18 +115,14 @@ def prepare(
           " remove that folder, or set another --output_dir"
         )
     files.write_json(path, new)
-  axes: dict[str, dict[str, None]] = {}
+  axes: dict[str, list[str]] = {}
   for cell in cells:
     for axis, label in cell.axes.items():
-      axes.setdefault(axis, {})[label] = None
-  files.write_json(
-    os.path.join(output, "sweep.json"),
-    {
-      "axes": {axis: list(labels) for axis, labels in axes.items()},
-      "cells": [cell.name for cell in cells],
-      "report": dict(report),
-    },
-  )
+      if label not in axes.setdefault(axis, []):
+        axes[axis].append(label)
+  names = [cell.name for cell in cells]
+  sweep = {"axes": axes, "cells": names, "report": dict(report)}
+  files.write_json(os.path.join(output, "sweep.json"), sweep)
 
 
 def has_begun(cell: sweeps.Cell, output: str) -> bool:
@@ -103,13 +148,10 @@ def commands(
     waves[cell.name] = 1 + max((waves.get(n, 0) for n in cell.needs), default=0)
   lines = []
   for wave in sorted(set(waves.values())):
-    lines.append(
-      f"# wave {wave}"
-      + (f": after wave {wave - 1} has finished" if wave > 1 else "")
-    )
-    for cell in left:
-      if waves[cell.name] == wave:
-        lines.append(_shell_line(cell, output, options))
+    after = f": after wave {wave - 1} has finished" if wave > 1 else ""
+    lines.append(f"# wave {wave}{after}")
+    ready = [cell for cell in left if waves[cell.name] == wave]
+    lines += [_shell_line(cell, output, options) for cell in ready]
   return "\n".join(lines)
 
 
@@ -325,10 +367,9 @@ def _tail(path):
   """Returns the last lines of a log."""
   if not os.path.exists(path):
     return f"no log in {path}"
-  with open(path, "rb") as f:
-    f.seek(max(0, os.path.getsize(path) - 16384))
-    lines = f.read().decode(errors="replace").splitlines()
-  return "\n".join(f"  {line}" for line in lines[-_TAIL_LINES:])
+  with open(path, errors="replace") as f:
+    lines = collections.deque(f, maxlen=_TAIL_LINES)
+  return "".join(f"  {line}" for line in lines).rstrip("\n")
 
 
 def _lock(file: IO) -> bool:
@@ -360,22 +401,11 @@ def _forwarded_signals(running: list[_Running]) -> Iterator[list[int]]:
       signal.signal(number, handler)
 
 
-def check_cells(
-  cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
-):
-  """Parses the gin of each cell in a process of its own.
+def _check_cells(cells, output, search_paths) -> None:
+  """Does what `check_here` does in a process of its own.
 
   So the modules that gin imports (JAX, TensorFlow) do not stay in the memory of
   the sweep's process, which may run for days.
-
-  Args:
-    cells: those to run.
-    output: folder of the sweep.
-    search_paths: further folders of gin files.
-
-  Raises:
-    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
-      would write no `final.json`.
   """
   if not cells:
     return
@@ -388,8 +418,17 @@ def check_cells(
 def check_here(
   cells: Sequence[sweeps.Cell], output: str, search_paths: Sequence[str]
 ):
-  """Does what `check_cells` does in this process, and changes gin's state."""
-  import gin
+  """Parses the gin of each cell, which changes gin's state.
+
+  Args:
+    cells: those to run.
+    output: folder of the sweep.
+    search_paths: further folders of gin files.
+
+  Raises:
+    ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
+      would write no `final.json`.
+  """
   from gkd_jax import gin_utils
 
   # Seeds differ by a number alone, so one of them is enough.
@@ -397,23 +436,16 @@ def check_here(
   for cell in cells:
     firsts.setdefault((cell.stage, *cell.axes.values()), cell)
   for cell in firsts.values():
-    bindings = [
-      f"{name} = {value.replace('{output}', output)}"
-      for name, value in cell.settings.items()
-    ]
+    bindings = [f"{k} = {v}" for k, v in cell.bindings(output).items()]
     try:
       gin_utils.parse(cell.gin_files, bindings, search_paths)
     except Exception as error:  # gin raises many kinds
       # The first line is what is wrong, the others say where gin met it.
       reason = str(error).strip().splitlines() or [repr(error)]
       raise ValueError(f"{cell.name}: {reason[0]}") from None
-    if cell.command == "train" and cell.done == "final.json":
-      try:
-        split = gin.query_parameter("%FINAL_EVAL_SPLIT")
-      except ValueError:
-        split = None
-      if not split:
-        raise ValueError(
-          f"expected a split to score {cell.name} on, got none;"
-          " set FINAL_EVAL_SPLIT"
-        )
+    scored = cell.command == "train" and cell.done == "final.json"
+    if scored and not gin_utils.macro("FINAL_EVAL_SPLIT"):
+      raise ValueError(
+        f"expected a split to score {cell.name} on, got none;"
+        " set FINAL_EVAL_SPLIT"
+      )

@@ -92,11 +92,12 @@ class Cell:
 
   def arguments(self, output: str) -> list[str]:
     """Returns the arguments of `gkd` for a sweep's folder."""
-    values = [
-      f"--gin.{name}={value.replace('{output}', output)}"
-      for name, value in self.settings.items()
-    ]
+    values = [f"--gin.{k}={v}" for k, v in self.bindings(output).items()]
     return [self.command, *(f"--gin_file={f}" for f in self.gin_files), *values]
+
+  def bindings(self, output: str) -> dict[str, str]:
+    """Returns the values of its gin bindings for a sweep's folder."""
+    return {k: v.replace("{output}", output) for k, v in self.settings.items()}
 
   def environment(self, output: str) -> dict[str, str]:
     """Returns the environment variables for a sweep's folder."""

@@ -84,7 +84,7 @@ def watch(
   """
   if not items:
     raise ValueError("expected runs to watch, got none; name NAME=FOLDER")
-  folders = dict(map(_name_and_folder, items))
+  folders = dict(map(run_folders.name_and_folder, items))
   console = console or rich.console.Console()
   if console.is_terminal:
     # An orderly exit, so that the terminal's cursor comes back.
@@ -110,17 +110,14 @@ def read(name: str, folder: str) -> Progress:
   rows = run_folders.read_metrics(folder)
   logged = [row for row in rows if "loss" in row]
   total = int(macros["TRAIN_STEPS"]) if "TRAIN_STEPS" in macros else None
-  scores: dict[str, float] = {}
-  for row in rows:
-    evaluated = {k[5:]: v for k, v in row.items() if k.startswith("eval/")}
-    scores = evaluated or scores
+  scores = [s for row in rows if (s := run_folders.evaluated(row))]
   return Progress(
     name=name,
     started=bool(macros or rows),
     step=logged[-1]["step"] if logged else 0,
     total=total,
     loss=logged[-1]["loss"] if logged else None,
-    scores=scores,
+    scores=scores[-1] if scores else {},
     seconds_left=_seconds_left(logged, total),
     final=files.read_json(os.path.join(folder, "final.json")),
   )
@@ -176,13 +173,6 @@ def _until_finished(folders, sleep):
     yield runs
     if all(run.final for run in runs):
       return
-
-
-def _name_and_folder(item: str) -> tuple[str, str]:
-  name, equals, folder = item.partition("=")
-  if equals:
-    return name, folder
-  return os.path.basename(os.path.normpath(item)), item
 
 
 def _seconds_left(logged, total) -> float | None:

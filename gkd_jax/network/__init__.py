@@ -2,7 +2,7 @@
 
 t5            encoder-decoder T5
 decoder_only  T5's decoder alone
-blocks        the layers that both share
+blocks        what both share: configuration, layers, the decoder
 layers        norm, attention, MLP, relative positions
 projections   weight matrices in several types, embeddings
 layer_loops   layers unrolled or scanned

@@ -1,9 +1,9 @@
-"""Transformer layers and output heads that all networks share.
+"""What all networks share: configuration, layers, the decoder with its head.
 
-Functions here create submodules, so they are called in a compact method; their
-names, and so those of the parameters, are T5X's.
+Names of submodules, and so those of the parameters, are T5X's.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,48 +15,71 @@ from gkd_jax import checks, partitioning
 from gkd_jax.network import layer_loops, layers, projections
 
 
-def check_config(config: Any, module: str, sizes: Sequence[str]) -> None:
-  """Checks the fields that every network's configuration has.
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes and options of a network (T5X's fields, plus `remat_policy`).
 
-  Args:
-    config: a dataclass with the sizes, `remat_policy` and `dropout_rate`.
-    module: name of the module in gin, for the message.
-    sizes: names of the fields that must be at least 1.
+  Attributes:
+    vocab_size: V, padding pieces included.
+    dtype: of activations, "float32" or "bfloat16"; parameters, norms, softmax
+      and logits are float32.
+    emb_dim: D.
+    num_heads: H.
+    head_dim: K.
+    mlp_dim: F.
+    mlp_activations: names in flax.linen, or "linear"; several are multiplied.
+      T5 1.0 has `("relu",)`, T5 1.1 `("gelu", "linear")`.
+    dropout_rate: of all dropout layers.
+    logits_via_embedding: True ties the output head to the token embedding and
+      divides the logits by sqrt(D) (T5 1.0).
+    remat_policy: what the backward pass computes again: "none", "minimal" all
+      but the products with weights, "full" all of each layer.
 
   Raises:
     ValueError: a field is out of its range.
   """
-  name = type(config).__name__
-  for size in sizes:
-    checks.whole(getattr(config, size), f"{module}.{name}.{size}")
-  try:
-    jnp.dtype(config.dtype)
-  except TypeError:
-    checks.refuse(
-      "'float32' or 'bfloat16'", config.dtype, f"{module}.{name}.dtype"
+
+  vocab_size: int
+  dtype: Any = "float32"
+  emb_dim: int = 512
+  num_heads: int = 8
+  head_dim: int = 64
+  mlp_dim: int = 2048
+  mlp_activations: Sequence[str] = ("relu",)
+  dropout_rate: float = 0.1
+  logits_via_embedding: bool = False
+  remat_policy: str = "none"
+
+  def __post_init__(self):
+    setting = f"network.{type(self).__name__}"
+    for field in dataclasses.fields(self):
+      if field.type is int:
+        checks.whole(getattr(self, field.name), f"{setting}.{field.name}")
+    try:
+      dtype = str(jnp.dtype(self.dtype))
+    except TypeError:
+      dtype = self.dtype
+    checks.one_of(dtype, f"{setting}.dtype", ("float32", "bfloat16", "float16"))
+    for activation in self.mlp_activations:
+      if activation != "linear" and not hasattr(nn, str(activation)):
+        checks.refuse(
+          "functions of flax.linen, such as ('gelu', 'linear')",
+          self.mlp_activations,
+          f"{setting}.mlp_activations",
+        )
+    checks.boolean(self.logits_via_embedding, f"{setting}.logits_via_embedding")
+    checks.one_of(
+      self.remat_policy,
+      f"{setting}.remat_policy",
+      layer_loops.REMAT_POLICIES,
     )
-  for activation in config.mlp_activations:
-    if activation != "linear" and not hasattr(nn, str(activation)):
-      checks.refuse(
-        "functions of flax.linen, such as ('gelu', 'linear')",
-        config.mlp_activations,
-        f"{module}.{name}.mlp_activations",
-      )
-  checks.boolean(
-    config.logits_via_embedding, f"{module}.{name}.logits_via_embedding"
-  )
-  checks.one_of(
-    config.remat_policy,
-    f"{module}.{name}.remat_policy",
-    layer_loops.REMAT_POLICIES,
-  )
-  checks.number(
-    config.dropout_rate,
-    "DROPOUT_RATE",
-    least=0,
-    below=1,
-    what="a dropout rate",
-  )
+    checks.number(
+      self.dropout_rate,
+      "DROPOUT_RATE",
+      least=0,
+      below=1,
+      what="a dropout rate",
+    )
 
 
 def constrain(x: jax.Array) -> jax.Array:
@@ -79,13 +102,13 @@ class Layer(nn.Module):
 
   def _attention(self, norm, name, x, memory, bias, **cache):
     y = layers.LayerNorm(self.config.dtype, name=norm)(x)
-    attention = layers.attention(self.config, self.weights, name=name)
+    attention = layers.Attention(self.config, self.weights, name=name)
     y = attention(y, memory, bias, deterministic=self.deterministic, **cache)
     return self._residual(x, y)
 
   def _mlp(self, x):
     y = layers.LayerNorm(self.config.dtype, name="pre_mlp_layer_norm")(x)
-    mlp = layers.mlp(self.config, self.weights, name="mlp")
+    mlp = layers.MlpBlock(self.config, self.weights, name="mlp")
     return self._residual(x, mlp(y, deterministic=self.deterministic))
 
   def _residual(self, x, y):
@@ -157,33 +180,106 @@ class DecoderLayer(Layer):
     return self._mlp(x)
 
 
-def output(
-  config: Any,
-  weights: str,
-  embed: layers.Embed,
-  x: jax.Array,
-  *,
-  deterministic: bool,
-  return_hidden: bool,
-) -> jax.Array:
-  """Applies a decoder's final norm and output head.
+class Decoder(nn.Module):
+  """Token embedding, decoder layers, final norm, output head.
 
-  Args:
+  Attributes:
     config: a network's configuration.
+    num_layers: number of layers.
+    scan_layers: see `layer_loops`.
     weights: type of the matrices, see `projections`.
-    embed: the token embedding, which may be the head.
-    x: `[B, T, D]`.
-    deterministic: no dropout.
-    return_hidden: return the head's input.
-
-  Returns:
-    float32 logits `[B, T, V]`, or the `[B, T, D]` that are multiplied with
-    the head.
+    embed: an encoder's token embedding to share; None for one of its own.
   """
-  x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
-  x = layers.dropout(config)(x, deterministic=deterministic)
-  if return_hidden:
-    return layers.scaled_hidden(config, x)
-  if config.logits_via_embedding:
-    return embed.attend(x) / jnp.sqrt(config.emb_dim)
-  return projections.to_logits(config, weights, name="logits_dense")(x)
+
+  config: Config
+  num_layers: int
+  scan_layers: bool = False
+  weights: str = "float32"
+  embed: layers.Embed | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    encoded: jax.Array | None = None,
+    cross_mask: jax.Array | None = None,
+    *,
+    deterministic: bool,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    prefill_lengths: jax.Array | None = None,
+    return_hidden: bool = False,
+  ) -> jax.Array:
+    """Returns logits `[B, T, V]`, float32.
+
+    Args:
+      tokens: int32 `[B, T]`; T is 1 when decoding with the cache.
+      mask: bool `[B, 1, T, T]`; not read when decoding.
+      encoded: `[B, S, D]`, or None for no cross-attention.
+      cross_mask: bool `[B, 1, T, S]`; with `encoded`.
+      deterministic: no dropout.
+      decode: read the cache, and write one position into it. Without a cache the
+        call only creates one of `max_decode_length`.
+      max_decode_length: cache length, needed by the call that creates it.
+      prefill_lengths: int32 `[B]`: create the cache from these T positions, to
+        continue from this one in each row. Not with `decode`.
+      return_hidden: return the `[B, T, D]` that are multiplied with the head.
+    """
+    config, prefill = self.config, prefill_lengths is not None
+    relative = layers.RelativePositionBiases(
+      config.num_heads, name="relpos_bias"
+    )
+    if decode or prefill:
+      layer_loops.check_unrolled(self.scan_layers)
+    index = None
+    if decode:
+      index, bias = self._decode_bias(relative, max_decode_length)
+    else:
+      positions = jnp.arange(tokens.shape[1])
+      bias = layers.mask_to_bias(mask) + relative(
+        positions, positions, bidirectional=False
+      )
+    if prefill:
+      for name, value in (
+        ("cache_index", prefill_lengths.astype(jnp.int32)),
+        ("positions", jnp.arange(tokens.shape[1])),
+      ):
+        self.variable("cache", name, lambda v=value: v).value = value
+    embed = self.embed
+    if embed is None:
+      embed = projections.embed(config, self.weights, name="token_embedder")
+    x = layers.dropout(config)(embed(tokens), deterministic=deterministic)
+    x = layer_loops.apply(
+      DecoderLayer,
+      (config, deterministic, self.weights, max_decode_length, prefill),
+      self.num_layers,
+      self.scan_layers,
+      x,
+      bias,
+      index,
+      encoded,
+      None if encoded is None else layers.mask_to_bias(cross_mask),
+    )
+    x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
+    x = layers.dropout(config)(x, deterministic=deterministic)
+    tied = config.logits_via_embedding
+    if return_hidden:
+      return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim) if tied else x
+    if tied:
+      return embed.attend(x) / jnp.sqrt(config.emb_dim)
+    return projections.to_logits(config, self.weights, name="logits_dense")(x)
+
+  def _decode_bias(self, relative, max_decode_length):
+    """Returns the position that is decoded, `[]` or `[B]`, and its bias."""
+    is_new = not self.has_variable("cache", "cache_index")
+    zero = lambda: jnp.zeros((), jnp.int32)
+    index = self.variable("cache", "cache_index", zero)
+    positions = self.variable(
+      "cache", "positions", lambda: jnp.arange(max_decode_length)
+    ).value
+    current = index.value
+    if not is_new:
+      index.value = current + 1
+    of_rows = jnp.atleast_1d(current)
+    return current, layers.decode_bias(relative, of_rows, positions)

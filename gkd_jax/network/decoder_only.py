@@ -7,131 +7,23 @@ those of a decoder in both cases: keys ahead of a query share bucket 0.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax.network import blocks, layer_loops, layers, projections
+from gkd_jax.network import blocks, layers
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-  """Sizes and options (T5X's fields, plus `remat_policy`).
+class TransformerConfig(blocks.Config):
+  """Sizes and options of a decoder; see `blocks.Config`.
 
   Attributes:
-    vocab_size: V, padding pieces included.
-    dtype: of activations, "float32" or "bfloat16"; parameters, norms, softmax
-      and logits are float32.
-    emb_dim: D.
-    num_heads: H.
     num_layers: number of layers.
-    head_dim: K.
-    mlp_dim: F.
-    mlp_activations: see `layers.MlpBlock`.
-    dropout_rate: of all dropout layers.
-    logits_via_embedding: True ties the output head to the token embedding and
-      divides the logits by sqrt(D).
-    remat_policy: see `t5.T5Config`.
   """
 
-  vocab_size: int
-  dtype: Any = "float32"
-  emb_dim: int = 512
-  num_heads: int = 8
   num_layers: int = 6
-  head_dim: int = 64
-  mlp_dim: int = 2048
-  mlp_activations: Sequence[str] = ("relu",)
-  dropout_rate: float = 0.1
-  logits_via_embedding: bool = False
-  remat_policy: str = "none"
-
-  def __post_init__(self):
-    sizes = "vocab_size", "emb_dim", "num_heads", "num_layers"
-    sizes += "head_dim", "mlp_dim"
-    blocks.check_config(self, "decoder_only_network", sizes)
-
-
-class Decoder(nn.Module):
-  """Token embedding, layers, final norm, output head."""
-
-  config: TransformerConfig
-  scan_layers: bool = False
-  weights: str = "float32"
-
-  @nn.compact
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    *,
-    deterministic: bool,
-    decode: bool = False,
-    prefill_lengths: jax.Array | None = None,
-    return_hidden: bool = False,
-  ) -> jax.Array:
-    """Returns logits `[B, T, V]`, float32.
-
-    Args:
-      tokens: int32 `[B, T]`; T is 1 when decoding.
-      mask: bool `[B, 1, T, T]`; not read when decoding.
-      deterministic: no dropout.
-      decode: read the cache, and write one position into it.
-      prefill_lengths: int32 `[B]`: create the cache from these T positions, to
-        continue from this one in each row. Not with `decode`.
-      return_hidden: return the head's input, `[B, T, D]`.
-    """
-    config = self.config
-    relative = layers.RelativePositionBiases(
-      config.num_heads, name="relpos_bias"
-    )
-    index = None
-    if decode:
-      index, bias = self._next_position(relative)
-    else:
-      positions = jnp.arange(tokens.shape[1])
-      bias = layers.mask_to_bias(mask) + relative(
-        positions, positions, bidirectional=False
-      )
-    if decode or prefill_lengths is not None:
-      layer_loops.check_unrolled(self.scan_layers)
-    if prefill_lengths is not None:
-      for name, value in (
-        ("cache_index", prefill_lengths.astype(jnp.int32)),
-        ("positions", jnp.arange(tokens.shape[1])),
-      ):
-        self.variable("cache", name, lambda v=value: v).value = value
-    embed = projections.embed(config, self.weights, name="token_embedder")
-    x = layers.dropout(config)(embed(tokens), deterministic=deterministic)
-    x = layer_loops.apply(
-      blocks.DecoderLayer,
-      (config, deterministic, self.weights, None, prefill_lengths is not None),
-      config.num_layers,
-      self.scan_layers,
-      x,
-      bias,
-      index,
-    )
-    return blocks.output(
-      config,
-      self.weights,
-      embed,
-      x,
-      deterministic=deterministic,
-      return_hidden=return_hidden,
-    )
-
-  def _next_position(self, relative):
-    """Returns each row's position `[B]`, and its query's bias `[B, H, 1, T]`."""
-    missing = lambda: jnp.zeros((0,), jnp.int32)  # unused: the cache exists
-    index = self.variable("cache", "cache_index", missing)
-    current = index.value
-    positions = self.variable("cache", "positions", missing).value
-    index.value = current + 1
-    return current, layers.decode_bias(relative, current, positions)
 
 
 class DecoderWrapper(nn.Module):
@@ -148,7 +40,9 @@ class DecoderWrapper(nn.Module):
   weights: str = "float32"
 
   def setup(self):
-    self.decoder = Decoder(self.config, self.scan_layers, self.weights)
+    self.decoder = blocks.Decoder(
+      self.config, self.config.num_layers, self.scan_layers, self.weights
+    )
 
   def __call__(
     self,

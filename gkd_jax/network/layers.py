@@ -6,7 +6,7 @@ that its checkpoints and partition rules fit. Dimension key: see `types`.
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ Embed = projections.Embed
 # Added to masked attention logits. It is finite, so that a row whose keys are
 # all masked (padding) attends evenly instead of giving NaN.
 MASKED = -1e10
+NUM_BUCKETS = 32  # of relative positions
 _NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -48,7 +49,7 @@ def relative_position_bucket(
   relative_position: jax.Array,
   *,
   bidirectional: bool,
-  num_buckets: int = 32,
+  num_buckets: int = NUM_BUCKETS,
   max_distance: int = 128,
 ) -> jax.Array:
   """Returns the bucket of a relative position (Raffel et al. 2020, section 2.1).
@@ -84,17 +85,9 @@ def relative_position_bucket(
 
 
 class RelativePositionBiases(nn.Module):
-  """Learned bias per head and bucket of relative position.
-
-  Attributes:
-    num_heads: H.
-    num_buckets: number of buckets.
-    max_distance: first distance of the last bucket.
-  """
+  """Learned bias per head and bucket of relative position."""
 
   num_heads: int
-  num_buckets: int = 32
-  max_distance: int = 128
 
   @nn.compact
   def __call__(
@@ -114,15 +107,13 @@ class RelativePositionBiases(nn.Module):
     table = param_with_axes(
       "rel_embedding",
       nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-      (self.num_heads, self.num_buckets),
+      (self.num_heads, NUM_BUCKETS),
       jnp.float32,
       axes=("heads", "relpos_buckets"),
     )
     buckets = relative_position_bucket(
       key_positions[None, :] - query_positions[:, None],
       bidirectional=bidirectional,
-      num_buckets=self.num_buckets,
-      max_distance=self.max_distance,
     )
     return jnp.take(table, buckets, axis=1)[None]
 
@@ -168,40 +159,32 @@ class MlpBlock(nn.Module):
   """Feed-forward block; several activations are multiplied (gated units).
 
   Attributes:
-    mlp_dim: F.
-    activations: names in flax.linen, or "linear". `("relu",)` is T5 1.0,
-      `("gelu", "linear")` T5 1.1, `("silu", "linear")` a gated SiLU.
-    dropout_rate: on the intermediate activations, shared along the length.
-    dtype: of the computation.
+    config: a network's configuration.
     weights: type of the kernels, see `projections`.
   """
 
-  mlp_dim: int
-  activations: Sequence[str]
-  dropout_rate: float
-  dtype: Any = jnp.float32
+  config: Any
   weights: str = "float32"
 
   def _project(self, features, axes, name, x):
-    dense = Dense(features, axes, self.dtype, weights=self.weights, name=name)
-    return dense(x)
+    dtype = self.config.dtype
+    return Dense(features, axes, dtype, weights=self.weights, name=name)(x)
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
     """`[B, T, D]` -> `[B, T, D]`."""
     features = x.shape[-1]
     branches = []
-    for i, activation in enumerate(self.activations):
-      name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-      y = self._project(self.mlp_dim, ("embed", "mlp"), name, x)
+    activations = self.config.mlp_activations
+    for i, activation in enumerate(activations):
+      name = "wi" if len(activations) == 1 else f"wi_{i}"
+      y = self._project(self.config.mlp_dim, ("embed", "mlp"), name, x)
       if activation != "linear":
         y = getattr(nn, activation)(y)
       branches.append(y)
     y = functools.reduce(operator.mul, branches)
     y = partitioning.constrain(y, "batch", "length", "mlp")
-    y = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-      y, deterministic=deterministic
-    )
+    y = dropout(self.config)(y, deterministic=deterministic)
     return self._project(features, ("mlp", "embed"), "wo", y)
 
 
@@ -214,33 +197,28 @@ class Attention(nn.Module):
   is self-attention over whole sequences that stores its keys and values.
 
   Attributes:
-    num_heads: H.
-    head_dim: K.
-    dropout_rate: on the attention weights, shared along the queries.
-    dtype: of the computation; the softmax is always float32.
+    config: a network's configuration.
     weights: type of the kernels, see `projections`.
   """
 
-  num_heads: int
-  head_dim: int
-  dropout_rate: float
-  dtype: Any = jnp.float32
+  config: Any
   weights: str = "float32"
 
   def _project(self, name: str, x: jax.Array) -> jax.Array:
+    heads, size = self.config.num_heads, self.config.head_dim
     kernel_init = _NORMAL
     if name == "query":
       # T5 has no 1/sqrt(K) in the attention: it is part of the initial kernel.
-      kernel_init = lambda *args: _NORMAL(*args) / np.sqrt(self.head_dim)
+      kernel_init = lambda *args: _NORMAL(*args) / np.sqrt(size)
     y = Dense(
-      self.num_heads * self.head_dim,
+      heads * size,
       ("embed", "joined_kv"),
-      self.dtype,
+      self.config.dtype,
       kernel_init,
       self.weights,
       name=name,
     )(x)
-    y = y.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+    y = y.reshape(*x.shape[:-1], heads, size)
     return partitioning.constrain(y, "batch", "length", "heads", "kv")
 
   def _cached(self, name: str, make: Callable[[], jax.Array]) -> nn.Variable:
@@ -296,17 +274,18 @@ class Attention(nn.Module):
     return Dense(
       queries.shape[-1],
       ("joined_kv", "embed"),
-      self.dtype,
+      self.config.dtype,
       _NORMAL,
       self.weights,
       name="out",
-    )(out.reshape(*queries.shape[:-1], self.num_heads * self.head_dim))
+    )(out.reshape(*queries.shape[:-1], -1))
 
   def _append(self, name, x, index, length):
     """Writes one position into the cache; returns the cache `[B, H, T, K]`."""
     is_new = not self.has_variable("cache", f"cached_{name}")
-    shape = (x.shape[0], self.num_heads, length, self.head_dim)
-    cached = self._cached(name, lambda: jnp.zeros(shape, self.dtype))
+    config = self.config
+    shape = (x.shape[0], config.num_heads, length, config.head_dim)
+    cached = self._cached(name, lambda: jnp.zeros(shape, config.dtype))
     if not is_new and index.ndim:
       # Not a scatter: `where` is local to each row, however rows are sharded.
       here = jnp.arange(cached.value.shape[2])[None] == index[:, None]
@@ -321,10 +300,8 @@ class Attention(nn.Module):
 
   def _attend(self, query, key, value, bias, deterministic):
     """`[B, H, T, K]` and twice `[B, H, S, K]` -> `[B, T, H, K]`."""
-    if self.dropout_rate > 0 and not deterministic:
-      drop = nn.Dropout(
-        self.dropout_rate, broadcast_dims=(-2,), deterministic=False
-      )
+    if self.config.dropout_rate > 0 and not deterministic:
+      drop = functools.partial(dropout(self.config), deterministic=False)
       out = dot_product_attention(query, key, value, bias, drop)
     else:
       out = kernels.attend(dot_product_attention, query, key, value, bias)
@@ -372,34 +349,3 @@ def _by_head(x: jax.Array) -> jax.Array:
 def dropout(config: Any) -> nn.Dropout:
   """Returns dropout with one mask for all positions of a sequence, as in T5X."""
   return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-
-
-def attention(config: Any, weights: str, **kwargs) -> Attention:
-  """Returns the attention of a configuration."""
-  return Attention(
-    config.num_heads,
-    config.head_dim,
-    config.dropout_rate,
-    config.dtype,
-    weights,
-    **kwargs,
-  )
-
-
-def mlp(config: Any, weights: str, **kwargs) -> MlpBlock:
-  """Returns the feed-forward block of a configuration."""
-  return MlpBlock(
-    config.mlp_dim,
-    config.mlp_activations,
-    config.dropout_rate,
-    config.dtype,
-    weights,
-    **kwargs,
-  )
-
-
-def scaled_hidden(config: Any, x: jax.Array) -> jax.Array:
-  """Returns the head's input: that of a tied head is divided by sqrt(D)."""
-  if config.logits_via_embedding:
-    return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim)
-  return x

@@ -5,8 +5,6 @@ References: Raffel et al. 2020 (arXiv 1910.10683) for T5, Shazeer 2020 (arXiv
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,56 +14,19 @@ from gkd_jax.network import blocks, layer_loops, layers, projections
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-  """Sizes and options of a T5 (T5X's fields, plus `remat_policy`).
+class T5Config(blocks.Config):
+  """Sizes and options of a T5; see `blocks.Config`.
 
   Attributes:
-    vocab_size: V, padding pieces included.
-    dtype: of activations, "float32" or "bfloat16"; parameters, norms, softmax
-      and logits are float32.
-    emb_dim: D.
-    num_heads: H.
     num_encoder_layers: number of encoder layers.
     num_decoder_layers: number of decoder layers.
-    head_dim: K.
-    mlp_dim: F.
-    mlp_activations: `("relu",)` for T5 1.0, `("gelu", "linear")` for T5 1.1.
-    dropout_rate: of all dropout layers.
-    logits_via_embedding: True ties the output head to the token embedding and
-      divides the logits by sqrt(D) (T5 1.0).
     float32_attention_logits: ignored, for T5X's gin files; the attention softmax
       is always float32.
-    remat_policy: what the backward pass computes again: "none", "minimal" all
-      but the products with weights, "full" all of each layer.
   """
 
-  vocab_size: int
-  dtype: Any = "float32"
-  emb_dim: int = 512
-  num_heads: int = 8
   num_encoder_layers: int = 6
   num_decoder_layers: int = 6
-  head_dim: int = 64
-  mlp_dim: int = 2048
-  mlp_activations: Sequence[str] = ("relu",)
-  dropout_rate: float = 0.1
-  logits_via_embedding: bool = False
   float32_attention_logits: bool = False
-  remat_policy: str = "none"
-
-  def __post_init__(self):
-    blocks.check_config(self, "network", _SIZES)
-
-
-_SIZES = (
-  "vocab_size",
-  "emb_dim",
-  "num_heads",
-  "num_encoder_layers",
-  "num_decoder_layers",
-  "head_dim",
-  "mlp_dim",
-)
 
 
 class Encoder(nn.Module):
@@ -104,88 +65,6 @@ class Encoder(nn.Module):
     )
 
 
-class Decoder(nn.Module):
-  """Token embedding, decoder layers, final norm, output head."""
-
-  config: T5Config
-  embed: layers.Embed
-  scan_layers: bool = False
-  weights: str = "float32"
-
-  @nn.compact
-  def __call__(
-    self,
-    encoded: jax.Array,
-    tokens: jax.Array,
-    mask: jax.Array | None,
-    cross_mask: jax.Array,
-    *,
-    deterministic: bool,
-    decode: bool = False,
-    max_decode_length: int | None = None,
-    return_hidden: bool = False,
-  ) -> jax.Array:
-    """Returns logits `[B, T, V]`, float32.
-
-    Args:
-      encoded: `[B, S, D]`.
-      tokens: int32 `[B, T]`; T is 1 when decoding with the cache.
-      mask: bool `[B, 1, T, T]`, or None when decoding.
-      cross_mask: bool `[B, 1, T, S]`.
-      deterministic: no dropout.
-      decode: use the cache. The first call only creates it.
-      max_decode_length: cache length, needed by the call that creates it.
-      return_hidden: return the head's input, `[B, T, D]`.
-    """
-    config = self.config
-    relative = layers.RelativePositionBiases(
-      config.num_heads, name="relpos_bias"
-    )
-    index = None
-    if decode:
-      layer_loops.check_unrolled(self.scan_layers)
-      index, bias = self._decode_bias(relative, max_decode_length)
-    else:
-      positions = jnp.arange(tokens.shape[1])
-      bias = layers.mask_to_bias(mask) + relative(
-        positions, positions, bidirectional=False
-      )
-    x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
-    x = layer_loops.apply(
-      blocks.DecoderLayer,
-      (config, deterministic, self.weights, max_decode_length),
-      config.num_decoder_layers,
-      self.scan_layers,
-      x,
-      bias,
-      index,
-      encoded,
-      layers.mask_to_bias(cross_mask),
-    )
-    return blocks.output(
-      config,
-      self.weights,
-      self.embed,
-      x,
-      deterministic=deterministic,
-      return_hidden=return_hidden,
-    )
-
-  def _decode_bias(self, relative, max_decode_length):
-    """Returns the position that is decoded, `[]` or `[B]`, and its bias."""
-    is_new = not self.has_variable("cache", "cache_index")
-    zero = lambda: jnp.zeros((), jnp.int32)
-    index = self.variable("cache", "cache_index", zero)
-    positions = self.variable(
-      "cache", "positions", lambda: jnp.arange(max_decode_length)
-    ).value
-    current = index.value
-    if not is_new:
-      index.value = current + 1
-    of_rows = jnp.atleast_1d(current)
-    return current, layers.decode_bias(relative, of_rows, positions)
-
-
 class Transformer(nn.Module):
   """An encoder-decoder T5 with T5X's call and parameter names.
 
@@ -201,14 +80,22 @@ class Transformer(nn.Module):
 
   def setup(self):
     self.token_embedder = projections.embed(self.config, self.weights)
-    stack = self.config, self.token_embedder, self.scan_layers, self.weights
-    self.encoder, self.decoder = Encoder(*stack), Decoder(*stack)
+    options = {
+      "embed": self.token_embedder,
+      "scan_layers": self.scan_layers,
+      "weights": self.weights,
+    }
+    self.encoder = Encoder(self.config, **options)
+    self.decoder = blocks.Decoder(
+      self.config, self.config.num_decoder_layers, **options
+    )
 
   def encode(
     self,
     encoder_input_tokens: jax.Array,
     encoder_segment_ids: jax.Array | None = None,
     enable_dropout: bool = True,
+    encoder_input_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes the inputs.
 
@@ -217,11 +104,14 @@ class Transformer(nn.Module):
       encoder_segment_ids: int32 `[B, S]`, the sequence that each token of a
         packed row belongs to (from 1), or None.
       enable_dropout: needs the "dropout" rng.
+      encoder_input_mask: `[B, S]`, above 0 at tokens; by default the tokens.
 
     Returns:
       `[B, S, D]` in the configuration's dtype.
     """
-    valid = encoder_input_tokens > 0
+    if encoder_input_mask is None:
+      encoder_input_mask = encoder_input_tokens
+    valid = encoder_input_mask > 0
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     if encoder_segment_ids is not None:
       mask &= layers.same_segment(encoder_segment_ids, encoder_segment_ids)
@@ -291,9 +181,9 @@ class Transformer(nn.Module):
         decoder_segment_ids, encoder_segment_ids
       )
     return self.decoder(
-      encoded,
       decoder_input_tokens,
       mask,
+      encoded,
       cross_mask,
       deterministic=not enable_dropout,
       decode=decode,

@@ -3,7 +3,7 @@
 Parameters are abstract here: shapes and shardings, nothing allocated.
 """
 
-import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,16 +38,9 @@ FULLY_SHARDED_RULES = tuple(
 # the data axis, heads, MLP and vocabulary over the model axis.
 _ROWS = meshes.SLICE_AXIS, meshes.DATA_AXIS
 ACTIVATION_RULES = {
+  **dict(STANDARD_RULES),
   "batch": _ROWS,
   "length": None,
-  "embed": None,
-  "mlp": meshes.MODEL_AXIS,
-  "heads": meshes.MODEL_AXIS,
-  "joined_kv": meshes.MODEL_AXIS,
-  "kv": None,
-  "vocab": meshes.MODEL_AXIS,
-  "relpos_buckets": None,
-  "layers": None,
   # Used by `embed_lookup`.
   "rows_of_slice": meshes.SLICE_AXIS,
   "features": meshes.DATA_AXIS,
@@ -62,14 +55,13 @@ def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
     mesh: the mesh that its arguments are placed on, see `make_mesh`.
     **options: see `jax.jit`.
   """
-  return jax.jit(_traced_on(mesh)(function), **options)
 
+  @functools.wraps(function)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
 
-@contextlib.contextmanager
-def _traced_on(mesh):
-  """Makes `mesh` the one that code is traced on; also a decorator."""
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    yield
+  return jax.jit(on_mesh, **options)
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

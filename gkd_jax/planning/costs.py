@@ -15,6 +15,14 @@ from collections.abc import Callable, Mapping
 from gkd_jax.planning import hlo
 
 Collective = hlo.Collective
+# Attributes that name what runs inside an instruction. A reduction is left out:
+# it applies no matrix product to its elements.
+_CALLED = {
+  "fusion": ("calls",),
+  "async-start": ("calls",),
+  "call": ("to_apply", "calls"),
+}
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 # Instructions that move nothing, or whose bytes count where they are used.
 _FREE = {
   *("parameter", "constant", "get-tuple-element", "tuple", "bitcast"),
@@ -99,9 +107,7 @@ def collectives(segments: list[Segment]) -> dict[str, Collective]:
   result = {kind: Collective() for kind in kinds}
   for segment in segments:
     for kind, part in segment.collectives.items():
-      result[kind].count += segment.runs * part.count
-      result[kind].operand_bytes += segment.runs * part.operand_bytes
-      result[kind].sent_bytes += segment.runs * part.sent_bytes
+      result[kind].add(part, segment.runs)
   return result
 
 
@@ -135,11 +141,8 @@ def _walk(module, name, segment, segments, bounds, channels, *, fused=False):
       segments += _branch(module, names, segment, bounds, channels)
       continue
     inside = fused or instruction.opcode == "fusion"
-    for part in instruction.called(*_callees(instruction.opcode)):
+    for part in instruction.called(*_CALLED.get(instruction.opcode, ())):
       _walk(module, part, segment, segments, bounds, channels, fused=inside)
-
-
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 def _branch(module, names, segment, bounds, channels):
@@ -202,15 +205,6 @@ def _trip_count(loop, computation, module):
   return -(-(int(bound.literal) - int(start.literal)) // int(by.literal))
 
 
-def _callees(opcode):
-  """Returns the attributes that name what runs inside an instruction."""
-  if opcode in ("fusion", "async-start"):
-    return ("calls",)
-  if opcode == "call":
-    return ("to_apply", "calls")
-  return ()  # a reduction applies no matrix product to its elements
-
-
 def _shape(name, computation):
   return computation[name].arrays[0]
 
@@ -244,26 +238,24 @@ def _convolution_flops(instruction, computation):
   groups = re.search(r"batch_group_count=(\d+)", text)
   products = size(2, "i", rhs) * size(2, "o", rhs) * size(1, "b", lhs)
   products //= int(groups[1]) if groups else 1
+  options = re.search(r"window=\{([^}]*)\}", text)
+  window = dict(re.findall(r"(\w+)=([\w\-]+)", options[1])) if options else {}
   spatial = sorted(c for c in labels[1] if c.isdigit())
   for place, axis in enumerate(spatial):
-    option = lambda name, default, place=place: int(
-      _window_option(text, name, place, default).split("_")[0]
-    )
+    here = {
+      name: int(values.split("x")[place].split("_")[0])
+      for name, values in window.items()
+    }
     products *= _window_products(
       size(1, axis, lhs),
       size(2, axis, rhs),
       size(3, axis, output),
-      option("stride", "1"),
-      option("pad", "0_0"),
-      option("rhs_dilate", "1"),
-      option("lhs_dilate", "1"),
+      here.get("stride", 1),
+      here.get("pad", 0),
+      here.get("rhs_dilate", 1),
+      here.get("lhs_dilate", 1),
     )
   return 2 * products
-
-
-def _window_option(text, name, place, default):
-  match = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", text)
-  return match[1].split("x")[place] if match else default
 
 
 @functools.cache
@@ -281,10 +273,7 @@ def _add_collective(segment, instruction, computation, devices):
   found = hlo.collectives_of(instruction, computation, devices)
   if found:
     kind, one = found
-    of_kind = segment.collectives.setdefault(kind, Collective())
-    of_kind.count += one.count
-    of_kind.operand_bytes += one.operand_bytes
-    of_kind.sent_bytes += one.sent_bytes
+    segment.collectives.setdefault(kind, Collective()).add(one)
 
 
 def _hbm_bytes(instruction, computation, module):

@@ -206,6 +206,12 @@ class Collective:
   operand_bytes: int = 0
   sent_bytes: int = 0
 
+  def add(self, other: "Collective", runs: int = 1) -> None:
+    """Adds collectives that run `runs` times."""
+    self.count += runs * other.count
+    self.operand_bytes += runs * other.operand_bytes
+    self.sent_bytes += runs * other.sent_bytes
+
 
 def sent_bytes(collectives: Mapping[str, Any], to_slices: bool) -> int:
   """Returns the bytes sent to other slices, or within the device's own slice.

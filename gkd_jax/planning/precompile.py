@@ -7,7 +7,7 @@ are read.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,27 +100,43 @@ def precompile(
   print(
     f"{topology}: {len(devices)} devices as {mesh}, batch"
     f" {dataset.batch_size}, lengths {lengths}",
+    *_remarks(model, mesh, chip),
+    sep="\n",
     flush=True,
   )
   for phase in chosen:
+    print(f"compiling: {TITLES[phase]} ...", flush=True)
     report = programs.report(phase, chip, topology, output_path)
     result["phases"][phase] = report
     print("\n".join(program_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
       files.write_json(os.path.join(output_path, "precompile.json"), result)
+  for line in program_report.step_lines(model, result["phases"]):
+    print(line, flush=True)
   return result
+
+
+def _remarks(model, mesh, chip):
+  """Yields what may be wrong, or costs more than it has to."""
+  if chip is not None and (wrong := topologies.wrong_libtpu()):
+    yield f"note: {wrong}"
+  parts = mesh[partitioning.MODEL_AXIS]
+  for name in ("student", "teacher"):
+    of = getattr(model, name)
+    heads = of.config.num_heads if of is not None else parts
+    if heads % parts:
+      yield (
+        f"note: the model axis of {parts} does not divide the {name}'s {heads}"
+        f" heads: each device keeps and computes all {heads} in attention, or"
+        f" exchanges parts of them, in place of {heads / parts:.3g}; set"
+        " NUM_PARTITIONS to a divisor"
+      )
 
 
 class Programs:
   """The programs of a run, lowered for abstract arrays.
 
-  Args:
-    model: see `train.train`.
-    optimizer: see there.
-    dataset: see there.
-    partitioner: see there.
-    seed: see there.
-    devices: to compile for.
+  Arguments are those of `precompile`.
   """
 
   def __init__(
@@ -162,13 +178,7 @@ class Programs:
     topology: str,
     folder: str | None = None,
   ) -> dict[str, Any]:
-    """Compiles a phase, unless the folder has it, and counts.
-
-    Args:
-      phase: of `PHASES`.
-      chip: see `precompile`.
-      topology: see there.
-      folder: of compiled programs, or None.
+    """Compiles a phase, unless the folder has its program, and counts.
 
     Returns:
       See `program_report.report`, with `memory` and `compile_seconds`.
@@ -252,6 +262,10 @@ def _compile(lowered, arguments, target, folder, name):
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
+      wrong = topologies.wrong_libtpu()
+      if wrong and not target.startswith("cpu"):
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{wrong} (its compiler failed: {reason})") from error
       raise
     facts = program_report.out_of_memory_report(error, arguments)
   else:
@@ -278,7 +292,10 @@ def chosen_phases(
       "expected a model with a teacher or SFT, got stored log-probs, whose"
       " number per token depends on the data; set MODEL"
     )
-  possible = tuple(_phases(model))
+  possible = model.sources
+  if model.teacher is not None:
+    first = (TEACHER,) if possible == (models.DATA,) else (SAMPLING, TEACHER)
+    possible = (*first, *possible)
   unknown = [phase for phase in phases or () if phase not in possible]
   if unknown:
     raise ValueError(
@@ -286,12 +303,3 @@ def chosen_phases(
       " set --phases"
     )
   return tuple(phases or possible)
-
-
-def _phases(model) -> Iterator[str]:
-  """Yields the phases that a run of the model has at some step."""
-  if model.teacher is not None:
-    if model.sources != (models.DATA,):
-      yield SAMPLING
-    yield TEACHER
-  yield from model.sources

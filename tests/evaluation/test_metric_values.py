@@ -69,10 +69,10 @@ def test_values_that_are_no_numbers_are_texts_or_left_out(tmp_path, capsys):
   )
   assert values.texts == {"text": "# outputs", "bytes": "caf\ufffd"}
   assert values.problems() == [
-    "left out: list is no number, but a list",
-    "left out: none is no number, but None",
-    "left out: raises raised KeyError: 'no such word'",
-    "left out: nothing returned no dictionary, but None",
+    "left out: list: expected a number, got a list",
+    "left out: none: expected a number, got None",
+    "left out: raises: KeyError: 'no such word'",
+    "left out: nothing: TypeError: expected a dictionary of values, got None",
   ]
   # `gkd eval` writes all that there is, and says which metrics have no values.
   with pytest.raises(
@@ -105,7 +105,7 @@ def test_a_best_metric_that_the_task_lacks_is_refused():
   ):
     metric_values.check_best_metric("rigth", values)
   # A function that raises on two examples may have it on more.
-  unknown = metric_values.MetricValues({}, {}, {}, {"f": "raised"})
+  unknown = metric_values.MetricValues({}, {}, {}, {"f": KeyError()})
   metric_values.check_best_metric("rigth", unknown)
 
 

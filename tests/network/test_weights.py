@@ -26,7 +26,6 @@ from gkd_jax import (
 )
 from gkd_jax.checkpoints import parameters, stored_arrays, t5x
 from gkd_jax.network import layer_loops, projections
-from gkd_jax.planning import precompile
 
 SETTING = {"setting": "TEACHER_CHECKPOINT_PATH", "of": "teacher"}
 
@@ -347,7 +346,7 @@ def test_drawn_parameters_and_axes():
     assert 0.9 < wide.std() / width < 1.1
 
 
-def test_what_a_device_holds_as_precompile_sees_it():
+def test_a_device_holds_the_teacher_in_the_type_of_its_weights():
   plain, params = teacher()
   sizes = {path: x.size for path, x in flat(params).items() if is_matrix(path)}
   scales = sum(
@@ -357,11 +356,12 @@ def test_what_a_device_holds_as_precompile_sees_it():
   )
 
   def held(weights):
-    return precompile.Programs(
+    run = training.build(
       models.GKDModel(toy_models.model(8), kept(plain, weights)),
       optimizers.adafactor(1e-3),
       **toy_models.settings(8),
-    ).held_bytes
+    )
+    return partitioning.bytes_per_device(run.teacher)
 
   whole = held("float32")
   assert whole - held("auto") == 0  # float32 is what it computes in

@@ -1,0 +1,148 @@
+"""The evaluations of a training run; one that fails costs no step."""
+
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from gkd_jax.checkpoints import parameters
+from gkd_jax.evaluation import evaluate, metric_values
+
+
+class RunEvaluations:
+  """Evaluations of a run's student, with the run's log.
+
+  Args:
+    model: see `train.train`.
+    teacher_params: the teacher's parameters.
+    log: `training.TrainLog`.
+    task: from `data.load_task`.
+    dataset: `training.DatasetConfig`.
+    settings: `training.EvalConfig`.
+    mesh: see `partitioning.make_mesh`.
+    best_metric: metric that an evaluation must have, or None.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    teacher_params: Any,
+    log: Any,
+    *,
+    task: Any,
+    dataset: Any,
+    settings: Any,
+    mesh: Any,
+    best_metric: str | None = None,
+  ):
+    self._model, self._teacher_params = model, teacher_params
+    self._log, self._settings = log, settings
+    self._make = lambda **kwargs: evaluate.Evaluator(
+      task,
+      dataset.task_feature_lengths,
+      settings.batch_size,
+      mesh,
+      converter=model.student.FEATURE_CONVERTER_CLS,
+      special_tokens=model.student.special_tokens,
+      use_cached=dataset.use_cached,
+      **kwargs,
+    )
+    self._periodic = None
+    if settings.split is not None:
+      periodic = self._make(
+        split=settings.split, num_examples=settings.num_examples
+      )
+      # Of a split without an example, the evaluator has said so.
+      self._periodic = periodic if periodic.num_examples else None
+    self._best_metric = best_metric
+    self.failed = 0
+
+  def at(self, step: int, params: Any) -> dict[str, float]:
+    """Returns the scores of the student's greedy outputs, {} if there are none.
+
+    Logs the scores and five outputs. An error, of the evaluation or of one of
+    its metrics, is logged and counted.
+
+    Args:
+      step: steps done.
+      params: the student's.
+
+    Raises:
+      Exception: whatever fails, with `EVAL_ERRORS_STOP`.
+    """
+    if self._periodic is None:
+      return {}
+    scores: dict[str, float] = {}
+    try:
+      errors = self._evaluate(self._periodic, step, params, scores)
+    except Exception as error:
+      errors = [error]
+    if not errors:
+      return scores
+    if self._settings.errors_stop:
+      raise errors[0]
+    if os.environ.get("GKD_TRACEBACK"):
+      traceback.print_exception(errors[0])
+    self.failed += 1
+    words = "; ".join(map(_in_words, errors))
+    self._log.failed_evaluation(step, words, self.failed)
+    return scores
+
+  def final(self, params: Any, seed: int) -> None:
+    """Scores all of `final_split`, greedy and sampled at temperature 1.
+
+    Args:
+      params: the student's.
+      seed: of sampling.
+    """
+    split = self._settings.final_split
+    if not split:
+      return
+    evaluator = self._make(split=split)
+    result: dict[str, Any] = {
+      "params": parameters.count_array_elements(params),
+      "split": split,
+    }
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+      outputs = evaluator.predict(
+        self._model.student.with_decode_fn(),
+        params,
+        seed=seed,
+        decoder_params={"temperature": temperature},
+      )
+      result[name] = evaluator.score(outputs)
+    self._log.final(result)
+
+  def _evaluate(self, evaluator, step, params, scores):
+    """Fills in the scores, and returns the errors of metrics without values."""
+    model = self._model
+    results = evaluator.predict(model.student, params)
+    values = evaluator.values(results)
+    scores |= values.numbers
+    teacher: Mapping[str, evaluate.Predictions] = {}
+    if model.teacher is not None:
+      teacher = evaluator.predict(model.teacher, self._teacher_params, limit=5)
+    examples = []
+    for name, result in results.items():
+      for i in range(min(5, len(result.inputs))):
+        examples.append(
+          {
+            "input": result.inputs[i],
+            "reference": result.targets[i],
+            "teacher": teacher[name].predictions[i] if teacher else None,
+            "student": result.predictions[i],
+          }
+        )
+    self._log.evaluation(step, scores, examples, values.texts)
+    for name, reason in values.left_out.items():
+      self._log.say(f"left out: {name}: {reason}")
+    metric_values.check_best_metric(self._best_metric, values)
+    return [*values.failed.values()]
+
+
+def _in_words(error: Exception) -> str:
+  """Returns an error in one line, with the place that raised it."""
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  text = " ".join(str(error).split())[:300]
+  name = os.path.basename(place.filename)
+  return f"{type(error).__name__}: {text} ({name}:{place.lineno})"
