@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -177,7 +176,7 @@ class TrainLog:
     step: int,
     scores: Mapping[str, float],
     examples: Sequence[Mapping[str, Any]],
-    texts: Mapping[str, str] = MappingProxyType({}),
+    texts: Mapping[str, str] | None = None,
   ):
     """Writes the scores of an evaluation, decoded examples, metrics as texts.
 
@@ -186,7 +185,7 @@ class TrainLog:
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
     if self._tensorboard:
       self._tensorboard.text("examples", _markdown(examples), step)
-      for name, text in texts.items():
+      for name, text in (texts or {}).items():
         self._tensorboard.text(f"eval/{name}", text, step)
       self._tensorboard.flush()
       files.append_json_lines(

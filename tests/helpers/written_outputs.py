@@ -7,7 +7,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax import decoding, infer
+from gkd_jax import decoding, infer, types
 
 LENGTH = 96
 
@@ -17,6 +17,7 @@ class Outputs:
 
   FEATURE_CONVERTER_CLS = "EncDecFeatureConverter"
   teacher = None
+  special_tokens = types.T5_TOKENS
   decode_fn = staticmethod(decoding.sample)
 
   def __init__(self):
@@ -29,7 +30,12 @@ class Outputs:
   def predict_batch_with_aux(self, params, batch, key, decoder_params):
     del key
     rows = jnp.minimum(decoder_params["row_ids"], len(params) - 1)
-    return params[rows], {"scores": -rows.astype(jnp.float32)}
+    tokens = params[rows]
+    return tokens, {
+      "scores": -rows.astype(jnp.float32),
+      "lengths": jnp.sum(tokens > 0, axis=1),
+      "ended": jnp.any(tokens == 1, axis=1),
+    }
 
   def score_batch(self, params, batch):
     del params
@@ -41,6 +47,9 @@ class Settings(infer.DecodeSettings):
   """`infer.DecodeSettings` with the outputs' texts for parameters."""
 
   outputs: tuple[str, ...] = ()
+
+  def fitted(self, teacher_path=None):
+    return self
 
   def load_params(self):
     encode = seqio.ByteVocabulary().encode
