@@ -15,9 +15,9 @@ import numpy as np
 
 from gkd_jax import checkpoints as checkpoint_files
 from gkd_jax import checks, data, files, optimizers, partitioning, training
-from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
 from gkd_jax.evaluation import run_evaluations
+from gkd_jax.training import preflight
 
 
 def train(
@@ -88,18 +88,45 @@ def train(
   if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
     print(f"already at step {start} of {train_steps}: nothing to do")
     return checkpoint_files.saved_metrics(model_dir, start)
-  batches = _batches(model, task, dataset, run.mesh, seed, model_dir, start)
-  data.try_saving(batches)
+  examples = functools.partial(
+    _examples, model, task, dataset, run.mesh, seed, model_dir, start
+  )
+  # Of an iterator of its own: the run's stays where it is.
+  batch = preflight.draw(examples())
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
-  _print_sizes(run, teacher_params)
-  if dry_run:
-    return {}
+  evaluations = run_evaluations.RunEvaluations(
+    model,
+    teacher_params,
+    task=task,
+    dataset=dataset,
+    settings=evaluation,
+    mesh=run.mesh,
+    best_metric=checkpoints.best_metric,
+  )
+  found = preflight.table(run, model, dataset, teacher_params, batch)
+  found += evaluations.table()
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
-  params = None
+  params, warnings = None, []
   if not start:
     params = _first_params(model, initial_checkpoint_path, run, seed)
+    if model.teacher is not None:
+      rows, warnings = preflight.check_teacher(
+        model,
+        run,
+        params,
+        teacher_params,
+        batch,
+        same_asked=initial_checkpoint_path == teacher_checkpoint_path,
+      )
+      found += rows
+  print(preflight.text(found, evaluations.warnings + warnings), flush=True)
+  if dry_run:
+    return {}
+  batches = training.RolloutBatches(
+    examples(), model, task, seed=seed, mesh=run.mesh
+  )
   with (
     training.RunLock(model_dir),
     # Closed whatever happens: an error leaves no threads that write on.
@@ -136,16 +163,6 @@ def train(
       ) as log,
       training.Profiler(model_dir, logging.profile_steps) as profiler,
     ):
-      evaluations = run_evaluations.RunEvaluations(
-        model,
-        teacher_params,
-        log,
-        task=task,
-        dataset=dataset,
-        settings=evaluation,
-        mesh=run.mesh,
-        best_metric=checkpoints.best_metric,
-      )
       with training.StopSignal() as stop:
         for step in range(start, train_steps):
           source = model.source_of_step(seed, step)
@@ -176,13 +193,13 @@ def train(
             )
             raise training.Stopped(stop.number)
           if done % evaluation.period == 0 and not last:
-            scores = evaluations.at(done, state.params)
+            scores = evaluations.at(done, state.params, log)
             recorded = checkpointer.record(done, scores)
             if not recorded and checkpointer.is_best(scores):
               save(done, state, metrics=scores)
-      scores = evaluations.at(train_steps, state.params)
+      scores = evaluations.at(train_steps, state.params, log)
       checkpointer.record(train_steps, scores)
-      evaluations.final(state.params, seed)
+      evaluations.final(state.params, seed, log)
       log.say(_where(model_dir, train_steps, evaluations.failed))
     return scores
 
@@ -232,7 +249,7 @@ def _eval_split(task, evaluation):
   return split
 
 
-def _batches(model, task, dataset, mesh, seed, model_dir, start):
+def _examples(model, task, dataset, mesh, seed, model_dir, start):
   """Returns this process's training batches; their position can be saved."""
   recorded = None
   if dataset.save_position:
@@ -269,7 +286,7 @@ def _batches(model, task, dataset, mesh, seed, model_dir, start):
       model.student.special_tokens,
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
-  return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
+  return iterator
 
 
 def _teacher_params(abstract, path):
@@ -307,24 +324,6 @@ def _not_finite(skipped, step, metrics, checkpointer, model_dir):
     f" {step} ({', '.join(wrong) or 'parameters or optimizer after the update'});"
     f" {good}; set LEARNING_RATE"
   )
-
-
-def _print_sizes(run, teacher_params):
-  devices = run.mesh.size
-  sizes = [
-    f"student {parameters.count_array_elements(run.state.params):,} parameters"
-    f" ({partitioning.bytes_per_device(run.state):,} bytes per device with"
-    " optimizer)"
-  ]
-  if teacher_params:
-    sizes.append(
-      f"teacher {parameters.count_array_elements(teacher_params):,} parameters"
-      f" ({partitioning.bytes_per_device(teacher_params):,} bytes per device)"
-    )
-  sizes.append(
-    f"{devices} device{'s' if devices > 1 else ''} as {dict(run.mesh.shape)}"
-  )
-  print(", ".join(sizes), flush=True)
 
 
 def _where(model_dir, step, failed):

@@ -10,24 +10,32 @@ from gkd_jax.evaluation import evaluate, metric_values
 
 
 class RunEvaluations:
-  """Evaluations of a run's student, with the run's log.
+  """Evaluations of a run's student.
+
+  The metrics are tried on two references of each task, so that what is wrong with
+  them is known before the first step.
 
   Args:
     model: see `train.train`.
     teacher_params: the teacher's parameters.
-    log: `training.TrainLog`.
     task: from `data.load_task`.
     dataset: `training.DatasetConfig`.
     settings: `training.EvalConfig`.
     mesh: see `partitioning.make_mesh`.
     best_metric: metric that an evaluation must have, or None.
+
+  Attributes:
+    warnings: a line for each metric without a value on the references.
+    failed: evaluations that failed so far.
+
+  Raises:
+    ValueError: two metrics have one name, or none has that of `best_metric`.
   """
 
   def __init__(
     self,
     model: Any,
     teacher_params: Any,
-    log: Any,
     *,
     task: Any,
     dataset: Any,
@@ -36,7 +44,7 @@ class RunEvaluations:
     best_metric: str | None = None,
   ):
     self._model, self._teacher_params = model, teacher_params
-    self._log, self._settings = log, settings
+    self._settings = settings
     self._make = lambda **kwargs: evaluate.Evaluator(
       task,
       dataset.task_feature_lengths,
@@ -55,9 +63,28 @@ class RunEvaluations:
       # Of a split without an example, the evaluator has said so.
       self._periodic = periodic if periodic.num_examples else None
     self._best_metric = best_metric
+    self.warnings: list[str] = []
     self.failed = 0
+    self._metrics: list[str] = []
+    if self._periodic is not None:
+      values = self._periodic.try_metrics()
+      metric_values.check_best_metric(best_metric, values)
+      self.warnings = [f"on two references, {x}" for x in values.problems()]
+      self._metrics = [*values.numbers]
 
-  def at(self, step: int, params: Any) -> dict[str, float]:
+  def table(self) -> list[tuple[str, str]]:
+    """Returns what is evaluated, as `training.preflight.table`."""
+    if self._periodic is None:
+      return []
+    return [
+      (
+        "evaluation",
+        f"{self._periodic.num_examples:,} examples of"
+        f" {self._settings.split!r}, by {', '.join(self._metrics) or 'nothing'}",
+      )
+    ]
+
+  def at(self, step: int, params: Any, log: Any) -> dict[str, float]:
     """Returns the scores of the student's greedy outputs, {} if there are none.
 
     Logs the scores and five outputs. An error, of the evaluation or of one of
@@ -66,6 +93,7 @@ class RunEvaluations:
     Args:
       step: steps done.
       params: the student's.
+      log: `training.TrainLog`.
 
     Raises:
       Exception: whatever fails, with `EVAL_ERRORS_STOP`.
@@ -74,7 +102,7 @@ class RunEvaluations:
       return {}
     scores: dict[str, float] = {}
     try:
-      errors = self._evaluate(self._periodic, step, params, scores)
+      errors = self._evaluate(self._periodic, step, params, log, scores)
     except Exception as error:
       errors = [error]
     if not errors:
@@ -85,15 +113,16 @@ class RunEvaluations:
       traceback.print_exception(errors[0])
     self.failed += 1
     words = "; ".join(map(_in_words, errors))
-    self._log.failed_evaluation(step, words, self.failed)
+    log.failed_evaluation(step, words, self.failed)
     return scores
 
-  def final(self, params: Any, seed: int) -> None:
+  def final(self, params: Any, seed: int, log: Any) -> None:
     """Scores all of `final_split`, greedy and sampled at temperature 1.
 
     Args:
       params: the student's.
       seed: of sampling.
+      log: `training.TrainLog`.
     """
     split = self._settings.final_split
     if not split:
@@ -111,9 +140,9 @@ class RunEvaluations:
         decoder_params={"temperature": temperature},
       )
       result[name] = evaluator.score(outputs)
-    self._log.final(result)
+    log.final(result)
 
-  def _evaluate(self, evaluator, step, params, scores):
+  def _evaluate(self, evaluator, step, params, log, scores):
     """Fills in the scores, and returns the errors of metrics without values."""
     model = self._model
     results = evaluator.predict(model.student, params)
@@ -133,9 +162,9 @@ class RunEvaluations:
             "student": result.predictions[i],
           }
         )
-    self._log.evaluation(step, scores, examples, values.texts)
+    log.evaluation(step, scores, examples, values.texts)
     for name, reason in values.left_out.items():
-      self._log.say(f"left out: {name}: {reason}")
+      log.say(f"left out: {name}: {reason}")
     metric_values.check_best_metric(self._best_metric, values)
     return [*values.failed.values()]
 
