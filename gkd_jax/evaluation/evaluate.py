@@ -358,7 +358,7 @@ def _in_utf8(example, number, where):
       if text != value:
         fixed[name] = text
   if fixed:
-    names = ", ".join(fixed)
+    names = ", ".join(sorted(fixed))
     _say(f"not UTF-8, read with U+FFFD: {names} of row {number} in {where}")
   return example | fixed
 
