@@ -452,6 +452,19 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
   assert "open an issue" in said.splitlines()[-1]
 
 
+def test_programs_that_do_not_fit_are_a_sentence(monkeypatch, capsys):
+  import jax
+
+  from gkd_jax import main
+
+  def fail(args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+  monkeypatch.setitem(main.COMMANDS, "watch", fail)
+  said = refused(capsys, "watch")
+  assert "got RESOURCE_EXHAUSTED: Out of memory; set NUM_MICROBATCHES" in said
+
+
 def test_gkd_traceback_shows_the_rest(monkeypatch):
   from gkd_jax import main
 
