@@ -340,7 +340,7 @@ def columns(rows):
   return rows.map(lambda x: dict(zip(("inputs", "targets"), split(x))))
 
 
-def add(name, text, split="train", *more):
+def add(name, text, split="train"):
   if text is not None:
     (here / f"{name}.tsv").write_text(text)
   seqio.TaskRegistry.add(
@@ -348,7 +348,6 @@ def add(name, text, split="train", *more):
     source=seqio.TextLineDataSource({split: str(here / f"{name}.tsv")}),
     preprocessors=[
       columns,
-      *more,
       seqio.CacheDatasetPlaceholder(),
       seqio.preprocessors.tokenize,
       seqio.preprocessors.append_eos,
@@ -362,14 +361,12 @@ add("gone", None)
 add("columns", "1+1\\t2\\n3\\n")
 add("empty", "")
 add("fine", "1+1\\t2\\n" * 20)
-add("few", "1+1\\t2\\n" * 20, "train", lambda rows: rows.take(3))
 add("test", "1+1\\t2\\n" * 20, "test")
 """
 DATA = [
   ("gone", {}, "gone.tsv; No such file or directory"),
   ("columns", {}, "got 'Expect 2 fields but have 1 in record 0'"),
   ("empty", {}, "enough examples for a batch in the split 'train'"),
-  ("few", {}, "got fewer or none; set MIXTURE_OR_TASK_NAME"),
   ("test", {}, "a split 'train', got of_bad_inputs_test with ['test']"),
   ("fine", {"USE_CACHED_TASKS": True}, "set USE_CACHED_TASKS = False or --seq"),
 ]
