@@ -136,25 +136,20 @@ def read_config(folder: epath.Path, *, setting: str) -> network.T5Config:
   Raises:
     ValueError: if it is not a T5 that our network computes.
   """
-  return _config(_fields(folder, setting), folder, setting)
+  return _read_config(folder, setting)[1]
 
 
-def _fields(folder, setting):
-  """Returns the fields of `config.json`, defaults filled in."""
+def _read_config(folder, setting):
+  """Returns the fields of `config.json`, defaults filled in, and our form of them."""
   file = folder / safetensors_io.CONFIG_FILE
-  text = safetensors_io.read_json(file, setting=setting)
-  kind = text.get("model_type")
+  fields = safetensors_io.read_json(file, setting=setting)
+  kind = fields.get("model_type")
   if kind not in _DEFAULTS:
     raise ValueError(
       f"expected model_type {' or '.join(map(repr, _DEFAULTS))}, got {kind!r} in"
       f" {os.fspath(file)}; set {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
-  return {**_DEFAULTS[kind], **text}
-
-
-def _config(fields, folder, setting):
-  """Makes our configuration from their fields; see `read_config`."""
-  file = folder / safetensors_io.CONFIG_FILE
+  fields = _DEFAULTS[kind] | fields
   other = {k: fields[k] for k, v in _FIXED.items() if fields.get(k, v) != v}
   if other or fields["feed_forward_proj"] not in _ACTIVATIONS:
     raise ValueError(
@@ -163,12 +158,13 @@ def _config(fields, folder, setting):
       f" {setting} to a T5, FLAN-T5, T0, mT5 or ByT5"
     )
   if fields.get("num_decoder_layers") is None:
-    fields = fields | {"num_decoder_layers": fields["num_layers"]}
-  return network.T5Config(
+    fields["num_decoder_layers"] = fields["num_layers"]
+  config = network.T5Config(
     **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
     mlp_activations=_ACTIVATIONS[fields["feed_forward_proj"]],
     logits_via_embedding=_scales_logits(fields),
   )
+  return fields, config
 
 
 def _scales_logits(fields):
@@ -232,8 +228,7 @@ def open_folder(
     ValueError: if the folder has no safetensors or lacks a file, or lists all
       parameters that are unmapped, missing, duplicated or of a wrong shape.
   """
-  fields = _fields(folder, setting)
-  config = _config(fields, folder, setting)
+  fields, config = _read_config(folder, setting)
   theirs = _open_files(folder, setting)
   table = name_table(config)
   copies = [n for n in (EMBEDDING, *_COPIES) if n in theirs]

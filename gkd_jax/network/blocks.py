@@ -267,7 +267,13 @@ class Decoder(nn.Module):
       return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim) if tied else x
     if tied:
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
-    return projections.to_logits(config, self.weights, name="logits_dense")(x)
+    to_logits = projections.Dense(
+      config.vocab_size,
+      ("embed", "vocab"),
+      weights=self.weights,
+      name="logits_dense",
+    )
+    return to_logits(x)
 
   def _decode_bias(self, relative, max_decode_length):
     """Returns the position that is decoded, `[]` or `[B]`, and its bias."""

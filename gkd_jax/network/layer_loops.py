@@ -26,12 +26,6 @@ REMAT_POLICIES = {
 }
 
 
-def layer_class(cls: Any, config: Any) -> Any:
-  """Returns a layer's class, rematerialised as the configuration says."""
-  policy = REMAT_POLICIES[config.remat_policy]
-  return nn.remat(cls, policy=policy) if policy else cls
-
-
 def apply(
   cls: Any,
   fields: Sequence[Any],
@@ -50,7 +44,8 @@ def apply(
     x: `[B, T, D]`.
     *shared: further arguments of all layers.
   """
-  cls = layer_class(cls, fields[0])
+  policy = REMAT_POLICIES[fields[0].remat_policy]
+  cls = nn.remat(cls, policy=policy) if policy else cls
   if not scan:
     for i in range(length):
       x = cls(*fields, name=f"{NAME}_{i}")(x, *shared)
