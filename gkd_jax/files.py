@@ -102,9 +102,41 @@ def append_json_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-  """Returns the value of a JSON file, or None if there is no file."""
+  """Returns the value of a JSON file, or None if there is no file.
+
+  Raises:
+    ValueError: if it is not JSON.
+  """
   place = absolute(path)
-  return json.loads(place.read_text()) if place.exists() else None
+  if not place.exists():
+    return None
+  try:
+    return json.loads(place.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"expected JSON, got {error} in {place}; remove the file, or write it again"
+    ) from error
+
+
+def check_folder(path: Path, setting: str) -> None:
+  """Checks that a local folder can be written; writes nothing.
+
+  Args:
+    path: of the folder, which need not exist yet.
+    setting: what it is set with.
+
+  Raises:
+    ValueError: the nearest folder that exists cannot be written into.
+  """
+  if is_remote(path):
+    return
+  place = absolute(path)
+  nearest = next(p for p in (place, *place.parents) if p.exists())
+  if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    raise ValueError(
+      f"expected a folder that can be written, got {os.fspath(path)!r}, as"
+      f" {nearest} is none; set {setting}"
+    )
 
 
 def read_json_lines(path: Path) -> list[Any]:

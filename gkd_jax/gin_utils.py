@@ -1,87 +1,93 @@
-"""Finds, parses and checks gin files."""
+"""Parses gin files, and checks what they leave open."""
 
 import copy
-import difflib
+import inspect
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
 
 import gin
-from gkd_jax import files
-
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
-
-def shipped_gin() -> str:
-  """Returns the folder of shipped gin files, installed or in a checkout."""
-  inside = os.path.join(_PACKAGE, "gin")
-  return (
-    inside if os.path.isdir(inside) else os.path.join(_PACKAGE, "..", "gin")
-  )
+from gin import config as gin_config
+from gkd_jax import checks, files, gin_files
 
 
 def parse(
-  gin_files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+  names: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
 ):
   """Parses gin files and bindings, and refuses a macro that nothing reads.
 
   Args:
-    gin_files: files, looked up in the working directory, `search_paths` and
-      the shipped folder.
+    names: files, looked up in the working directory, `search_paths` and the
+      shipped folder.
     bindings: such as `BATCH_SIZE = 32`.
     search_paths: further folders.
 
   Raises:
-    ValueError: a file is missing, or a macro given here is read by nothing.
+    ValueError: a file is missing, a name in it is unknown, or a macro given
+      here is read by nothing.
   """
-  _import_tensorflow()
+  gin_files.check_read(gin_files.read(names, bindings, search_paths))
+  import_tensorflow()
   gin.clear_config()
   # Gin also looks for `runs/x.gin` in a Python package `runs`, and fails where a
   # folder of that name has no __init__.py. Files are files here.
-  gin.config._FILE_READERS[:] = [
+  gin_config._FILE_READERS[:] = [
     (
       lambda path: files.absolute(path).open(),
       lambda path: files.absolute(path).is_file(),
     )
   ]
-  expanded = map(os.path.expanduser, search_paths)
-  folders = [os.getcwd(), *expanded, shipped_gin()]
-  for folder in reversed(folders):
-    gin.add_config_file_search_path(folder)
-  gin_files = [os.path.expanduser(name) for name in gin_files]
-  found = {name: _find(name, folders) for name in gin_files}
-  for name, path in found.items():
-    if path is None:
-      raise ValueError(
-        f"expected a gin file, got {name!r}, which is not in"
-        f" {', '.join(folders)}; set --gin_file or --gin_search_paths"
-      )
+  gin_config._LOCATION_PREFIXES[:] = ["", *gin_files.folders(search_paths)]
   # Gin logs an error for each folder that lacks a file before the one that
   # holds it.
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.FATAL)
   try:
     gin.parse_config_files_and_bindings(
-      gin_files, list(bindings), skip_unknown=False, finalize_config=False
+      [os.path.expanduser(name) for name in names],
+      list(bindings),
+      skip_unknown=False,
+      finalize_config=False,
     )
+  except (ImportError, AttributeError, NameError, ValueError) as error:
+    sentence = _unknown_name(error)
+    if not sentence:
+      raise
+    raise ValueError(sentence) from error
   finally:
     logging.set_verbosity(verbosity)
-  given = [b.split("=", 1)[0].strip() for b in bindings]
-  shipped = os.path.realpath(shipped_gin())
-  for path in filter(None, found.values()):
-    # Shipped files of sizes define a macro for each size; a run reads a few.
-    if not os.path.realpath(path).startswith(shipped + os.sep):
-      text = files.absolute(path).read_text()
-      given += re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", text, re.M)
-  _check_macros(given)
 
 
-def _import_tensorflow() -> None:
+def _unknown_name(error):
+  """Returns the sentence about a name that gin does not find, or None."""
+  reason, _, place = str(error).partition("\n  In ")
+  match = re.match(
+    r'(?:file "(.*)",|bindings string) line (\d+)\n *(.*)', place
+  )
+  if not match:
+    return None
+  file, line, text = match.groups()
+  is_import = re.match(r"(from|import) ", text)
+  if is_import and not isinstance(error, ImportError):
+    return None  # of the module's own code
+  got = f"{text!r} in line {line} of {file}" if file else f"--gin.{text}"
+  reason = re.sub(r"<module '([\w.]+)' from .*?>", r"\1", reason).strip(".")
+  if is_import:
+    return (
+      f"expected a Python module, got {got} ({reason}); set the import or"
+      " PYTHONPATH"
+    )
+  argument = text.partition("=")[0].strip().rpartition(".")[2].upper()
+  macro = argument if argument in _macros() else "the right name"
+  return f"expected a setting that exists, got {got} ({reason}); set {macro}"
+
+
+def import_tensorflow() -> None:
   """Imports TensorFlow, as gin files do, without its start-up messages.
 
   Its C++ code writes them to file descriptor 2 before any setting could silence
@@ -104,14 +110,6 @@ def _import_tensorflow() -> None:
       os.close(stderr)
 
 
-def _find(name: str, folders: Sequence[str]) -> str | None:
-  """Returns the path of a gin file, or None."""
-  if files.is_remote(name):
-    return name if files.absolute(name).exists() else None
-  paths = (os.path.join(folder, name) for folder in folders)
-  return next((path for path in paths if os.path.exists(path)), None)
-
-
 def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
   """Returns the configured values of some of a function's arguments.
 
@@ -122,34 +120,121 @@ def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
     names: of the arguments; unbound ones are left out.
 
   Raises:
-    ValueError: if a required argument has no value.
+    ValueError: required settings have no value; all are named.
   """
+  check_values(function, names)
   bound = gin.get_bindings(function, resolve_references=False)
   # Copying builds gin's references, as in `get_bindings`.
-  try:
-    found = copy.deepcopy({k: v for k, v in bound.items() if k in names})
-  except Exception as error:  # raised by what lacks its settings
-    missing = _without_value() - {
-      str(v)[1:] for k, v in bound.items() if k not in names
-    }
-    if not missing:
-      raise
-    raise ValueError(_no_value(missing)) from error
-  missing = {str(bound[k])[1:] for k, v in found.items() if v is gin.REQUIRED}
+  return copy.deepcopy({k: v for k, v in bound.items() if k in names})
+
+
+def check_values(
+  function: Callable, names: Sequence[str] | None = None
+) -> None:
+  """Checks that all that will be built has values; builds nothing.
+
+  Args:
+    function: such as `train.train`.
+    names: of the arguments that are needed; None for all.
+
+  Raises:
+    ValueError: required settings have no value, or a macro that is read is
+      none; all are named.
+  """
+  configurable = gin_config._inverse_lookup(function)
+  name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+  if configurable is None or not gin.get_bindings(function, False):
+    raise ValueError(
+      f"expected gin files that bind {name}, as those of runs/ do, got none;"
+      " set --gin_file"
+    )
+  missing: dict[str, None] = {}
+  for setting, value in _values(configurable, [], names):
+    for nested in gin_config._iterate_flattened_values(value):
+      if str(nested) == "%gin.REQUIRED":
+        missing[setting] = None
+    if value is _UNSET_MACRO:
+      near = checks.nearest(setting, _macros())
+      such = f" such as {near[0]}" if near else ""
+      raise ValueError(
+        f"expected a macro that is set{such}, got %{setting}; set {setting} or"
+        " what reads it"
+      )
+    if value is _NO_VALUE:
+      missing[setting] = None
   if missing:
-    raise ValueError(_no_value(missing))
-  return found
+    what = "macro" if all(name.isupper() for name in missing) else "setting"
+    names_ = ", ".join(missing)
+    raise ValueError(
+      f"expected a value of each {what}, got none of {names_}; set {names_}"
+    )
 
 
-def _without_value():
-  return set(
-    re.findall(r"^([A-Z][A-Z0-9_]*) = %gin.REQUIRED", gin.config_str(), re.M)
-  )
+_UNSET_MACRO, _NO_VALUE = object(), object()
 
 
-def _no_value(macros):
-  names = ", ".join(sorted(macros))
-  return f"expected a value of each macro, got none of {names}; set {names}"
+def _values(
+  configurable, scope, names=None, called=True, seen=None
+) -> Iterator[tuple[str, Any]]:
+  """Yields setting and value of all that building something reads.
+
+  Args:
+    configurable: gin's.
+    scope: in which it is called.
+    names: of the arguments that are needed; None for all.
+    called: whether it is called with nothing else.
+    seen: what was visited.
+  """
+  seen = set() if seen is None else seen
+  key = configurable.selector, tuple(scope)
+  if key in seen:
+    return
+  seen.add(key)
+  with gin.config_scope(scope):
+    bound = gin.get_bindings(configurable.wrapped, resolve_references=False)
+  is_macro = configurable.selector == "gin.macro"
+  if is_macro and not bound:
+    yield "/".join(scope), _UNSET_MACRO
+  elif called and not is_macro:
+    for name in _required(configurable.wrapped):
+      if name not in bound and (names is None or name in names):
+        yield f"{configurable.selector}.{name}", _NO_VALUE
+  for name, value in bound.items():
+    if names is not None and name not in names:
+      continue
+    setting = f"{configurable.selector}.{name}"
+    yield "/".join(scope) if is_macro else setting, value
+    for part in gin_config._iterate_flattened_values(value):
+      if isinstance(part, gin_config.ConfigurableReference) and (
+        part.configurable.selector != "gin.constant"
+      ):
+        yield from _values(
+          part.configurable,
+          part.scopes or scope,
+          called=part.evaluate,
+          seen=seen,
+        )
+
+
+def _required(function):
+  """Yields the names of arguments without a default."""
+  try:
+    parameters = inspect.signature(function).parameters.values()
+  except (TypeError, ValueError):
+    return  # of C
+  for parameter in parameters:
+    if parameter.default is parameter.empty and parameter.kind in (
+      parameter.POSITIONAL_OR_KEYWORD,
+      parameter.KEYWORD_ONLY,
+    ):
+      yield parameter.name
+
+
+def _macros():
+  """Returns the names of macros that are set."""
+  return {
+    scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"
+  }
 
 
 def macro(name: str) -> Any:
@@ -158,24 +243,3 @@ def macro(name: str) -> Any:
     return gin.query_parameter(f"%{name}")
   except ValueError:
     return None
-
-
-def save():
-  """Writes the configuration as `MODEL_DIR/config.gin`, as T5X does."""
-  folder = macro("MODEL_DIR")
-  # `train` raises an error for `gin.REQUIRED`.
-  if isinstance(folder, str) and folder:
-    files.write_text(os.path.join(folder, "config.gin"), gin.config_str())
-
-
-def _check_macros(given):
-  config = gin.config_str()
-  defined = set(re.findall(r"^([A-Z][A-Z0-9_]*)\s*=", config, re.M))
-  used = set(re.findall(r"%([A-Z][A-Z0-9_]*)", config))
-  for name in given:
-    if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and name not in used:
-      near = difflib.get_close_matches(name, used) or sorted(used & defined)
-      raise ValueError(
-        f"expected a macro that something reads, such as {', '.join(near)},"
-        f" got {name}; set the right name"
-      )

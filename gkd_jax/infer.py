@@ -72,6 +72,27 @@ class DecodeSettings:
       self.mixture_or_task_name, self.mixture_or_task_module
     )
 
+  def fitted(self, teacher_path: str | None = None) -> "DecodeSettings":
+    """Returns these settings with a model that has the task's special tokens.
+
+    Args:
+      teacher_path: the teacher's checkpoint, if there is one.
+
+    Raises:
+      ValueError: see `data.fitted`.
+    """
+    paths = {
+      "CHECKPOINT_PATH": self.checkpoint_path,
+      "TEACHER_CHECKPOINT_PATH": teacher_path,
+    }
+    stated = {
+      name: checkpoints.load_special_tokens(path, setting=name)
+      for name, path in paths.items()
+      if path
+    }
+    model = data.fitted(self.model, self.load_task(), stated)
+    return dataclasses.replace(self, model=model)
+
   def load_params(self) -> Any:
     """Reads the parameters into host memory, in the network's dtypes."""
     return checkpoints.load_params(
@@ -91,9 +112,9 @@ def infer(
 
   Args:
     settings: what to decode.
-    output_path: file of JSON lines `{"inputs", "prediction", "score"}`: texts
-      decoded by the vocabulary, and the log-prob of the output in nats, summed
-      over its tokens. With `shards`, the prefix of their paths.
+    output_path: file of JSON lines `{"inputs", "prediction", "score", "ended"}`:
+      texts decoded by the vocabulary, the log-prob of the output in nats, summed
+      over its tokens, and whether it has EOS or was cut. With `shards`, the prefix of their paths.
     shards: write TFRecord shards to train on instead (see `teacher_data`); an
       interrupted call is continued by the next.
 
@@ -102,12 +123,14 @@ def infer(
   """
   checks.path(output_path, "OUTPUT_PATH")
   output_path = os.fspath(files.absolute(output_path))
+  files.check_folder(os.path.dirname(output_path), "OUTPUT_PATH")
+  if shards is not None and output_path.endswith(".jsonl"):
+    raise ValueError(
+      f"expected a prefix of shards, got the name of a file {output_path!r};"
+      " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
+    )
+  settings = settings.fitted()
   if shards is not None:
-    if output_path.endswith(".jsonl"):
-      raise ValueError(
-        f"expected a prefix of shards, got the name of a file {output_path!r};"
-        " set OUTPUT_PATH, or use runs/infer.gin for JSONL"
-      )
     total = teacher_data.write(
       settings.model.student,
       settings.load_params(),
@@ -126,10 +149,10 @@ def infer(
     return
   results = _Decoder(settings).predict(settings.seed)
   rows = [
-    {"inputs": text, "prediction": output, "score": score}
+    {"inputs": text, "prediction": output, "score": score, "ended": ended}
     for result in results.values()
-    for text, output, score in zip(
-      result.inputs, result.outputs, result.scores, strict=True
+    for text, output, score, ended in zip(
+      result.inputs, result.outputs, result.scores, result.ended, strict=True
     )
   ]
   if jax.process_index() == 0:
@@ -175,9 +198,11 @@ def evaluate_checkpoint(
     ValueError: if a setting is wrong.
   """
   checks.path(eval_output_dir, "EVAL_OUTPUT_DIR")
+  files.check_folder(eval_output_dir, "EVAL_OUTPUT_DIR")
   checks.whole(num_samples, "NUM_SAMPLES")
   checks.boolean(instruments, "infer.evaluate_checkpoint.instruments")
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
+  settings = settings.fitted(teacher_checkpoint_path if instruments else None)
   model, seed = settings.model, settings.seed
   decoder = _Decoder(settings)
   samples = [
@@ -223,6 +248,7 @@ class _Decoder:
       settings.batch_size,
       self.mesh,
       converter=settings.model.student.FEATURE_CONVERTER_CLS,
+      special_tokens=settings.model.student.special_tokens,
       split=settings.split,
       num_examples=settings.num_examples,
       use_cached=settings.use_cached_tasks,

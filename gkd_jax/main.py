@@ -1,330 +1,306 @@
-"""The command line: `gkd COMMAND --gin_file=... --gin.X=...`."""
+"""The command line: `gkd COMMAND --gin_file=... --gin.X=...`.
 
-import inspect
+Imports nothing heavy: what is wrong with flags and gin files is said at once.
+"""
+
 import os
+import re
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
-from absl import app, flags, logging
-
-FLAGS = flags.FLAGS
-flags.DEFINE_multi_string("gin_file", [], "Gin files, parsed in this order.")
-flags.DEFINE_multi_string(
-  "gin_bindings", [], "Gin bindings, applied after the files."
-)
-flags.DEFINE_list(
-  "gin_search_paths", [], "Folders in which gin files are looked up as well."
-)
-flags.DEFINE_string("tfds_data_dir", None, "Folder of TFDS data sets.")
-flags.DEFINE_bool(
-  "dry_run", False, "Builds everything, prints the sizes and stops (train)."
-)
-flags.DEFINE_bool(
-  "multiprocess",
-  False,
-  "Lets JAX find the other processes (TPU pod, SLURM).",
-)
-flags.DEFINE_string(
-  "coordinator_address", None, "Address of process 0 (host:port)."
-)
-flags.DEFINE_integer("process_count", None, "Number of processes.")
-flags.DEFINE_integer("process_index", None, "Index of this process, from 0.")
-flags.DEFINE_integer(
-  "lost_after_s",
-  40,
-  "Seconds without a heartbeat after which a process counts as lost.",
-  lower_bound=1,
-)
-flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "Folder of the cache of compiled programs, empty for none. The default is"
-  " JAX_COMPILATION_CACHE_DIR, or gkd_jax in the user's cache folder.",
-)
-flags.DEFINE_string(
-  "checkpoint_path", None, "Checkpoint to read (import, export)."
-)
-flags.DEFINE_string(
-  "output_path",
-  None,
-  "Folder to write (import, export, report, precompile).",
-)
-flags.DEFINE_string(
-  "markdown",
-  None,
-  "Markdown file to write as well, its pictures in the folder beside it"
-  " (report).",
-)
-flags.DEFINE_string(
-  "format", "gkd", "Format to write: gkd, t5x or hf (export)."
-)
-flags.DEFINE_enum(
-  "dtype",
-  None,
-  ["bfloat16", "float16", "float32"],
-  "Type to store the parameters in; the default is the type that they have"
-  " (import, export).",
-)
-flags.DEFINE_string(
-  "vocabulary_path",
-  None,
-  "SentencePiece model of the tokenizer (export to hf).",
-)
-flags.DEFINE_integer(
-  "extra_ids", 100, "Number of sentinels after its pieces (export to hf)."
-)
-flags.DEFINE_multi_string(
-  "axis",
-  [],
-  "Axis of the grid: NAME=value,value of a macro, or gin_file=file,file"
-  " (sweep).",
-)
-flags.DEFINE_integer(
-  "seeds", None, "Number of seeds, counted from 0; the default is 1 (sweep)."
-)
-flags.DEFINE_string(
-  "sweep_file", None, "TOML file that defines the grid instead (sweep)."
-)
-flags.DEFINE_string("output_dir", None, "Folder of all runs (sweep).")
-flags.DEFINE_integer(
-  "jobs", 1, "Number of runs at the same time (sweep).", lower_bound=1
-)
-flags.DEFINE_bool(
-  "print_commands", False, "Prints each run's command, runs none (sweep)."
-)
-flags.DEFINE_string(
-  "topology",
-  None,
-  "Devices to compile for, such as v5e:4x4, 2xv5e:4x4 (two slices) or cpu:8;"
-  " the default is this machine's (precompile).",
-)
-flags.DEFINE_string("title", None, "Title of the report (precompile).")
-flags.DEFINE_list(
-  "phases",
-  None,
-  "Programs to compile, of sampling, teacher, data, student and mixed; the"
-  " default is all of the run (precompile).",
-)
+from gkd_jax import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs a command; a wrong setting is one sentence and exit status 2."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  logging.use_absl_handler()
-  app.define_help_flags()
-  _, *words = app.parse_flags_with_usage(_gin_flags(argv or sys.argv))
-  # Orbax logs each of its steps. What a user wants to read is printed by us.
-  logging.set_verbosity(logging.WARNING)
+  _, *words = argv or sys.argv
   try:
-    command, *arguments = words or [None]
-    if command not in COMMANDS:
-      raise ValueError(
-        f"expected a mode of {', '.join(COMMANDS)}, got {command!r};"
-        " run `gkd MODE --gin_file=...`"
-      )
-    run = COMMANDS[command]
-    if arguments and not inspect.signature(run).parameters:
-      raise ValueError(
-        f"expected flags after {command}, got {shlex.join(arguments)};"
-        f" run `gkd {command} --gin_file=...`"
-      )
-    run(*arguments)
-  except (ValueError, ImportError, FloatingPointError) as error:
-    if os.environ.get("GKD_TRACEBACK"):
-      raise
-    print(f"gkd: {error}", file=sys.stderr)
-    sys.exit(2)
+    args = _parsed(words)
+    if args:
+      COMMANDS[args.command](args)
   except KeyboardInterrupt:
     sys.exit(130)
+  except Exception as error:
+    if os.environ.get("GKD_TRACEBACK"):
+      raise
+    sentence = _sentence(error)
+    if sentence is None:
+      traceback.print_exc()
+      print(
+        f"{command_line.version()}: this error is none that it expects of a"
+        " wrong setting. If it is not of your own code, open an issue with the"
+        " lines above, the command and its gin files.",
+        file=sys.stderr,
+      )
+      sys.exit(1)
+    print(f"gkd: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
-def _gin_flags(argv: Sequence[str]) -> list[str]:
-  """Rewrites `--gin.X=Y`, as in T5X, to the binding `X = Y`."""
-  rewritten = []
-  for argument in argv:
-    if argument.startswith("--gin."):
-      name, _, value = argument[len("--gin.") :].partition("=")
-      argument = f"--gin_bindings={name} = {value}"
-    rewritten.append(argument)
-  return rewritten
+def _parsed(words: Sequence[str]) -> Any:
+  """Returns a command's flags; None if help or the version was printed."""
+  name, *rest = words or ["--help"]
+  if name in ("-h", "--help", "help"):
+    print(command_line.of_all())
+    return None
+  if name in ("-V", "--version"):
+    print(command_line.version())
+    return None
+  args = command_line.parse(name, rest)
+  if args.help:
+    given = [getattr(args, f, []) for f in ("gin_file", "gin_bindings")]
+    paths = getattr(args, "gin_search_paths", [])
+    print(command_line.of_command(name, *given, paths))
+    return None
+  args.command, args.line = name, shlex.join(["gkd", *words])
+  return args
+
+
+def _sentence(error: Exception) -> str | None:
+  """Returns an error of the user in one sentence; None for another error."""
+  if isinstance(error, OSError) and error.filename:
+    return (
+      f"expected a file or folder that can be used, got {error.filename!r}"
+      f" ({error.strerror}); set another path, or its rights"
+    )
+  if not isinstance(error, ValueError | ImportError | FloatingPointError):
+    return None
+  # Gin adds what it was building.
+  text = str(error).partition("\n  In call to configurable ")[0]
+  return text if re.match(r"(\S+: )?expected ", text) else None
 
 
 # ---- commands that gin configures --------------------------------------------
 
 
-def _train():
-  _start()
-  import jax
-
+def _train(args):
+  _start(args)
   import gin
   from gkd_jax import gin_utils, train
 
-  if FLAGS.dry_run:
+  gin_utils.check_values(train.train)
+  if args.dry_run:
     print(gin.config_str())
-  elif jax.process_index() == 0:
-    gin_utils.save()
-  gin.get_configurable(train.train)(dry_run=FLAGS.dry_run)
+  gin.get_configurable(train.train)(
+    config=gin.config_str(), dry_run=args.dry_run
+  )
 
 
-def _eval():
-  _start()
+def _eval(args):
+  _start(args)
   import gin
-  from gkd_jax import infer
+  from gkd_jax import gin_utils, infer
 
+  gin_utils.check_values(infer.evaluate_checkpoint)
   gin.get_configurable(infer.evaluate_checkpoint)()
 
 
-def _infer():
-  _start()
+def _infer(args):
+  _start(args)
   import gin
-  from gkd_jax import infer
+  from gkd_jax import gin_utils, infer
 
+  gin_utils.check_values(infer.infer)
   gin.get_configurable(infer.infer)()
 
 
-def _precompile():
+def _precompile(args):
+  _check_gin(args)
+  from gkd_jax import files
+
+  if args.output_path:
+    files.check_folder(args.output_path, "--output_path")
   from gkd_jax.planning import topologies
 
   # Before anything else initializes JAX with this machine's devices.
-  devices, chip = topologies.devices(FLAGS.topology)
-  _parse_gin()
+  devices, chip = topologies.devices(args.topology)
+  _parse_gin(args)
   from gkd_jax import gin_utils, train
   from gkd_jax.planning import precompile
 
-  about = {"command": shlex.join(["gkd", *sys.argv[1:]])}
-  if FLAGS.title:
-    about["title"] = FLAGS.title
+  about = {"command": args.line}
+  if args.title:
+    about["title"] = args.title
   precompile.precompile(
     **gin_utils.bindings(train.train, precompile.SETTINGS),
     devices=devices,
     chip=chip,
-    topology=FLAGS.topology or devices[0].device_kind,
-    phases=FLAGS.phases,
-    output_path=FLAGS.output_path,
+    topology=args.topology or devices[0].device_kind,
+    phases=args.phases,
+    output_path=args.output_path,
     about=about,
   )
 
 
-def _start() -> None:
+def _check_gin(args: Any) -> None:
+  """Checks gin's files and bindings as text, before the heavy imports."""
+  from gkd_jax import gin_files
+
+  if not args.gin_file and not args.gin_bindings:
+    command = f"gkd {args.command}"
+    first = command_line.COMMANDS[args.command].run_files[0]
+    raise ValueError(
+      f"expected gin files, got none; run `{command} --gin_file={first} ...`, or"
+      f" see the example of `{command} --help`"
+    )
+  gin_files.check_read(
+    gin_files.read(args.gin_file, args.gin_bindings, args.gin_search_paths)
+  )
+
+
+def _start(args: Any) -> None:
   """Joins the other processes and parses gin's files and bindings."""
-  if FLAGS.coordinator_address or FLAGS.multiprocess:
+  _check_gin(args)
+  from absl import flags, logging
+
+  # Tasks of others may define flags of absl; none is given here.
+  flags.FLAGS.mark_as_parsed()
+  # Orbax logs each of its steps. What a user wants to read is printed by us.
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  if args.coordinator_address or args.multiprocess:
     from gkd_jax.training import processes
 
     processes.initialize(
-      FLAGS.coordinator_address,
-      FLAGS.process_count,
-      FLAGS.process_index,
-      FLAGS.lost_after_s,
+      args.coordinator_address,
+      args.process_count,
+      args.process_index,
+      args.lost_after_s,
     )
-  _parse_gin()
+  _parse_gin(args)
   from gkd_jax.training import logs
 
-  logs.use_cache(FLAGS.compilation_cache_dir)
+  logs.use_cache(args.compilation_cache_dir)
 
 
-def _parse_gin() -> None:
+def _parse_gin(args):
   from gkd_jax import gin_utils
 
-  gin_utils.parse(FLAGS.gin_file, FLAGS.gin_bindings, FLAGS.gin_search_paths)
-  if FLAGS.tfds_data_dir:
+  gin_utils.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
+  if args.tfds_data_dir or args.seqio_additional_cache_dirs:
     import seqio
 
-    seqio.set_tfds_data_dir_override(FLAGS.tfds_data_dir)
+    seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs)
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------
 
 
-def _sweep():
-  from gkd_jax import gin_utils
+def _sweep(args):
+  from gkd_jax import gin_files
   from gkd_jax.experiments import sweep_runner, sweeps
 
-  if not FLAGS.sweep_file:
-    definition = sweeps.from_flags(FLAGS.gin_file, FLAGS.axis, FLAGS.seeds or 1)
-  elif FLAGS.axis or FLAGS.gin_file:
+  if not args.gin_file and not args.sweep_file:
+    raise ValueError(
+      "expected gin files or a sweep file, got none; set --gin_file or"
+      " --sweep_file"
+    )
+  if not args.sweep_file:
+    definition = sweeps.from_flags(args.gin_file, args.axis, args.seeds or 1)
+  elif args.axis or args.gin_file:
     raise ValueError(
       "expected a sweep file or flags, got both; set gin_file and axes in"
-      f" {FLAGS.sweep_file}"
+      f" {args.sweep_file}"
     )
   else:
-    folders = [*FLAGS.gin_search_paths, gin_utils.shipped_gin()]
-    definition = sweeps.read(FLAGS.sweep_file, folders)
-    if FLAGS.seeds is not None:
-      definition["seeds"] = FLAGS.seeds
+    folders = [*args.gin_search_paths, gin_files.shipped()]
+    definition = sweeps.read(args.sweep_file, folders)
+    if args.seeds is not None:
+      definition["seeds"] = args.seeds
   options = []
-  if FLAGS.tfds_data_dir:
-    options.append(f"--tfds_data_dir={FLAGS.tfds_data_dir}")
+  if args.tfds_data_dir:
+    options.append(f"--tfds_data_dir={args.tfds_data_dir}")
+  if args.seqio_additional_cache_dirs:
+    folders = ",".join(args.seqio_additional_cache_dirs)
+    options.append(f"--seqio_additional_cache_dirs={folders}")
   finished = sweep_runner.sweep(
     definition,
-    FLAGS.output_dir,
-    bindings=FLAGS.gin_bindings,
-    search_paths=FLAGS.gin_search_paths,
+    args.output_dir,
+    bindings=args.gin_bindings,
+    search_paths=args.gin_search_paths,
     options=options,
-    jobs=FLAGS.jobs,
-    print_commands=FLAGS.print_commands,
+    jobs=args.jobs,
+    print_commands=args.print_commands,
   )
   if not finished:
     sys.exit(1)
 
 
-def _report(*runs: str):
+def _report(args):
+  from gkd_jax import files
   from gkd_jax.experiments import report_page
 
-  report_page.report(runs, FLAGS.output_path or ".", FLAGS.markdown)
+  files.check_folder(args.output_path or ".", "--output_path")
+  report_page.report(args.words, args.output_path or ".", args.markdown)
 
 
-def _watch(*runs: str):
+def _watch(args):
   from gkd_jax.experiments import watch
 
-  watch.watch(runs)
+  watch.watch(args.words)
 
 
-def _compare(*outputs: str):
+def _compare(args):
+  from gkd_jax import gin_utils
+
+  gin_utils.import_tensorflow()
   from gkd_jax.evaluation import compare
 
-  print(compare.report(outputs))
+  print(compare.report(args.words))
 
 
-def _path(*names: str):
+def _path(args):
   from gkd_jax.tasks import shipped
 
-  print(shipped.model_path(*names))
+  if len(args.words) != 1:
+    raise ValueError(
+      f"expected one of {', '.join(shipped.names())}, got"
+      f" {shlex.join(args.words) or 'nothing'}; run `gkd path NAME`"
+    )
+  print(shipped.model_path(args.words[0], "NAME of `gkd path NAME`"))
 
 
-def _import():
+def _import(args):
+  _check_paths(args)
   from gkd_jax.checkpoints import export
 
-  _check_paths()
   config = export.import_checkpoint(
-    FLAGS.checkpoint_path, FLAGS.output_path, dtype=FLAGS.dtype
+    args.checkpoint_path, args.output_path, dtype=args.dtype
   )
-  print(f"imported into {FLAGS.output_path}: {config}", flush=True)
+  print(f"imported into {args.output_path}: {config}", flush=True)
 
 
-def _export():
+def _export(args):
+  _check_paths(args)
   from gkd_jax.checkpoints import export
   from gkd_jax.experiments import model_card
 
-  _check_paths()
   export.export_checkpoint(
-    FLAGS.checkpoint_path,
-    FLAGS.output_path,
-    format=FLAGS.format,
-    dtype=FLAGS.dtype,
-    vocabulary_path=FLAGS.vocabulary_path,
-    extra_ids=FLAGS.extra_ids,
+    args.checkpoint_path,
+    args.output_path,
+    format=args.format,
+    dtype=args.dtype,
+    vocabulary_path=args.vocabulary_path,
+    extra_ids=args.extra_ids,
     card=model_card.write,
   )
 
 
-def _check_paths():
-  if not FLAGS.checkpoint_path or not FLAGS.output_path:
+def _check_paths(args):
+  from gkd_jax import files
+
+  if not args.checkpoint_path or not args.output_path:
     raise ValueError(
       "expected a checkpoint and an output folder, got"
-      f" {FLAGS.checkpoint_path!r} and {FLAGS.output_path!r};"
+      f" {args.checkpoint_path!r} and {args.output_path!r};"
       " set --checkpoint_path and --output_path"
     )
+  files.check_folder(args.output_path, "--output_path")
 
 
 COMMANDS = {

@@ -6,6 +6,7 @@ Reads top to bottom. Everything that it needs is an argument; gin binds them.
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ import jax
 import numpy as np
 
 from gkd_jax import checkpoints as checkpoint_files
-from gkd_jax import checks, data, optimizers, partitioning, training
-from gkd_jax import evaluation as evaluators
+from gkd_jax import checks, data, files, optimizers, partitioning, training
 from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
+from gkd_jax.evaluation import run_evaluations
 
 
 def train(
@@ -34,6 +35,7 @@ def train(
   teacher_checkpoint_path: str | None = None,
   seed: int = 0,
   max_skipped_in_row: int = 20,
+  config: str = "",
   dry_run: bool = False,
 ) -> Mapping[str, float]:
   """Trains the student of `model`, resuming from the newest checkpoint.
@@ -52,26 +54,39 @@ def train(
     teacher_checkpoint_path: the teacher's parameters.
     seed: of everything random.
     max_skipped_in_row: non-finite updates in a row that stop the run.
+    config: all settings as text, for `MODEL_DIR/config.gin`.
     dry_run: build everything, print sizes, and stop.
 
   Returns:
     The last evaluation's metrics.
 
   Raises:
-    training.Stopped: SIGTERM came, and the step is saved.
+    training.Stopped: SIGTERM or Ctrl-C came, and the step is saved.
   """
   # ---- build: what can be wrong is found here, before compiling ------------
+  training.check_parts(model, optimizer)
   checks.path(model_dir, "MODEL_DIR")
+  files.check_folder(model_dir, "MODEL_DIR")
   checks.whole(train_steps, "TRAIN_STEPS")
   checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
   checks.whole(seed, "SEED", least=0)
   checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
-  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
+  model_dir = os.fspath(files.absolute(model_dir))
   task = data.load_task(
     dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )
-  batches = _batches(model, task, dataset, run.mesh, seed, model_dir)
+  stated = _stated_tokens(
+    model, model_dir, initial_checkpoint_path, teacher_checkpoint_path
+  )
+  model = data.fitted(model, task, stated)
+  run = training.build(model, optimizer, dataset, partitioner, seed=seed)
+  start = checkpoint_files.newest_step(model_dir) or 0
+  if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
+    print(f"already at step {start} of {train_steps}: nothing to do")
+    return checkpoint_files.saved_metrics(model_dir, start)
+  batches = _batches(model, task, dataset, run.mesh, seed, model_dir, start)
+  data.try_saving(batches)
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
   _print_sizes(run, teacher_params)
   if dry_run:
@@ -80,18 +95,20 @@ def train(
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
   params = None
-  if not checkpoint_files.has_checkpoint(model_dir):
+  if not start:
     params = _first_params(model, initial_checkpoint_path, run, seed)
-  # Closed whatever happens: an error leaves no threads that write on.
-  with contextlib.closing(
-    checkpoint_files.Checkpointer(
-      model_dir,
-      keep=checkpoints.keep,
-      best_metric=checkpoints.best_metric,
-      best_mode=checkpoints.best_mode,
-    )
-  ) as checkpointer:
-    start = checkpointer.latest_step() or 0
+  with (
+    training.RunLock(model_dir),
+    # Closed whatever happens: an error leaves no threads that write on.
+    contextlib.closing(
+      checkpoint_files.Checkpointer(
+        model_dir,
+        keep=checkpoints.keep,
+        best_metric=checkpoints.best_metric,
+        best_mode=checkpoints.best_mode,
+      )
+    ) as checkpointer,
+  ):
     if params is None:
       state = checkpointer.restore(start, run.state, batches)
       print(f"resumed {model_dir} at step {start}", flush=True)
@@ -100,80 +117,111 @@ def train(
         functools.partial(training.create, transform=optimizer.transform),
         out_shardings=_shardings(run.state),
       )(params)
+    training.update_settings(model_dir, config)
 
     # ---- the loop ------------------------------------------------------------
-    make_evaluator = functools.partial(
-      evaluators.Evaluator,
-      task,
-      dataset.task_feature_lengths,
-      evaluation.batch_size,
-      run.mesh,
-      converter=model.student.FEATURE_CONVERTER_CLS,
-      use_cached=dataset.use_cached,
+    save = functools.partial(
+      checkpointer.save,
+      dataset_iterator=batches,
+      config=dataclasses.asdict(model.config),
+      special_tokens=model.student.special_tokens,
     )
-    evaluator = make_evaluator(num_examples=evaluation.num_examples)
-    scores: dict[str, float] = {}
+    scores: Mapping[str, float] = {}
     with (
       training.TrainLog(
         model_dir, start, train_steps, wandb_project=logging.wandb_project
       ) as log,
       training.Profiler(model_dir, logging.profile_steps) as profiler,
-      training.StopSignal() as stop,
     ):
-      for step in range(start, train_steps):
-        source = model.source_of_step(seed, step)
-        batch = batches.next(step, state.params)
-        _check_targets(batch, source, step)
-        profiler.before(step)
-        state, metrics = run.step(
-          state, teacher_params, run.put(batch), source=source
-        )
-        profiler.after(step, metrics)
-        done = step + 1
-        log.add(metrics, source, batch)
-        stopping = stop.asked(done)
-        last = done == train_steps or stopping
-        if done % logging.period == 0 or last:
-          skipped = int(state.skipped_in_row)  # waits for the step
-          log.write(done)
-          _check_skipped(skipped, max_skipped_in_row, done, model_dir)
-        evaluated = None
-        if done % evaluation.period == 0 or done == train_steps:
-          scores = evaluated = _evaluate(
-            evaluator, model, state.params, teacher_params, log, done
+      evaluations = run_evaluations.RunEvaluations(
+        model,
+        teacher_params,
+        log,
+        task=task,
+        dataset=dataset,
+        settings=evaluation,
+        mesh=run.mesh,
+        best_metric=checkpoints.best_metric,
+      )
+      with training.StopSignal() as stop:
+        for step in range(start, train_steps):
+          source = model.source_of_step(seed, step)
+          batch = batches.next(step, state.params)
+          training.check_targets(batch, source, step)
+          profiler.before(step)
+          state, metrics = run.step(
+            state, teacher_params, run.put(batch), source=source
           )
-        if done % checkpoints.period == 0 or last:
-          checkpointer.save(
-            done,
-            state,
-            dataset_iterator=batches,
-            metrics=evaluated,
-            config=dataclasses.asdict(model.config),
-          )
-        if stopping:
-          checkpointer.wait()
-          log.say(f"SIGTERM: saved step {done}, stopping")
-          raise training.Stopped
-      checkpointer.wait()
-      if evaluation.final_split:
-        final = make_evaluator(split=evaluation.final_split)
-        log.final(
-          _final_scores(
-            final, model, state.params, seed, evaluation.final_split
-          )
-        )
+          profiler.after(step, metrics)
+          done = step + 1
+          log.add(metrics, source, batch)
+          stopping = stop.asked(done)
+          last = done == train_steps or stopping
+          if done % logging.period == 0 or last:
+            skipped = int(state.skipped_in_row)  # waits for the step
+            log.write(done)
+            if skipped >= max_skipped_in_row:
+              raise _not_finite(skipped, done, metrics, checkpointer, model_dir)
+          # The checkpoint first: an evaluation that fails costs no step.
+          if done % checkpoints.period == 0 or last:
+            save(done, state)
+          if stopping:
+            checkpointer.wait()
+            log.say(
+              f"interrupted at step {done}; last checkpoint"
+              f" {model_dir}/checkpoint_{done}; the same command goes on"
+            )
+            raise training.Stopped(stop.number)
+          if done % evaluation.period == 0 and not last:
+            scores = evaluations.at(done, state.params)
+            recorded = checkpointer.record(done, scores)
+            if not recorded and checkpointer.is_best(scores):
+              save(done, state, metrics=scores)
+      scores = evaluations.at(train_steps, state.params)
+      checkpointer.record(train_steps, scores)
+      evaluations.final(state.params, seed)
+      log.say(_where(model_dir, train_steps, evaluations.failed))
     return scores
 
 
-def _batches(model, task, dataset, mesh, seed, model_dir):
+def _stated_tokens(model, model_dir, initial_path, teacher_path):
+  """Returns what the run's checkpoints say; see `data.fitted`."""
+  paths = {"INITIAL_CHECKPOINT_PATH": initial_path}
+  if checkpoint_files.has_checkpoint(model_dir):
+    paths = {"MODEL_DIR": model_dir}
+  if model.teacher is not None:
+    paths["TEACHER_CHECKPOINT_PATH"] = teacher_path
+  return {
+    name: checkpoint_files.load_special_tokens(path, setting=name)
+    for name, path in paths.items()
+    if path
+  }
+
+
+def _is_finished(model_dir, step, train_steps, evaluation):
+  """Returns whether a run is at its end, its last evaluation included."""
+  final = files.absolute(model_dir) / "final.json"
+  return step > train_steps or (
+    step == train_steps
+    and checkpoint_files.saved_metrics(model_dir, step)
+    and (not evaluation.final_split or final.exists())
+  )
+
+
+def _batches(model, task, dataset, mesh, seed, model_dir, start):
   """Returns this process's training batches; their position can be saved."""
+  recorded = None
+  if dataset.save_position:
+    recorded = checkpoint_files.recorded_data_shards(model_dir)
+  elif start:  # another order than that of the examples already seen
+    seed = int(np.random.default_rng([seed, start]).integers(2**31))
   lengths = dataset.task_feature_lengths
   rows = shards.rows_of_processes(
     partitioning.process_grid(mesh), dataset.batch_size
   )
   count = shards.count(
     dataset.shards,
-    checkpoint_files.recorded_data_shards(model_dir),
+    recorded,
     dataset.batch_size,
     rows,
   )
@@ -183,13 +231,18 @@ def _batches(model, task, dataset, mesh, seed, model_dir):
     dataset.batch_size,
     seed=seed,
     converter=model.FEATURE_CONVERTER_CLS,
+    special_tokens=model.student.special_tokens,
     pack=dataset.pack,
     share=shards.share(rows, jax.process_index(), dataset.batch_size, count),
     use_cached=dataset.use_cached,
+    save_position=dataset.save_position,
   )
   if dataset.input_buckets:
     features = data.feature_lengths(
-      model.FEATURE_CONVERTER_CLS, lengths, dataset.pack
+      model.FEATURE_CONVERTER_CLS,
+      lengths,
+      dataset.pack,
+      model.student.special_tokens,
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
   return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
@@ -199,56 +252,78 @@ def _teacher_params(abstract, path):
   """Returns the teacher's parameters on their devices; {} without a teacher."""
   if not abstract:
     return {}
-  return checkpoint_files.load_placed(
-    path,
-    abstract,
-    _shardings(abstract),
-    setting="TEACHER_CHECKPOINT_PATH",
-    of="teacher",
+  setting = "TEACHER_CHECKPOINT_PATH"
+  params = checkpoint_files.load_placed(
+    path, abstract, _shardings(abstract), setting=setting, of="teacher"
   )
+  checkpoint_files.check_finite(
+    params, of="teacher", path=path, remedy=f"set {setting}"
+  )
+  return params
 
 
 def _shardings(abstract):
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _check_skipped(skipped, most, step, model_dir):
-  if skipped >= most:
-    raise FloatingPointError(
-      f"expected finite losses and gradients, got {skipped} non-finite"
-      f" ones in a row up to step {step}; the last good checkpoint is in"
-      f" {model_dir}; set LEARNING_RATE"
-    )
-
-
-def _check_targets(batch, source, step):
-  if source == "data" and not np.any(batch["decoder_loss_weights"]):
-    raise ValueError(
-      "expected target tokens in every batch, got a batch without any at"
-      f" step {step}; set STUDENT_DATA_FRACTION = 1.0 for data without"
-      " references, or MIXTURE_OR_TASK_NAME"
-    )
+def _not_finite(skipped, step, metrics, checkpointer, model_dir):
+  """Returns the error of a run whose updates stay non-finite."""
+  values = {
+    name: float(metrics[name][0])
+    for name in ("loss", "gradient_norm", "learning_rate")
+  }
+  wrong = [f"{k} {v}" for k, v in values.items() if not np.isfinite(v)]
+  # Each checkpoint was looked at when it was saved or restored.
+  saved = checkpointer.latest_step()
+  good = (
+    f"{model_dir}/checkpoint_{saved} is finite" if saved else "none is saved"
+  )
+  return FloatingPointError(
+    f"expected finite updates, got {skipped} non-finite ones in a row up to step"
+    f" {step} ({', '.join(wrong) or 'parameters or optimizer after the update'});"
+    f" {good}; set LEARNING_RATE"
+  )
 
 
 def _print_sizes(run, teacher_params):
-  student = parameters.count_array_elements(run.state.params)
-  student_bytes = partitioning.bytes_per_device(run.state)
-  teacher = parameters.count_array_elements(teacher_params)
-  teacher_bytes = partitioning.bytes_per_device(teacher_params)
-  print(
-    f"student {student:,} parameters ({student_bytes:,} bytes per device with"
-    f" optimizer), teacher {teacher:,} parameters ({teacher_bytes:,} bytes per"
-    f" device), {run.mesh.size} devices as {dict(run.mesh.shape)}",
-    flush=True,
+  devices = run.mesh.size
+  sizes = [
+    f"student {parameters.count_array_elements(run.state.params):,} parameters"
+    f" ({partitioning.bytes_per_device(run.state):,} bytes per device with"
+    " optimizer)"
+  ]
+  if teacher_params:
+    sizes.append(
+      f"teacher {parameters.count_array_elements(teacher_params):,} parameters"
+      f" ({partitioning.bytes_per_device(teacher_params):,} bytes per device)"
+    )
+  sizes.append(
+    f"{devices} device{'s' if devices > 1 else ''} as {dict(run.mesh.shape)}"
+  )
+  print(", ".join(sizes), flush=True)
+
+
+def _where(model_dir, step, failed):
+  """Returns where a finished run's files lie, and what comes next."""
+  lost = f"{failed} evaluations failed; " if failed else ""
+  return (
+    f"done: {lost}checkpoint {model_dir}/checkpoint_{step}, metrics"
+    f" {model_dir}/metrics.jsonl; next: gkd report {model_dir}"
+    f" --output_path={model_dir}/report"
   )
 
 
 def _first_params(model, path, run, seed):
   """Returns the student's first parameters on their devices: read, or drawn."""
   if path:
-    return checkpoint_files.load_params(
-      path, setting="INITIAL_CHECKPOINT_PATH", like=run.state.params
+    setting = "INITIAL_CHECKPOINT_PATH"
+    params = checkpoint_files.load_params(
+      path, setting=setting, like=run.state.params
     )
+    checkpoint_files.check_finite(
+      params, of="student", path=path, remedy=f"set {setting}"
+    )
+    return params
   # As a program: the network that is applied for the sake of its parameters' shapes
   # is then left out.
   draw = jax.jit(
@@ -261,42 +336,3 @@ def _first_params(model, path, run, seed):
     dict(params),
     run.state.params,
   )
-
-
-def _evaluate(evaluator, model, params, teacher_params, log, step):
-  """Scores the student's greedy outputs and logs five of them."""
-  results = evaluator.predict(model.student, params)
-  scores = evaluator.score(results)
-  teacher = {}
-  if model.teacher is not None:
-    teacher = evaluator.predict(model.teacher, teacher_params, limit=5)
-  examples = []
-  for name, result in results.items():
-    for i in range(min(5, len(result.inputs))):
-      examples.append(
-        {
-          "input": result.inputs[i],
-          "reference": result.targets[i],
-          "teacher": teacher[name].predictions[i] if teacher else None,
-          "student": result.predictions[i],
-        }
-      )
-  log.evaluation(step, scores, examples)
-  return scores
-
-
-def _final_scores(evaluator, model, params, seed, split):
-  """Returns scores of a whole split, greedy and sampled at temperature 1."""
-  result: dict[str, Any] = {
-    "params": parameters.count_array_elements(params),
-    "split": split,
-  }
-  for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-    outputs = evaluator.predict(
-      model.student.with_decode_fn(),
-      params,
-      seed=seed,
-      decoder_params={"temperature": temperature},
-    )
-    result[name] = evaluator.score(outputs)
-  return result

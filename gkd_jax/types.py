@@ -35,6 +35,10 @@ log-probs `[B, T, k + 1]`, the last of all other tokens together."""
 ADVANTAGES, REWARDS = "advantages", "rewards"
 """Features of a batch whose outputs a reward has scored: `[B, T]` and `[B]`."""
 
+INPUT_MASK = "encoder_input_mask"
+"""Feature of a batch of data in which 0 is a token: 1 at each token of
+`encoder_input_tokens`, 0 at padding. Other batches have none."""
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Name to `(sum, weight)`, both `[]` float32: sums add up over microbatches,
 devices and steps, and are divided by the summed weight once, at the end."""
@@ -42,6 +46,70 @@ devices and steps, and are divided by the summed weight once, at the end."""
 
 Encoded = tuple[PyTree, PyTree]
 """A model's parameters and its encoded inputs, from `TransformerModel.encode`."""
+
+
+class SpecialTokens(NamedTuple):
+  """The ids that a vocabulary and a model give a meaning; T5's by default.
+
+  Which positions of a row count is never read from these ids, but from the masks
+  and weights that the data or the sampler make. What does not count is 0.
+
+  Attributes:
+    eos: each of these ids ends a sequence; () never ends one.
+    pad: an id that stands for no token, and may be one of `eos`; None: the
+      vocabulary has none.
+    start: what the decoder reads before the first token.
+    zero_is_padding: whether T5X's rule `token > 0` finds the tokens of the data.
+      Where it does not, batches have `INPUT_MASK`.
+  """
+
+  eos: tuple[int, ...] = (1,)
+  pad: int | None = 0
+  start: int = 0
+  zero_is_padding: bool = True
+
+  @property
+  def eos_id(self) -> int | tuple[int, ...]:
+    """The argument of `DecodeFn`: an id, several, or -1, which is no token's."""
+    return self.eos[0] if len(self.eos) == 1 else self.eos or -1
+
+  @property
+  def never_sampled(self) -> tuple[int, ...]:
+    """PAD, unless it ends sequences: training samples texts."""
+    if self.pad is None or self.pad in self.eos:
+      return ()
+    return (self.pad,)
+
+  @classmethod
+  def of(cls, vocabulary: Any) -> "SpecialTokens":
+    """Returns a vocabulary's; `start` is 0, as seqio's converters have it.
+
+    Args:
+      vocabulary: seqio's. One with several EOS has them as `eos_ids`.
+    """
+    read = lambda name: _token_id(vocabulary, name)
+    several = getattr(vocabulary, "eos_ids", None) or (read("eos_id"),)
+    eos = tuple(int(i) for i in several if i is not None)
+    pad, tokenizer = read("pad_id"), getattr(vocabulary, "tokenizer", None)
+    if hasattr(tokenizer, "pad_id"):
+      # seqio says 0 of every SentencePiece model.
+      pad = _token_id(tokenizer, "pad_id")
+    if pad == read("unk_id"):
+      pad = None
+    return cls(eos, pad, zero_is_padding=pad == 0 and 0 not in eos)
+
+
+T5_TOKENS = SpecialTokens()
+
+
+def _token_id(of, name):
+  """Returns an id, a number or SentencePiece's method; None: there is none."""
+  try:
+    value = getattr(of, name, None)
+  except NotImplementedError:  # seqio's `bos_id`
+    return None
+  value = value() if callable(value) else value
+  return None if value is None or value < 0 else int(value)
 
 
 class StepInputs(NamedTuple):
@@ -104,6 +172,15 @@ class TransformerModel(Protocol):
   FEATURE_CONVERTER_CLS: Any
   """seqio's feature converter: a name in seqio, or a class. Student and teacher
   have the same."""
+
+  @property
+  def special_tokens(self) -> SpecialTokens:
+    """What ends a sequence, and what the decoder reads first."""
+    ...
+
+  def with_special_tokens(self, special_tokens: SpecialTokens) -> Any:
+    """Returns this model with other special tokens."""
+    ...
 
   @property
   def config(self) -> Any:
@@ -222,7 +299,7 @@ class DecodeFn(Protocol):
     batch_size: int,
     max_decode_length: int,
     num_decodes: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     row_axes: PyTree | None,
     **options: Any,
   ) -> tuple[jax.Array, jax.Array]:
@@ -236,7 +313,7 @@ class DecodeFn(Protocol):
       batch_size: B.
       max_decode_length: T, EOS included.
       num_decodes: N.
-      eos_id: the token that ends an output.
+      eos_id: the token that ends an output, or several.
       row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
         for a leaf without rows; None where nothing moves rows.
       **options: the decode function's own.

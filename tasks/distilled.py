@@ -19,15 +19,17 @@ from gkd_jax.tasks import teacher_outputs, teacher_shards
 class ShardsSource(seqio.DataSource):
   """Train split from shards; the other splits from the original task's source."""
 
-  def __init__(self, prefix: str, original_task: str):
+  def __init__(self, prefix: str, original_task: str, drop_cut: bool = False):
     """Makes the source; no file is read yet.
 
     Args:
       prefix: Of the shards; `~` and `$VARIABLE` are expanded when they are read.
       original_task: The name of the task that gives the other splits.
+      drop_cut: Whether outputs that were cut are left out.
     """
     self.prefix = prefix
     self.original_task = original_task
+    self.drop_cut = drop_cut
     splits = seqio.TaskRegistry.get(original_task).splits
     super().__init__(splits=("train", *(s for s in splits if s != "train")))
 
@@ -37,9 +39,11 @@ class ShardsSource(seqio.DataSource):
     return False
 
   def num_input_examples(self, split: str) -> int | None:
-    """Outputs of the teacher, or what the original source says."""
+    """Outputs of the teacher, None if some are dropped; or the original's."""
     if split != "train":
       return self._original.num_input_examples(split)
+    if self.drop_cut:
+      return None
     manifest, _ = self._shards()
     return manifest["num_examples"] * manifest["settings"]["NUM_SAMPLES"]
 
@@ -69,10 +73,18 @@ class ShardsSource(seqio.DataSource):
     dataset = files.get_dataset(
       split="train", shuffle=shuffle, seed=seed, shard_info=shard_info
     )
-    return dataset.map(
+    dataset = dataset.map(
       teacher_shards.record_parser(manifest),
       num_parallel_calls=tf.data.AUTOTUNE,
     )
+    return dataset.filter(self._has_ended) if self.drop_cut else dataset
+
+  def _has_ended(self, record):
+    original = seqio.TaskRegistry.get(self.original_task)
+    eos_id = original.output_features["targets"].vocabulary.eos_id
+    last_is_eos = tf.reduce_any(tf.equal(record["targets"][-1:], eos_id))
+    known = record["ended"] >= 0
+    return tf.where(known, record["ended"] > 0, last_is_eos)
 
   @property
   def _original(self):
@@ -85,7 +97,7 @@ class ShardsSource(seqio.DataSource):
 
 
 def add_distilled_task(
-  name: str, prefix: str, original_task: str
+  name: str, prefix: str, original_task: str, *, drop_cut: bool = False
 ) -> seqio.Task:
   """Registers a task that trains on a teacher's outputs in shards.
 
@@ -96,6 +108,7 @@ def add_distilled_task(
     name: The name of the new task.
     prefix: Of the shards that `gkd infer` wrote, its OUTPUT_PATH.
     original_task: The task that the outputs were made for.
+    drop_cut: Whether outputs that were cut, without EOS, are left out.
 
   Returns:
     The task.
@@ -107,7 +120,8 @@ def add_distilled_task(
     task = seqio.TaskRegistry.get(name)
     known = task.source
     if isinstance(known, ShardsSource) and (
-      (known.prefix, known.original_task) == (prefix, original_task)
+      (known.prefix, known.original_task, known.drop_cut)
+      == (prefix, original_task, drop_cut)
     ):
       return task
     raise ValueError(
@@ -117,7 +131,7 @@ def add_distilled_task(
   return teacher_outputs.add_like(
     seqio.TaskRegistry.get(original_task),
     name,
-    source=ShardsSource(prefix, original_task),
+    source=ShardsSource(prefix, original_task, drop_cut),
     preprocessors=[functools.partial(_prepare, original_task=original_task)],
   )
 

@@ -3,12 +3,16 @@
 Sequence-level distillation (Kim and Rush 2016) is then plain supervised
 training on such a task. Validation and test are those of the task that the
 outputs were made for. `distilled` does the same with shards of whole tasks.
+
+An output that was cut at the teacher's longest length gets no EOS: the teacher
+did not end it, and a student must not learn to end there.
 """
 
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -17,34 +21,42 @@ from gkd_jax.tasks import sources
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: str, modified_ns: int, size: int) -> sources.Columns:
+def _read(
+  path: str, drop_cut: bool, modified_ns: int, size: int
+) -> sources.Columns:
   # The last two arguments make a file that was written anew be read anew.
   del modified_ns, size
-  inputs, targets = [], []
+  inputs, targets, ended = [], [], []
   with tf.io.gfile.GFile(path) as lines:
     for number, line in enumerate(lines, start=1):
       try:
         row = json.loads(line)
         pair = row["inputs"], row["prediction"]
+        # Files of before say nothing of it.
+        whole = row.get("ended", True)
       except (ValueError, KeyError, TypeError):
-        pair = (None, None)
-      if not all(isinstance(text, str) for text in pair):
+        pair, whole = (None, None), True
+      if not all(isinstance(text, str) for text in pair) or whole not in (0, 1):
         raise ValueError(
-          "expected lines of JSON with the texts 'inputs' and 'prediction', "
+          "expected lines of JSON with the texts 'inputs' and 'prediction', and"
+          " 'ended' true or false, "
           f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
           "a file that `gkd infer` wrote"
         )
-      inputs.append(pair[0])
-      targets.append(pair[1])
+      if whole or not drop_cut:
+        inputs.append(pair[0])
+        targets.append(pair[1])
+        ended.append(bool(whole))
   if not inputs:
     raise ValueError(
-      f"expected at least one line in {path}, got an empty file; set path to "
-      "a file that `gkd infer` wrote"
+      f"expected at least one line in {path}, got none"
+      f"{' of an output that ended' * drop_cut}; set path to a file that"
+      " `gkd infer` wrote"
     )
-  return {"inputs": inputs, "targets": targets}
+  return {"inputs": inputs, "targets": targets, "ended": ended}
 
 
-def _load_columns(split: str, *, path: str) -> sources.Columns:
+def _load_columns(split: str, *, path: str, drop_cut: bool) -> sources.Columns:
   del split  # The source has a train split only.
   found = os.path.expandvars(os.path.expanduser(path))
   if not tf.io.gfile.exists(found) or tf.io.gfile.isdir(found):
@@ -53,18 +65,19 @@ def _load_columns(split: str, *, path: str) -> sources.Columns:
       f"{found!r}, which is no file; set path (or the variable in it)"
     )
   status = tf.io.gfile.stat(found)
-  return _read(found, status.mtime_nsec, status.length)
+  return _read(found, drop_cut, status.mtime_nsec, status.length)
 
 
 class TeacherOutputsSource(seqio.DataSource):
   """Train from a JSONL file; the other splits as texts of a base task."""
 
-  def __init__(self, path: str, base_task: str):
+  def __init__(self, path: str, base_task: str, drop_cut: bool = False):
     """Makes the source; neither the file nor the base task is read yet.
 
     Args:
       path: The JSONL file; `~` and `$VARIABLE` are expanded when it is read.
       base_task: The name of the task that gives the other splits.
+      drop_cut: Whether outputs that were cut are left out.
 
     Raises:
       ValueError: If the base task does not tokenize with
@@ -72,8 +85,10 @@ class TeacherOutputsSource(seqio.DataSource):
     """
     self.path = path
     self.base_task = base_task
+    self.drop_cut = drop_cut
     self._file = sources.ColumnsDataSource(
-      functools.partial(_load_columns, path=path), splits=("train",)
+      functools.partial(_load_columns, path=path, drop_cut=drop_cut),
+      splits=("train",),
     )
     base = seqio.TaskRegistry.get(base_task)
     self._text_preprocessors, _ = split_preprocessors(base)
@@ -155,7 +170,35 @@ def split_preprocessors(
   )
 
 
-def register(name: str, path: str, base_task: str) -> seqio.Task:
+def without_eos_where_cut(
+  dataset: tf.data.Dataset, output_features: Mapping[str, Any]
+) -> tf.data.Dataset:
+  """Takes back the EOS that a task's own steps put after outputs that were cut.
+
+  Args:
+    dataset: Examples with tokens, and `ended` where they are a teacher's.
+    output_features: The task's.
+
+  Returns:
+    The dataset without `ended`.
+  """
+  if "ended" not in dataset.element_spec:
+    return dataset
+  eos_id = output_features["targets"].vocabulary.eos_id
+
+  def cut(example):
+    rest = {name: x for name, x in example.items() if name != "ended"}
+    targets = example["targets"]
+    has_eos = tf.reduce_any(tf.equal(targets[-1:], eos_id))
+    extra = tf.cast(has_eos & ~example["ended"], tf.int32)
+    return rest | {"targets": targets[: tf.size(targets) - extra]}
+
+  return dataset.map(cut, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def register(
+  name: str, path: str, base_task: str, *, drop_cut: bool = False
+) -> seqio.Task:
   """Registers a task that trains on a teacher's outputs.
 
   Nothing is read before the dataset is built. Registering the same task
@@ -164,9 +207,11 @@ def register(name: str, path: str, base_task: str) -> seqio.Task:
   Args:
     name: The name of the new task.
     path: A JSONL file of `gkd infer`: one object a line with the texts `inputs`
-      (after the base task's own preprocessing) and `prediction`; other keys
-      are ignored. `~` and `$VARIABLE` are expanded when it is read.
+      (after the base task's own preprocessing) and `prediction`, and `ended`,
+      false for an output that was cut and gets no EOS; other keys are ignored.
+      `~` and `$VARIABLE` are expanded when it is read.
     base_task: The task that gives vocabularies, metrics, validation and test.
+    drop_cut: Whether outputs that were cut are left out.
 
   Returns:
     The task.
@@ -179,7 +224,8 @@ def register(name: str, path: str, base_task: str) -> seqio.Task:
     task = seqio.TaskRegistry.get(name)
     known = task.source
     if isinstance(known, TeacherOutputsSource) and (
-      (known.path, known.base_task) == (path, base_task)
+      (known.path, known.base_task, known.drop_cut)
+      == (path, base_task, drop_cut)
     ):
       return task
     raise ValueError(
@@ -191,8 +237,8 @@ def register(name: str, path: str, base_task: str) -> seqio.Task:
   return add_like(
     base,
     name,
-    source=TeacherOutputsSource(path, base_task),
-    preprocessors=tokenizers,
+    source=TeacherOutputsSource(path, base_task, drop_cut),
+    preprocessors=[*tokenizers, without_eos_where_cut],
   )
 
 

@@ -6,10 +6,11 @@ or not at all, on a local disk or in a bucket.
 
 | feature                | content                                           |
 |------------------------|---------------------------------------------------|
-| `inputs`, `targets`    | token ids as the teacher read and wrote them; an  |
-|                        | output of maximum length may have no EOS          |
+| `inputs`, `targets`    | token ids as the teacher read and wrote them; one |
+|                        | that was cut has no EOS                           |
 | `*_pretokenized`       | their texts, decoded by the vocabularies          |
 | `score`                | log-prob of the output in nats, or a beam's score |
+| `ended`                | 1, or 0 for an output that was cut, without EOS   |
 | `example_index`        | index of the example in the split                 |
 | `sample_number`        | 0 to N - 1 for the N outputs of an input          |
 | `top_k_ids`            | optional: the teacher's top k tokens at each      |
@@ -126,6 +127,8 @@ def record_parser(
     **{k: tf.io.FixedLenFeature([], tf.string) for k in _TEXTS},
     **{k: tf.io.FixedLenFeature([], tf.int64) for k in _NUMBERS},
     "score": tf.io.FixedLenFeature([], tf.float32),
+    # -1: not known, of shards that were written before there was this feature.
+    "ended": tf.io.FixedLenFeature([], tf.int64, default_value=-1),
   }
   storage = manifest[STORAGE]
   if storage:

@@ -95,6 +95,11 @@ class TokenVocabulary(seqio.Vocabulary):
     return UNK_ID
 
   @property
+  def num_used_ids(self) -> int:
+    """The number of ids without those that only round the size up."""
+    return _NUM_SPECIAL + len(self._tokens)
+
+  @property
   def _base_vocab_size(self) -> int:
     return self._size
 

@@ -31,7 +31,9 @@ MAY_IMPORT = {
   "planning": "checkpoints data files losses models network optimizers"
   " partitioning training types",
   "experiments": "files gin_utils",
-  "gin_utils": "files",
+  "gin_files": "files",
+  "gin_utils": "files gin_files",
+  "command_line": "gin_files",
   "train": "checkpoints data evaluation files models optimizers partitioning"
   " training types",
   "infer": "checkpoints data evaluation files models partitioning tasks types",

@@ -108,6 +108,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
   Args:
     module: the student's network, with T5X's call.
+    output_vocabulary: seqio vocabulary; its EOS ends the student's samples.
     teacher_module: the teacher's network, with T5X's call.
     **options: of T5X's model, whose decoding and loss serve the evaluation
       alone; and of `models.GKDModel`: `divergence`, `beta`,
@@ -121,13 +122,16 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     self,
     *,
     module: Any,
+    output_vocabulary: Any,
     teacher_module: Any,
     **options: Any,
   ):
     names = inspect.signature(t5x_models.EncoderDecoderModel).parameters
     of_t5x = {k: v for k, v in options.items() if k in names}
-    super().__init__(module=module, **of_t5x)
-    self.teacher = Network(teacher_module)
+    super().__init__(
+      module=module, output_vocabulary=output_vocabulary, **of_t5x
+    )
+    self.teacher = Network(teacher_module, output_vocabulary=output_vocabulary)
     self._gkd_options = {k: v for k, v in options.items() if k not in names}
     self.gkd  # noqa: B018  wrong settings are met here, not in the first step
 
@@ -136,7 +140,7 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
     """The student, the teacher and the divergence between them."""
     # Made anew: T5X may replace `module` (of scanned layers) after the start.
     return models.GKDModel(
-      Network(self.module),
+      Network(self.module, output_vocabulary=self.output_vocabulary),
       self.teacher,
       # T5X's networks return logits and not what they are made of.
       **{"loss_chunk_size": 0} | self._gkd_options,

@@ -17,14 +17,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gkd_jax import files
+from gkd_jax import files, types
 from gkd_jax.checkpoints import errors, formats, orbax_arrays, safetensors_io
 
 
@@ -69,7 +69,7 @@ class IteratorArgs(ocp.args.CheckpointArgs):
 
 _PREFIX = formats.PREFIX
 _TRASH = ".deleted"
-_REMEDY = "delete this folder to go on from the one before, or set MODEL_DIR"
+_REMEDY = "move this folder out of MODEL_DIR to go on from the one before, or set MODEL_DIR"
 PyTree = Any
 Path = os.PathLike[str] | str
 
@@ -77,6 +77,17 @@ Path = os.PathLike[str] | str
 def has_checkpoint(model_dir: Path) -> bool:
   """Returns whether a run's folder has a complete checkpoint."""
   return bool(formats.find_steps(files.absolute(model_dir)))
+
+
+def newest_step(model_dir: Path) -> int | None:
+  """Returns the newest complete step in a run's folder, or None."""
+  return max(formats.find_steps(files.absolute(model_dir)), default=None)
+
+
+def saved_metrics(model_dir: Path, step: int) -> dict[str, float]:
+  """Returns the metrics of an evaluation at a step; {} if there are none."""
+  folder = files.absolute(model_dir) / f"{_PREFIX}_{step}"
+  return files.read_json(folder / "metrics" / "metrics") or {}
 
 
 def recorded_data_shards(model_dir: Path) -> int | None:
@@ -151,15 +162,16 @@ class Checkpointer:
     self._folder = files.absolute(model_dir)
     self._best_metric = best_metric
     self._sign = 1.0 if best_mode == "max" else -1.0
-    policies = [ocp.checkpoint_managers.LatestN(n=keep)]
-    if best_metric is not None:
-      policies.append(
-        ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=keep_best)
-      )
+    newest = ocp.checkpoint_managers.LatestN(n=keep)
+    best = _Best(self._scores, keep_best)
     self._manager = self._open(
-      ocp.checkpoint_managers.AnyPreservationPolicy(policies), async_save
+      ocp.checkpoint_managers.AnyPreservationPolicy([newest, best]), async_save
     )
     self._empty_trash()
+    self._metrics = {
+      step: saved_metrics(self._folder, step)
+      for step in self._manager.all_steps()
+    }
 
   def latest_step(self) -> int | None:
     """Returns the newest step, including one being written, or None."""
@@ -170,15 +182,41 @@ class Checkpointer:
 
     Returns None without `best_metric`, or if no checkpoint has a finite value.
     """
-    if self._best_metric is None:
-      return None
     self.wait()
-    step = self._manager.best_step()
-    if step is None or not math.isfinite(
-      self._score(self._manager.metrics(step))
-    ):
-      return None
-    return step
+    scores = self._scores(self._manager.all_steps())
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+  def is_best(self, metrics: Mapping[str, float]) -> bool:
+    """Returns whether no checkpoint has metrics as good as these.
+
+    Args:
+      metrics: of an evaluation; always False without `best_metric` in them.
+    """
+    score = self._score(metrics)
+    best = self._scores(self._manager.all_steps()).values()
+    return math.isfinite(score) and score > max(best, default=-math.inf)
+
+  def record(self, step: int, metrics: Mapping[str, float]) -> bool:
+    """Adds an evaluation's metrics to the checkpoint of its step.
+
+    So a checkpoint can be saved before its evaluation, and chosen by it. Waits
+    for the save.
+
+    Args:
+      step: of the evaluation.
+      metrics: name to value.
+
+    Returns:
+      False if there is no checkpoint of this step.
+    """
+    self.wait()
+    if step not in self._manager.all_steps():
+      return False
+    self._metrics[step] = {name: float(v) for name, v in metrics.items()}
+    if jax.process_index() == 0:
+      place = self._folder / f"{_PREFIX}_{step}" / "metrics" / "metrics"
+      files.write_json(place, self._metrics[step])
+    return True
 
   def save(
     self,
@@ -188,6 +226,7 @@ class Checkpointer:
     dataset_iterator: SavableIterator | None = None,
     metrics: Mapping[str, float] | None = None,
     config: Mapping[str, Any] | None = None,
+    special_tokens: types.SpecialTokens | None = None,
   ) -> bool:
     """Saves a checkpoint, unless there is one of this step.
 
@@ -202,13 +241,14 @@ class Checkpointer:
       dataset_iterator: saved at its current position.
       metrics: name to value; None if none were computed at this step.
       config: JSON-able network configuration.
+      special_tokens: of the model, stored with `config`.
 
     Returns:
       False if there is a checkpoint of this step, which is not changed.
 
     Raises:
-      ValueError: if there is a newer checkpoint, or `metrics` do not contain
-        `best_metric`.
+      ValueError: if there is a newer checkpoint, a parameter is not finite, or
+        `metrics` do not contain `best_metric`.
     """
     newest = self.latest_step()
     if newest is not None and step < newest:
@@ -221,21 +261,28 @@ class Checkpointer:
     if metrics is not None and self._best_metric not in (None, *metrics):
       raise ValueError(
         f"expected the metric {self._best_metric!r} to choose the best"
-        f" checkpoint by, got {sorted(metrics)}; set best_metric"
+        f" checkpoint by, got {sorted(metrics)}; set BEST_METRIC"
       )
+    errors.check_finite(
+      getattr(state, "params", {}),
+      of=f"student at step {step}",
+      path="this run",
+      remedy="nothing was saved; set LEARNING_RATE",
+    )
     items = {"state": ocp.args.PyTreeSave(state)}
     if dataset_iterator is not None:
       items["dataset"] = IteratorArgs(dataset_iterator)
     if config is not None:
+      config = safetensors_io.with_special_tokens(config, special_tokens)
       items["config"] = ocp.args.JsonSave(
         json.loads(safetensors_io.encode_config(config))
       )
     self.wait()
+    self._metrics[step] = {k: float(v) for k, v in (metrics or {}).items()}
     return self._manager.save(
       step,
       args=ocp.args.Composite(**items),
-      # Not None: Orbax would never delete a checkpoint without metrics.
-      metrics={name: float(value) for name, value in (metrics or {}).items()},
+      metrics=self._metrics[step],
       force=True,
     )
 
@@ -246,6 +293,9 @@ class Checkpointer:
     dataset_iterator: SavableIterator | None = None,
   ) -> PyTree:
     """Reads the state of a step, and restores the iterator's position.
+
+    The two are apart: an error about the position keeps its words, and only
+    damage of the arrays is called so.
 
     Args:
       step: one of the steps in the folder.
@@ -259,8 +309,8 @@ class Checkpointer:
 
     Raises:
       ValueError: if there is no checkpoint of the step, if it is damaged, was
-        saved without an iterator but one is given, or has other parameters or
-        another optimizer.
+        saved without an iterator but one is given, has other parameters or
+        another optimizer, or a parameter that is not finite.
     """
     self.wait()
     folder = self._folder / f"{_PREFIX}_{step}"
@@ -277,24 +327,31 @@ class Checkpointer:
       setting="MODEL_DIR",
       path=folder,
     )
-    items = {
-      "state": ocp.args.PyTreeRestore(
-        abstract_state,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(
-          abstract_state
-        ),
-      )
-    }
-    position = folder / "dataset"
-    if dataset_iterator is not None and not position.exists():
-      raise ValueError(
-        "expected the data's position in a folder dataset, got"
-        f" {errors.listing(folder)} in {folder}; set MODEL_DIR"
-      )
     if dataset_iterator is not None:
-      items["dataset"] = IteratorArgs(dataset_iterator)
+      position = folder / "dataset"
+      if not position.exists():
+        raise ValueError(
+          "expected the data's position in a folder dataset, got"
+          f" {errors.listing(folder)} in {folder}; set SAVE_DATA_POSITION ="
+          " False to begin the data anew, or MODEL_DIR"
+        )
+      dataset_iterator.restore_state(os.fspath(position))
     with errors.whole(folder, _REMEDY):
-      return self._manager.restore(step, args=ocp.args.Composite(**items)).state
+      state = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            abstract_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(
+              abstract_state
+            ),
+          )
+        ),
+      ).state
+    errors.check_finite(
+      getattr(state, "params", {}), of="student", path=folder, remedy=_REMEDY
+    )
+    return state
 
   def wait(self) -> None:
     """Waits until the last save is complete, or raises its error."""
@@ -316,7 +373,7 @@ class Checkpointer:
       },
       options=ocp.CheckpointManagerOptions(
         step_prefix=_PREFIX,
-        best_fn=self._score,
+        best_fn=self._score,  # else Orbax writes no metrics
         preservation_policy=preservation_policy,
         cleanup_tmp_directories=True,
         todelete_subdir=_TRASH,
@@ -327,6 +384,11 @@ class Checkpointer:
       ),
     )
 
+  def _scores(self, steps: Sequence[int]) -> dict[int, float]:
+    """Returns step to score, of the checkpoints that have a finite one."""
+    scores = {s: self._score(self._metrics.get(s, {})) for s in steps}
+    return {s: score for s, score in scores.items() if math.isfinite(score)}
+
   def _score(self, metrics: Mapping[str, float]) -> float:
     """Returns the number by which checkpoints are ordered, higher is better."""
     value = self._sign * metrics.get(self._best_metric or "", math.nan)
@@ -335,6 +397,32 @@ class Checkpointer:
   def _empty_trash(self) -> None:
     if jax.process_index() == 0 and (self._folder / _TRASH).exists():
       (self._folder / _TRASH).rmtree()
+
+
+class _Best:
+  """Orbax's preservation policy that keeps the best checkpoints.
+
+  Orbax knows the metrics that a checkpoint was saved with, not those that were
+  recorded later.
+
+  Args:
+    scores: steps to the score of each that has one, higher is better.
+    count: checkpoints that are kept.
+  """
+
+  def __init__(
+    self, scores: Callable[[Sequence[int]], Mapping[int, float]], count: int
+  ):
+    self._scores, self._count = scores, count
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any):
+    """Returns whether each checkpoint is kept; see Orbax's protocol."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    scores = self._scores(steps)
+    best = sorted(scores, key=lambda step: (scores[step], step))
+    best = best[len(best) - min(self._count, len(best)) :]
+    return [step in best for step in steps]
 
 
 def _abstract(leaf: Any) -> Any:

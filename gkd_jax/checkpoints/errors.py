@@ -7,9 +7,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 PyTree = Any
+
+# Of a file system or a service, not of the files: their own words say more.
+_ELSEWHERE = (
+  jax.errors.JaxRuntimeError,
+  MemoryError,
+  PermissionError,
+  ConnectionError,
+  TimeoutError,
+)
+_STATUS_ELSEWHERE = re.compile(
+  "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED"
+  "|RESOURCE_EXHAUSTED|ABORTED|No space left|Too many open files"
+)
 
 
 def check_matches(
@@ -91,8 +106,9 @@ def whole(folder: os.PathLike[str] | str, remedy: str) -> Iterator[None]:
   """Converts errors in its block to one about a damaged checkpoint.
 
   Orbax, tensorstore and TensorFlow have no common class of errors for missing,
-  truncated or damaged files; Orbax even raises a plain `Exception`. JAX's
-  errors, such as running out of memory, are not about the files.
+  truncated or damaged files; Orbax even raises a plain `Exception`. Errors that
+  are not about the files, such as running out of memory or a missing permission,
+  pass as they are.
 
   Args:
     folder: the checkpoint that the block reads.
@@ -103,15 +119,50 @@ def whole(folder: os.PathLike[str] | str, remedy: str) -> Iterator[None]:
   """
   try:
     yield
-  except (jax.errors.JaxRuntimeError, MemoryError):
+  except _ELSEWHERE:
     raise
   except Exception as error:
+    if _STATUS_ELSEWHERE.search(str(error)):
+      raise
     # Tensorstore appends pages about its settings.
     reason = re.split(r"\[tensorstore_spec|See full", str(error))[0]
     raise ValueError(
       f"expected a whole checkpoint, got {type(error).__name__}:"
       f" {' '.join(reason.split())[:300]} in {os.fspath(folder)}; {remedy}"
     ) from error
+
+
+def check_finite(
+  params: PyTree, *, of: str, path: os.PathLike[str] | str, remedy: str
+) -> None:
+  """Checks that there is no NaN and no infinity in parameters.
+
+  Args:
+    params: tree of arrays, on their devices.
+    of: whose parameters, for the message.
+    path: of the checkpoint, for the message.
+    remedy: what to do, for the message.
+
+  Raises:
+    ValueError: with the first five names.
+  """
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+  }
+  finite = jax.device_get(_finite(flat))
+  wrong = [name for name in flat if not np.all(finite[name])]
+  if wrong:
+    raise ValueError(
+      f"expected finite parameters of the {of}, got NaN or infinity in"
+      f" {len(wrong)} of {len(flat)} arrays ({_first(wrong)}) in"
+      f" {os.fspath(path)}; {remedy}"
+    )
+
+
+@jax.jit
+def _finite(arrays):
+  return {name: jnp.all(jnp.isfinite(x)) for name, x in arrays.items()}
 
 
 def listing(folder: os.PathLike[str] | str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from gkd_jax import files, network
+from gkd_jax import files, network, types
 from gkd_jax.checkpoints import (
   formats,
   huggingface,
@@ -49,10 +49,11 @@ def import_checkpoint(
     ValueError: if the checkpoint cannot be read, or is not a T5.
   """
   flat, config, _ = _open(checkpoint_path)
+  tokens = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
   safetensors_io.save_safetensors(
     output_path,
     stored_arrays.unflatten(flat),
-    config_fields(config),
+    safetensors_io.with_special_tokens(config_fields(config), tokens),
     dtype=dtype,
   )
   return config
@@ -100,7 +101,10 @@ def export_checkpoint(
       stored_arrays.unflatten(
         formats.open_params(checkpoint_path, setting=_SETTING)
       ),
-      formats.load_config(checkpoint_path, setting=_SETTING) or {},
+      safetensors_io.with_special_tokens(
+        formats.load_config(checkpoint_path, setting=_SETTING) or {},
+        formats.load_special_tokens(checkpoint_path, setting=_SETTING),
+      ),
       dtype=dtype,
     )
     return
@@ -117,7 +121,44 @@ def export_checkpoint(
     model_dir=run,
     step=step,
   )
-  _write_hf(output_path, flat, config, readme, vocabulary_path, extra_ids)
+  stated = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
+  vocabulary = None
+  if vocabulary_path is not None:
+    vocabulary = _vocabulary(vocabulary_path)
+  tokens = _special_tokens(stated, vocabulary)
+  texts = {huggingface.GENERATION_FILE: huggingface.generation_fields(tokens)}
+  if vocabulary is not None:
+    texts |= _tokenizer(vocabulary, extra_ids)
+  _write_hf(output_path, flat, config, tokens, texts, readme, vocabulary_path)
+
+
+def _vocabulary(path):
+  """Returns a SentencePiece model as seqio has it."""
+  import seqio  # and TensorFlow, for tokenizers alone
+
+  file = files.absolute(path)
+  if not file.is_file():
+    raise ValueError(
+      f"expected a SentencePiece model, got nothing at {file}; set"
+      " --vocabulary_path"
+    )
+  return seqio.SentencePieceVocabulary(os.fspath(file))
+
+
+def _special_tokens(stated, vocabulary):
+  """Returns the checkpoint's special tokens, else the vocabulary's, else T5's."""
+  if vocabulary is None:
+    return stated or types.T5_TOKENS
+  read = types.SpecialTokens.of(vocabulary)
+  if stated is None:
+    return read
+  if not set(read.eos) <= set(stated.eos):
+    raise ValueError(
+      f"expected a vocabulary whose EOS is {' or '.join(map(str, stated.eos))},"
+      f" as the checkpoint says, got {' or '.join(map(str, read.eos))};"
+      " set --vocabulary_path"
+    )
+  return stated
 
 
 def _open(path):
@@ -139,19 +180,14 @@ def _step(checkpoint: epath.Path) -> int | None:
   return int(match[1]) if match else None
 
 
-def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
+def _write_hf(
+  path, flat, config, tokens, texts, readme, vocabulary_path
+) -> None:
   theirs = huggingface.rename(flat, config)
   dtype = str(theirs[huggingface.EMBEDDING].dtype)
-  texts = {
-    "generation_config.json": {
-      "decoder_start_token_id": 0,
-      "eos_token_id": 1,
-      "pad_token_id": 0,
-    },
-    safetensors_io.CONFIG_FILE: huggingface.write_config(config, dtype),
+  texts |= {
+    safetensors_io.CONFIG_FILE: huggingface.write_config(config, dtype, tokens)
   }
-  if vocabulary_path is not None:
-    texts |= _tokenizer(extra_ids)
   contents = {
     safetensors_io.WEIGHTS_FILE: lambda file: safetensors_io.write_file(
       # transformers refuses a file without the program it was written for.
@@ -168,25 +204,22 @@ def _write_hf(path, flat, config, readme, vocabulary_path, extra_ids) -> None:
   }
   if vocabulary_path is not None:
     model = files.absolute(vocabulary_path)
-    if not model.is_file():
-      raise ValueError(
-        f"expected a SentencePiece model, got nothing at {model}; set"
-        " --vocabulary_path"
-      )
     contents["spiece.model"] = lambda file: file.write_bytes(model.read_bytes())
   if readme and not (files.absolute(path) / "README.md").exists():
     contents["README.md"] = lambda file: file.write_text(readme)
   files.write_folder(path, contents, last=safetensors_io.CONFIG_FILE)
 
 
-def _tokenizer(extra_ids: int) -> dict[str, dict]:
+def _tokenizer(vocabulary, extra_ids: int) -> dict[str, dict]:
   """Returns the files that transformers' T5Tokenizer reads with spiece.model."""
-  special = {
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
-  }
+  model = vocabulary.tokenizer
+  pad = model.pad_id() if model.pad_id() >= 0 else model.eos_id()
+  ids = {"eos_token": model.eos_id(), "pad_token": pad}
+  ids["unk_token"] = model.unk_id()
+  special = {name: model.IdToPiece(i) for name, i in ids.items() if i >= 0}
+  special["additional_special_tokens"] = [
+    f"<extra_id_{i}>" for i in range(extra_ids)
+  ]
   config = {
     "extra_ids": extra_ids,
     "legacy": True,

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from gkd_jax import files, network, partitioning
+from gkd_jax import files, network, partitioning, types
 from gkd_jax.checkpoints import (
   errors,
   huggingface,
@@ -229,6 +229,41 @@ def load_config(
     return dataclasses.asdict(
       huggingface.read_config(found.path, setting=setting)
     )
+  config = _stored_config(found, setting)
+  if config is not None:
+    config.pop(safetensors_io.SPECIAL_TOKENS, None)
+  return config
+
+
+def load_special_tokens(
+  path: Path, *, setting: str = SETTINGS
+) -> types.SpecialTokens | None:
+  """Reads the special tokens that are stored with the parameters.
+
+  Args:
+    path: as for `load_params`.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    None if there are none, as in T5X's formats.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  found = find(path, setting=setting)
+  if found.format == "huggingface":
+    return huggingface.read_special_tokens(found.path, setting=setting)
+  config = _stored_config(found, setting) or {}
+  stored = config.get(safetensors_io.SPECIAL_TOKENS)
+  if stored is None:
+    return None
+  return types.SpecialTokens(
+    tuple(stored["eos"]), stored["pad"], stored["start"]
+  )
+
+
+def _stored_config(found: Found, setting: str) -> dict[str, Any] | None:
+  """Reads what this program stored in `config.json`, or returns None."""
   file = {
     "orbax": found.path / "config" / safetensors_io.CONFIG_FILE,
     "gkd": found.path / safetensors_io.CONFIG_FILE,

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax import network
+from gkd_jax import network, types
 from gkd_jax.checkpoints import (
   errors,
   parameters,
@@ -24,6 +24,7 @@ from gkd_jax.checkpoints import (
   stored_arrays,
 )
 
+GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 # Fields that `config.json` leaves out when they have these values.
 _T5_DEFAULTS = {
@@ -182,12 +183,57 @@ def _scales_logits(fields):
   return bool(fields["tie_word_embeddings"])
 
 
-def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
+def read_special_tokens(
+  folder: epath.Path, *, setting: str
+) -> types.SpecialTokens:
+  """Returns what a folder says of EOS, PAD and the decoder's start.
+
+  As in transformers, `generation_config.json` comes before `config.json`.
+
+  Args:
+    folder: with `config.json`.
+    setting: what the user set the path with, for the messages.
+  """
+  said = {"eos_token_id": 1, "pad_token_id": 0}  # of transformers' T5Config
+  for name in (safetensors_io.CONFIG_FILE, GENERATION_FILE):
+    if (folder / name).exists():
+      text = safetensors_io.read_json(folder / name, setting=setting)
+      said |= {k: v for k, v in text.items() if v is not None}
+  eos, pad = said["eos_token_id"], said["pad_token_id"]
+  return types.SpecialTokens(
+    tuple(eos) if isinstance(eos, list) else (eos,),
+    pad,
+    said.get("decoder_start_token_id", pad),
+  )
+
+
+def generation_fields(tokens: types.SpecialTokens) -> dict[str, Any]:
+  """Returns the fields of `generation_config.json`.
+
+  Where a vocabulary has no PAD, what follows an output is EOS.
+  """
+  eos = list(tokens.eos)
+  pad = tokens.pad
+  if pad is None and eos:
+    pad = eos[0]
+  return {
+    "decoder_start_token_id": tokens.start,
+    "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    "pad_token_id": pad,
+  }
+
+
+def write_config(
+  config: network.T5Config,
+  dtype: str,
+  tokens: types.SpecialTokens = types.T5_TOKENS,
+) -> dict[str, Any]:
   """Returns the content of `config.json`.
 
   Args:
     config: our configuration.
     dtype: of the parameters.
+    tokens: of the model.
 
   Raises:
     ValueError: if Hugging Face's T5 does not have this feed-forward block.
@@ -208,9 +254,7 @@ def write_config(config: network.T5Config, dtype: str) -> dict[str, Any]:
     **_FIXED,
     "initializer_factor": 1.0,
     "use_cache": True,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
+    **generation_fields(tokens),
     "torch_dtype": dtype,
   }
 

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gkd_jax import files
+from gkd_jax import files, types
 from gkd_jax.checkpoints import stored_arrays
 
 FORMAT = "gkd_jax"
@@ -153,6 +153,26 @@ def open_file(
   except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
     raise _damaged(file, f"{type(error).__name__}: {error}", setting) from error
   return arrays
+
+
+# The key of `config.json` with the model's special tokens.
+SPECIAL_TOKENS = "special_tokens"
+
+
+def with_special_tokens(
+  config: Mapping[str, Any], tokens: types.SpecialTokens | None
+) -> dict[str, Any]:
+  """Returns a configuration that says what a model's special tokens are."""
+  if tokens is None:
+    return dict(config)
+  return {
+    **config,
+    SPECIAL_TOKENS: {
+      "eos": [*tokens.eos],
+      "pad": tokens.pad,
+      "start": tokens.start,
+    },
+  }
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:

@@ -1,8 +1,12 @@
 """From seqio tasks to batches of numpy arrays.
 
 batches: tasks by name, training batches with a position that can be saved.
+identity: what a position belongs to: settings, fingerprints of the sources.
+positions: a reader of one shard; its position counts rows.
 shards: which shards of the data each process reads.
-feature_converters: seqio's, with a teacher's stored top-k log-probs.
+errors: those of seqio, TFDS and TensorFlow, as sentences.
+feature_converters: seqio's, with stored top-k log-probs or with 0 as a token.
+vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 """
 
 from etils import epy
@@ -16,4 +20,9 @@ with epy.lazy_api_imports(globals()):
     feature_converter,
     feature_lengths,
     load_task,
+    try_saving,
+  )
+  from gkd_jax.data.vocabularies import (
+    fitted,
+    special_tokens,
   )

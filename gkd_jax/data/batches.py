@@ -1,8 +1,10 @@
 """Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
 import difflib
+import functools
 import importlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +14,19 @@ import seqio
 import tensorflow as tf
 from jax.experimental import multihost_utils
 
-from gkd_jax.data import feature_converters, shards
+from gkd_jax import checks, files, types
+from gkd_jax.data import (
+  errors,
+  feature_converters,
+  identity,
+  positions,
+  shards,
+  vocabularies,
+)
 from gkd_jax.tasks import distilled
 
 _SHIPPED = ("arithmetic", "bbh", "flan", "g2p", "gsm8k", "mmlu", "wmt", "xsum")
+_RECORD = "position.json"
 SHIPPED_TASKS = tuple(f"gkd_jax.tasks.{name}" for name in _SHIPPED)
 
 
@@ -59,6 +70,7 @@ def distilled_task(
   original_task: str,
   module: str | None = None,
   name: str | None = None,
+  drop_cut: bool = False,
 ) -> str:
   """Registers the task of a teacher's outputs and returns its name, for gin.
 
@@ -67,6 +79,7 @@ def distilled_task(
     original_task: the task that the outputs were made for.
     module: Python module that registers it, imported first.
     name: of the new task; by default the original's and "_distilled".
+    drop_cut: leave out outputs that were cut; otherwise they train without EOS.
 
   Returns:
     The name of the new task.
@@ -80,24 +93,37 @@ def distilled_task(
       f"expected a task, got the mixture {original_task!r}; set ORIGINAL_TASK"
     )
   name = name or f"{original_task}_distilled"
-  return distilled.add_distilled_task(name, prefix, original_task).name
+  return distilled.add_distilled_task(
+    name, prefix, original_task, drop_cut=drop_cut
+  ).name
 
 
-def feature_converter(cls: Any, pack: bool) -> seqio.FeatureConverter:
+def feature_converter(
+  cls: Any,
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
+) -> seqio.FeatureConverter:
   """Returns the converter from a task's features to a model's.
 
   Args:
     cls: a model's `FEATURE_CONVERTER_CLS`: a name in `feature_converters` or in
       seqio, or a class.
     pack: several examples in a row.
+    special_tokens: the model's.
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
-  return cls(pack=pack)
+  start = special_tokens.start
+  if not special_tokens.zero_is_padding:
+    return feature_converters.ZeroIsToken(cls(pack=pack, bos_id=start + 1))
+  return cls(pack=pack, bos_id=start) if start else cls(pack=pack)
 
 
 def feature_lengths(
-  cls: Any, task_feature_lengths: Mapping[str, int], pack: bool
+  cls: Any,
+  task_feature_lengths: Mapping[str, int],
+  pack: bool,
+  special_tokens: types.SpecialTokens = types.T5_TOKENS,
 ) -> dict[str, int]:
   """Returns the lengths of a batch's features `[B, length]`; reads no data.
 
@@ -105,16 +131,18 @@ def feature_lengths(
     cls: see `feature_converter`.
     task_feature_lengths: seqio feature to length.
     pack: see `feature_converter`.
+    special_tokens: see `feature_converter`.
   """
-  converter = feature_converter(cls, pack)
+  converter = feature_converter(cls, pack, special_tokens)
   return dict(converter.get_model_feature_lengths(dict(task_feature_lengths)))
 
 
 class TrainIterator:
   """Endless batches: a process's share of a training split.
 
-  Its position can be saved, and restored by another number of processes
-  (`checkpoints.SavableIterator`).
+  Its position can be saved, and restored with another number of processes or
+  another batch size (`checkpoints.SavableIterator`). What identifies the data is
+  saved beside it.
 
   Args:
     task: from `load_task`.
@@ -122,10 +150,12 @@ class TrainIterator:
     batch_size: of all processes together.
     seed: of the shuffle.
     converter: a model's `FEATURE_CONVERTER_CLS`.
+    special_tokens: the model's; by default those of the task's vocabulary.
     pack: several examples in a row.
     share: what this process reads; by default one shard, all rows.
     use_cached: read seqio's cache.
     split: name of the split.
+    save_position: if False, saving and restoring the state do nothing.
   """
 
   def __init__(
@@ -136,73 +166,137 @@ class TrainIterator:
     *,
     seed: int,
     converter: Any = "EncDecFeatureConverter",
+    special_tokens: types.SpecialTokens | None = None,
     pack: bool = False,
     share: shards.Share | None = None,
     use_cached: bool = False,
     split: str = "train",
+    save_position: bool = True,
   ):
-    if min(lengths.values()) < 1:
-      raise ValueError(
-        f"expected lengths of at least 1, got {dict(lengths)};"
-        " set TASK_FEATURE_LENGTHS"
-      )
+    checks.lengths(lengths, "TASK_FEATURE_LENGTHS")
+    errors.check_source(task, split, use_cached=use_cached)
+    self._reading = functools.partial(errors.explained, task.name, split)
     if share is None:
       share = shards.Share(1, (0,), (0,), np.arange(batch_size))
-    self._share = share
-    self._iterators = []
-    for shard in share.shards:
-      dataset = seqio.get_dataset(
-        mixture_or_task_name=task.name,
-        task_feature_lengths=dict(lengths),
-        feature_converter=feature_converter(converter, pack),
-        dataset_split=split,
-        use_cached=use_cached,
-        shuffle=True,
-        num_epochs=None,
-        shard_info=seqio.ShardInfo(shard, share.count),
-        seed=seed,
-      )
-      dataset = dataset.batch(batch_size // share.count, drop_remainder=True)
-      self._iterators.append(iter(_without_autotuning(dataset.prefetch(2))))
+    if special_tokens is None:
+      special_tokens = vocabularies.special_tokens(task)
+    self._share, self._batch_size = share, batch_size
+    self._save_position = save_position
+    self._examples: int | None = 0
+    self._settings = {
+      "MIXTURE_OR_TASK_NAME": task.name,
+      "TASK_FEATURE_LENGTHS": dict(lengths),
+      "SEED": seed,
+      "PACK": pack,
+      "USE_CACHED_TASKS": use_cached,
+    }
+    self._sources = functools.cache(
+      lambda: identity.sources(task, split, use_cached)
+    )
+    self._dataset = lambda shard: seqio.get_dataset(
+      mixture_or_task_name=task.name,
+      task_feature_lengths=dict(lengths),
+      feature_converter=feature_converter(converter, pack, special_tokens),
+      dataset_split=split,
+      use_cached=use_cached,
+      shuffle=True,
+      num_epochs=None,
+      shard_info=seqio.ShardInfo(shard, share.count),
+      seed=seed,
+    )
+    self._rows = batch_size // share.count
+    with self._reading():
+      self._open(self._rows)
 
   def __next__(self) -> dict[str, np.ndarray]:
-    blocks = [next(iterator) for iterator in self._iterators]
-    join = lambda *parts: np.concatenate([part.numpy() for part in parts])
+    with self._reading():
+      blocks = [reader.take(self._rows) for reader in self._readers]
+    if self._examples is not None:
+      self._examples += self._batch_size
     return {
-      k: join(*(b[k] for b in blocks))[self._share.rows] for k in blocks[0]
+      k: np.concatenate([b[k] for b in blocks])[self._share.rows]
+      for k in blocks[0]
     }
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
-    """Writes the positions of the shards that this process owns into `path`."""
-    for iterator, shard, name in self._each():
+    """Writes the positions of the shards that this process owns into `path`.
+
+    Raises:
+      ValueError: see `positions.ShardReader.save`.
+    """
+    if not self._save_position:
+      return
+    for reader, shard, folder in self._each(path):
       if shard in self._share.owned:
-        tf.io.gfile.mkdir(os.path.join(path, name))
-        tf.train.Checkpoint(iterator=iterator).write(
-          os.path.join(path, name, "iterator")
-        )
+        tf.io.gfile.mkdir(folder)
+        with self._reading():  # the first rows, if none were read
+          reader.save(folder)
+    if jax.process_index() == 0:
+      files.write_json(
+        os.path.join(path, _RECORD),
+        {
+          "examples": self._examples,
+          "chunk": self._readers[0].chunk,
+          "identity": self._identity(),
+        },
+      )
 
   def restore_state(self, path: str | os.PathLike[str]) -> None:
-    """Goes to the position that `save_state` wrote, in all processes."""
-    for iterator, _, name in self._each():
-      tf.train.Checkpoint(iterator=iterator).read(
-        os.path.join(path, name, "iterator")
-      ).assert_consumed()
+    """Goes to the position that `save_state` wrote, in all processes.
 
-  def _each(self):
-    """Iterator, number and folder of each shard that this process reads."""
+    Raises:
+      ValueError: the position is of other data, or damaged.
+    """
+    if not self._save_position:
+      return
+    # Positions of older versions have no record.
+    record = files.read_json(os.path.join(path, _RECORD)) or {}
+    identity_now = self._identity()
+    saved = record.get("identity", identity_now)
+    if found := identity.differences(saved, identity_now):
+      raise ValueError(
+        f"expected the data of the position in {os.fspath(path)}, got"
+        f" {', '.join(found)}; set these as they were, or {positions.ANEW}"
+      )
+    chunk = record.get("chunk", self._rows)
+    if chunk != self._readers[0].chunk:
+      self._open(chunk)
+    for reader, _, folder in self._each(path):
+      reader.restore(folder)
+    self._examples = record.get("examples")
+
+  def _open(self, chunk):
+    self._readers = [
+      positions.ShardReader(self._dataset(shard), chunk)
+      for shard in self._share.shards
+    ]
+
+  def _identity(self):
+    with self._reading():
+      sources = self._sources()
+    return self._settings | {
+      "features": self._readers[0].features,
+      "sources": sources,
+    }
+
+  def _each(self, path):
+    """Reader, number and folder of each shard that this process reads."""
     names = [shards.folder(s, self._share.count) for s in self._share.shards]
-    return zip(self._iterators, self._share.shards, names, strict=True)
+    folders = [os.path.join(path, name) for name in names]
+    return zip(self._readers, self._share.shards, folders, strict=True)
 
 
-def _without_autotuning(dataset):
-  """Returns the pipeline without autotuning, so that it stops at once.
+def try_saving(iterator: Any) -> None:
+  """Saves an iterator's state once, into a folder that is deleted again.
 
-  An iterator that is replaced or deleted waits for TensorFlow's tuning thread, on
-  one core for up to minutes. Without it a parallel map has one call per core.
+  Args:
+    iterator: a `checkpoints.SavableIterator`.
+
+  Raises:
+    ValueError: its position cannot be saved.
   """
-  options = tf.data.Options()
-  options.autotune.enabled = False
-  return dataset.with_options(options)
+  with tempfile.TemporaryDirectory() as folder:
+    iterator.save_state(folder)
 
 
 _INPUTS = "encoder_input_tokens"
@@ -252,11 +346,13 @@ class CutInputs:
 
   def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)
-    place = np.searchsorted(self._lengths, _longest(batch[_INPUTS]))
+    cut = {k: batch[k] for k in (_INPUTS, types.INPUT_MASK) if k in batch}
+    longest = _longest(cut.get(types.INPUT_MASK, batch[_INPUTS]))
+    place = np.searchsorted(self._lengths, longest)
     if jax.process_count() > 1:
       place = np.max(multihost_utils.process_allgather(place))
-    cut = batch[_INPUTS][:, : self._lengths[int(place)]]
-    return batch | {_INPUTS: cut}
+    length = self._lengths[int(place)]
+    return batch | {k: x[:, :length] for k, x in cut.items()}
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the iterator's position into `path`."""
@@ -267,7 +363,7 @@ class CutInputs:
     self._iterator.restore_state(path)
 
 
-def _longest(tokens):
-  """Returns the length of the longest row of `[B, S]`; 0 without a token."""
-  used = np.flatnonzero(tokens.any(axis=0))
+def _longest(mask):
+  """Returns the length of the longest row of `[B, S]`, 0 after its end."""
+  used = np.flatnonzero(mask.any(axis=0))
   return used[-1] + 1 if used.size else 0

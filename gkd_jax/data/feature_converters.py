@@ -1,17 +1,19 @@
-"""seqio feature converters that keep a teacher's stored top-k log-probs.
+"""seqio feature converters: with stored top-k log-probs, or with 0 as a token.
 
 The log-probs of a target token are at the position where the student predicts it:
 the token's own in an encoder-decoder, after the prompt in a decoder-only model.
-Names are `TopK` and that of seqio's converter.
+Names of these are `TopK` and that of seqio's converter.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from gkd_jax import types
 
+_INPUTS = "encoder_input_tokens"
 # Features of a batch beside the model's own.
 _TOP_K = {
   types.TOP_K_IDS: tf.int32,
@@ -28,7 +30,7 @@ class _TopKFeatureConverter(seqio.FeatureConverter):
 
   HAS_PROMPTS = False
 
-  def __init__(self, pack: bool = False):
+  def __init__(self, pack: bool = False, bos_id: int = 0):
     if pack:
       raise ValueError(
         "expected unpacked rows with stored top-k log-probs, got packed ones;"
@@ -36,7 +38,7 @@ class _TopKFeatureConverter(seqio.FeatureConverter):
       )
     spec = seqio.FeatureConverter.FeatureSpec
     specs = {name: spec(dtype=t, rank=2) for name, t in _TOP_K.items()}
-    super().__init__(pack=False, passthrough_features=specs)
+    super().__init__(pack=False, bos_id=bos_id, passthrough_features=specs)
 
   def __call__(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
@@ -65,6 +67,65 @@ class TopKDecoderFeatureConverter(
   """seqio's with prompt and output in one row, and the top-k features."""
 
   HAS_PROMPTS = True
+
+
+class ZeroIsToken(seqio.FeatureConverter):
+  """Another converter, for data in which 0 is a token and not padding.
+
+  seqio's converters fill rows with 0 and take every 0 for padding. Here they see
+  each id raised by one, and what they return is lowered again, so that weights,
+  segments and packing count a token 0. `encoder_input_mask` says where the inputs
+  are.
+
+  Args:
+    converter: seqio's, with a `bos_id` raised by one.
+  """
+
+  TASK_FEATURES: Mapping[str, Any] = {}
+  MODEL_FEATURES: Mapping[str, Any] = {}
+  PACKING_FEATURE_DTYPES: Mapping[str, Any] = {}
+
+  def __init__(self, converter: seqio.FeatureConverter):
+    super().__init__(pack=converter.pack, bos_id=converter.bos_id)
+    self._converter = converter
+
+  def __call__(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    """Model features of a task's; see `seqio.FeatureConverter`."""
+
+    def raised(example):
+      names = [k for k in ("inputs", "targets") if k in example]
+      return example | {k: example[k] + 1 for k in names}
+
+    ds = ds.map(raised, num_parallel_calls=tf.data.AUTOTUNE)
+    return self._convert_features(ds, task_feature_lengths)
+
+  def _convert_features(
+    self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+  ) -> tf.data.Dataset:
+    ds = self._converter(ds, task_feature_lengths=task_feature_lengths)
+
+    def lowered(features):
+      tokens = [k for k in features if k.endswith("_tokens")]
+      result = features | {k: tf.nn.relu(features[k] - 1) for k in tokens}
+      if _INPUTS in features:
+        mask = tf.cast(features[_INPUTS] > 0, tf.int32)
+        result[types.INPUT_MASK] = mask
+      return result
+
+    return ds.map(lowered, num_parallel_calls=tf.data.AUTOTUNE)
+
+  def get_model_feature_lengths(
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Mapping[str, int]:
+    """Lengths of the features; see `seqio.FeatureConverter`."""
+    lengths = dict(
+      self._converter.get_model_feature_lengths(task_feature_lengths)
+    )
+    if _INPUTS in lengths:
+      lengths[types.INPUT_MASK] = lengths[_INPUTS]
+    return lengths
 
 
 def _aligned(dataset, align):

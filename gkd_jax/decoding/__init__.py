@@ -13,7 +13,7 @@ with epy.lazy_api_imports(globals()):
     beam_search,
   )
   from gkd_jax.decoding.loops import (
-    PAD_ID,
+    is_eos,
   )
   from gkd_jax.decoding.rows import (
     check_options,

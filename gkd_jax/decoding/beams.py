@@ -6,7 +6,8 @@ brevity penalty of Wu et al. (arXiv 1609.08144, equation 14, without coverage),
   score(y) = log p(y) / ((5 + |y|) / 6)^α,   |y| with EOS.
 
 Each step extends the N live outputs of a prompt by every token and keeps the 2N
-likeliest, so that N of them go on even if N end. Those that end compete by score
+likeliest, so that N of them go on even if N end (with E EOS tokens (1 + E) N, as
+E N may end). Those that end compete by score
 for the N finished slots; the others by log-prob for the N live ones. The loop
 stops once no live output of any prompt can still beat a finished one, or at the
 decode length. Like `sampling.sample`, it does not know the model, and runs under
@@ -23,10 +24,12 @@ outputs), and logits of -inf are allowed.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gkd_jax import types
@@ -82,7 +85,7 @@ def beam_search(
   max_decode_length: int,
   num_decodes: int = 4,
   alpha: float | jax.Array = 0.6,
-  eos_id: int = 1,
+  eos_id: int | Sequence[int] = 1,
   start_tokens: jax.Array | None = None,
   row_lengths: jax.Array | None = None,
   row_axes: types.PyTree | None = None,
@@ -99,15 +102,15 @@ def beam_search(
     num_decodes: N, width of the beam and number of outputs.
     alpha: `[]`, exponent of the brevity penalty: 0 ranks by log-prob, larger
       values favour long outputs. An array may change without recompiling.
-    eos_id: the token that ends an output; -1 never ends one.
-    start_tokens: `[B N]` int32 fed first, equal in the rows of one prompt; PAD,
+    eos_id: the token that ends an output, or several; -1 never ends one.
+    start_tokens: `[B N]` int32 fed first, equal in the rows of one prompt; 0,
       T5's start token, by default.
     row_lengths: `[B N]` integer, T of each row where some prompts have less room
       than others, equal in the rows of one prompt. A prompt's search stops
       there, as it does at T.
     row_axes: tree of the cache's structure: the axis of each leaf's rows, -1
       for a leaf without rows. By default scalars have none, and all others have
-      their rows on axis 0.
+      their rows on axis 0. Not needed where N is 1.
 
   Returns:
     Tokens `[B, N, T]` and scores `[B, N]`, the best last. A prompt of which no
@@ -119,9 +122,9 @@ def beam_search(
   """
   del key
   _check_settings(max_decode_length, num_decodes, alpha)
-  row_axes = _checked_row_axes(cache, row_axes, batch_size * num_decodes)
+  row_axes = _checked_row_axes(cache, row_axes, batch_size, num_decodes)
   slots = (batch_size, num_decodes)
-  current = _slots("start_tokens", start_tokens, slots, loops.PAD_ID)
+  current = _slots("start_tokens", start_tokens, slots, 0)
   room = _slots("row_lengths", row_lengths, slots, max_decode_length)[:, 0]
   penalty = functools.partial(brevity_penalty, lax.stop_gradient(alpha))
 
@@ -191,8 +194,12 @@ def _extended(state, logits, penalty, eos_id, room):
     The state with its old cache, and `[B, N]`, the live output that each new one
     extends.
   """
-  found = _candidates(lax.stop_gradient(logits), state.live_log_probs)
-  ended = found.tokens == eos_id  # [B, 2N]
+  found = _candidates(
+    lax.stop_gradient(logits),
+    state.live_log_probs,
+    1 + max(1, np.size(eos_id)),
+  )
+  ended = loops.is_eos(found.tokens, eos_id)  # [B, 2N]
   scores = found.log_probs / penalty(state.position + 1)
   live, order = _best(
     jnp.where(ended, -jnp.inf, found.log_probs), state.live_log_probs.shape[1]
@@ -225,8 +232,16 @@ class _Candidates(NamedTuple):
   parents: jax.Array  # [B, 2N], slot of the output that is extended
 
 
-def _candidates(logits: jax.Array, live_log_probs: jax.Array) -> _Candidates:
-  """Returns the best extensions, from logits `[B N, V]`, log-probs `[B, N]`."""
+def _candidates(
+  logits: jax.Array, live_log_probs: jax.Array, per_slot: int
+) -> _Candidates:
+  """Returns the best extensions.
+
+  Args:
+    logits: `[B N, V]`.
+    live_log_probs: `[B, N]`.
+    per_slot: candidates for each live output, 2 with one EOS.
+  """
   batch_size, num_decodes = live_log_probs.shape
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   log_probs = log_probs + live_log_probs.reshape(-1, 1)  # [B N, V]
@@ -234,9 +249,9 @@ def _candidates(logits: jax.Array, live_log_probs: jax.Array) -> _Candidates:
   log_probs = jnp.where(log_probs <= IMPOSSIBLE, -jnp.inf, log_probs)
   # Slot by slot first, so that a sharded vocabulary stays an axis of its own.
   # Of equal candidates top_k takes the first: in order of slots, then of ids.
-  each = min(2 * num_decodes, logits.shape[-1])
+  each = min(per_slot * num_decodes, logits.shape[-1])
   log_probs, tokens = lax.top_k(log_probs, each)
-  count = min(2 * num_decodes, num_decodes * each)
+  count = min(per_slot * num_decodes, num_decodes * each)
   log_probs, index = lax.top_k(log_probs.reshape(batch_size, -1), count)
   tokens = jnp.take_along_axis(tokens.reshape(batch_size, -1), index, axis=1)
   return _Candidates(log_probs, tokens, index // each)
@@ -272,7 +287,7 @@ def _result(state: BeamState) -> BeamResult:
   )
   is_empty = scores == -jnp.inf
   return BeamResult(
-    jnp.where(is_empty[:, :, None], loops.PAD_ID, tokens),
+    jnp.where(is_empty[:, :, None], 0, tokens),
     jnp.where(is_empty, IMPOSSIBLE, scores),
   )
 
@@ -325,10 +340,13 @@ def _reorder(new, old, row_axes, parents):
   return jax.tree.map(reorder, new, old, row_axes)
 
 
-def _checked_row_axes(cache, row_axes, rows):
+def _checked_row_axes(cache, row_axes, batch_size, num_decodes):
   """Returns `row_axes` or their default, checked against the cache."""
+  rows = batch_size * num_decodes
   if row_axes is None:
-    row_axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else -1, cache)
+    # With one output per prompt no row moves, wherever rows are.
+    default = 0 if num_decodes > 1 else -1
+    row_axes = jax.tree.map(lambda x: default if jnp.ndim(x) else -1, cache)
 
   def check(path, leaf, axis):
     if axis >= 0 and (axis >= jnp.ndim(leaf) or leaf.shape[axis] != rows):

@@ -13,7 +13,7 @@ next of the queue, so that one long row does not hold up a batch of short ones.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,20 @@ from gkd_jax import partitioning, types
 from gkd_jax.partitioning import meshes
 
 Draw = Callable[..., tuple[jax.Array, jax.Array]]
-PAD_ID = 0  # T5's padding, which is its decoder's start token too.
+
+
+def is_eos(tokens: jax.Array, eos_id: int | Sequence[int]) -> jax.Array:
+  """Returns which tokens end a sequence, bool of the same shape.
+
+  >>> is_eos(jnp.array([5, 2, 7]), (2, 7)).tolist()
+  [False, True, True]
+
+  Args:
+    tokens: ids of any shape.
+    eos_id: one id or several; -1 and () are no token's.
+  """
+  ids = jnp.asarray(eos_id, jnp.int32).reshape((1,) * tokens.ndim + (-1,))
+  return jnp.any(tokens[..., None] == ids, axis=-1)
 
 
 class SamplingState(NamedTuple):
@@ -45,7 +58,7 @@ class SamplingState(NamedTuple):
 
   Attributes:
     position: `[]` int32, number of steps done, index of the token to write.
-    current: `[B]` int32, token to feed next; PAD for rows that have ended.
+    current: `[B]` int32, token to feed next; 0 for rows that have ended.
     ended: `[B]` bool, true once EOS is written or the row is full.
     tokens: `[B, T]` int32, zeros from `position` on.
     log_probs: `[B, T]` float32, zeros from `position` on.
@@ -70,7 +83,7 @@ def decode_rows(
   row_lengths: jax.Array,
   active: jax.Array,
   max_decode_length: int,
-  eos_id: int,
+  eos_id: int | Sequence[int],
 ) -> tuple[jax.Array, jax.Array]:
   """Decodes B rows until the last one has ended.
 
@@ -84,7 +97,7 @@ def decode_rows(
     row_lengths: `[B]` integer, longest output of each row, EOS included.
     active: `[B]` bool. Rows that are False stay zero.
     max_decode_length: T.
-    eos_id: the token that ends a row.
+    eos_id: see `is_eos`.
 
   Returns:
     Tokens and log-probs, `[B, T]` each, zeros after a row's end.
@@ -98,13 +111,13 @@ def decode_rows(
       tokens_to_logits(state.current, state.cache)
     )
     drawn, log_probs = draw(logits, row_keys, state.position)
-    token = jnp.where(state.ended, PAD_ID, drawn)
+    token = jnp.where(state.ended, 0, drawn)
     log_probs = jnp.where(state.ended, 0.0, log_probs)
     return SamplingState(
       position=state.position + 1,
       current=token,
       ended=state.ended
-      | (token == eos_id)
+      | is_eos(token, eos_id)
       | (state.position + 1 >= row_lengths),
       tokens=_write(state.tokens, token, state.position),
       log_probs=_write(state.log_probs, log_probs, state.position),
@@ -175,7 +188,7 @@ def decode_with_slots(
   row_lengths: jax.Array,
   active: jax.Array,
   max_decode_length: int,
-  eos_id: int,
+  eos_id: int | Sequence[int],
   data_axis: str = "data",
 ) -> SlotDecodeResult:
   """Decodes P rows, K at a time; a finished row frees its slot for the next.
@@ -196,7 +209,7 @@ def decode_with_slots(
     row_lengths: `[P]` integer, longest output of each row, EOS included.
     active: `[P]` bool. Rows that are False get no slot, and stay zero.
     max_decode_length: T.
-    eos_id: the token that ends a row.
+    eos_id: see `is_eos`.
     data_axis: the mesh axis that rows are sharded over, besides slices. Each
       shard has its own queue and waits for the others only at the end.
 
@@ -282,7 +295,7 @@ def _one_queue(
     place = jnp.where(state.free, rows, state.row), state.position
     write = lambda to, x: to.at[place].set(x, mode="drop", unique_indices=True)
     position = state.position + 1
-    ended = (token == eos_id) | (position >= row_lengths[state.row])
+    ended = is_eos(token, eos_id) | (position >= row_lengths[state.row])
     return state._replace(
       position=position,
       current=token,

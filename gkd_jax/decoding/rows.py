@@ -116,15 +116,28 @@ def decode(
   )
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-  """Checks options of `sampling.sample` and `beams.beam_search`.
+def check_options(
+  options: Mapping[str, Any] | None, decode_fn: types.DecodeFn | None = None
+) -> None:
+  """Checks a decode function and its options, as far as they are there.
 
   Args:
-    options: those that are there.
+    options: of `sampling.sample`, `beams.beam_search` or another.
+    decode_fn: the function.
 
   Raises:
-    ValueError: one is out of its range.
+    ValueError: it is no function, or an option is out of its range.
   """
+  if decode_fn is not None and not callable(decode_fn):
+    checks.refuse(
+      "a decode function such as @decoding.beam_search, or None",
+      decode_fn,
+      "DECODE_FN",
+    )
+  if not isinstance(options := options or {}, Mapping):
+    checks.refuse(
+      "options such as {'num_decodes': 4}, or None", options, "DECODER_PARAMS"
+    )
   known = {
     "temperature": lambda x: checks.number(
       x, "SAMPLING_TEMPERATURE", least=0, what="a temperature"

@@ -49,7 +49,7 @@ def sample(
   temperature: float | jax.Array = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
-  eos_id: int = 1,
+  eos_id: int | Sequence[int] = 1,
   start_tokens: jax.Array | None = None,
   row_lengths: jax.Array | None = None,
   row_ids: jax.Array | None = None,
@@ -79,15 +79,15 @@ def sample(
     top_k: keep the k most likely tokens; 0 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches
       this, at least one token; 1.0 keeps all.
-    eos_id: the token that ends a row; -1 never ends one.
-    start_tokens: `[B]` int32 fed first; PAD, T5's start token, by default.
+    eos_id: the token that ends a row, or several; -1 never ends one.
+    start_tokens: `[B]` int32 fed first; 0, T5's start token, by default.
     row_lengths: `[B]` integer, T of each row; `max_decode_length` by default.
     row_ids: `[B]` integer, names each row's random stream; `arange(B)` by
       default. In a microbatch, pass the rows' places in the whole batch.
     active: `[B]` bool. Rows that are False count as ended from the start: they
       stay zero, and no step is run for them.
     suppress_ids: tokens that are never produced. On-policy training suppresses
-      PAD, which looks like the zeros after EOS.
+      PAD, which is no text.
     num_decodes: N, samples per prompt. The model then has B N rows, of which
       b N to b N + N - 1 are prompt b's, and every `[B]` here means `[B N]`.
     slots: number of rows to decode at a time: one that has ended gives its slot
@@ -149,6 +149,7 @@ def sampling_logits(
   top_k: int = 0,
   top_p: float = 1.0,
   suppress_ids: Sequence[int] = (),
+  keep: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the logits of the distribution that `sample` draws from.
 
@@ -158,6 +159,7 @@ def sampling_logits(
     top_k: see `filter_logits`.
     top_p: see `filter_logits`.
     suppress_ids: tokens to remove before everything else.
+    keep: see `filter_logits`.
 
   Returns:
     `[..., V]` float32, -inf where the probability is 0; not normalized.
@@ -167,16 +169,16 @@ def sampling_logits(
   """
   logits = logits.astype(jnp.float32)
   if suppress_ids:
-    keep = np.ones(logits.shape[-1], bool)
-    outside = [i for i in suppress_ids if not 0 <= i < keep.size]
-    keep[[i for i in suppress_ids if i not in outside]] = False
-    if outside or not keep.any():
+    allowed = np.ones(logits.shape[-1], bool)
+    outside = [i for i in suppress_ids if not 0 <= i < allowed.size]
+    allowed[[i for i in suppress_ids if i not in outside]] = False
+    if outside or not allowed.any():
       raise ValueError(
-        f"expected suppress_ids within 0..{keep.size - 1} and not all of them, "
-        f"got {tuple(suppress_ids)}; set suppress_ids"
+        f"expected suppress_ids within 0..{allowed.size - 1} and not all of"
+        f" them, got {tuple(suppress_ids)}; set suppress_ids"
       )
-    keep = keep.reshape((1,) * (logits.ndim - 1) + keep.shape)
-    logits = jnp.where(keep, logits, -jnp.inf)
+    allowed = allowed.reshape((1,) * (logits.ndim - 1) + allowed.shape)
+    logits = jnp.where(allowed, logits, -jnp.inf)
   # With the maximum at 0, a small temperature sends the other logits to -inf and
   # never makes inf - inf.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -189,11 +191,15 @@ def sampling_logits(
     logits = logits / temperature
   elif temperature != 1:
     logits = logits / max(float(temperature), smallest)
-  return filter_logits(logits, top_k=top_k, top_p=top_p)
+  return filter_logits(logits, top_k=top_k, top_p=top_p, keep=keep)
 
 
 def filter_logits(
-  logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0
+  logits: jax.Array,
+  *,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  keep: jax.Array | None = None,
 ) -> jax.Array:
   """Removes unlikely tokens: top-k first, then top-p on what is left.
 
@@ -213,10 +219,12 @@ def filter_logits(
     top_p: with tokens in order of falling probability, keep each whose
       predecessors have less probability than this in all (softmax over what
       top-k kept); 1.0 keeps all.
+    keep: `[...]` int32, a token of each position that is not removed.
 
   Returns:
     `[..., V]` float32, removed tokens at -inf. Without filters nothing is sorted.
   """
+  given = logits
   vocab_size = logits.shape[-1]
   count = top_k if 0 < top_k < vocab_size else vocab_size
   if count == vocab_size and top_p == 1:
@@ -235,48 +243,59 @@ def filter_logits(
       jnp.where(mass_before < top_p, ranked, jnp.inf), axis=-1, keepdims=True
     )
     logits = jnp.where(logits < threshold, -jnp.inf, logits)
+  if keep is not None:
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    is_kept = ids == jnp.expand_dims(keep, -1)
+    logits = jnp.where(is_kept, given, logits)
   return logits
 
 
 def sequence_weights(
-  tokens: jax.Array, eos_id: int = 1, active: jax.Array | None = None
+  tokens: jax.Array,
+  eos_id: int | Sequence[int] = 1,
+  active: jax.Array | None = None,
+  row_lengths: jax.Array | None = None,
 ) -> jax.Array:
   """Returns 1 up to and including a row's first EOS, and 0 after it.
 
-  A row without EOS was cut and has weight 1 everywhere.
+  A row without EOS was cut and has weight 1 in all of its room.
 
   >>> sequence_weights(jnp.array([[7, 5, 1, 0], [7, 5, 3, 2]])).tolist()
   [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
 
   Args:
     tokens: `[B, T]` int32, as sampled.
-    eos_id: the token that ends a row.
-    active: `[B]` bool, as given to `sample`; rows that are False get 0.
+    eos_id: as given to `sample`, as the next two.
+    active: `[B]` bool; rows that are False get 0.
+    row_lengths: `[B]` integer.
 
   Returns:
     `[B, T]` float32.
   """
-  is_eos = (tokens == eos_id).astype(jnp.int32)
+  is_eos = loops.is_eos(tokens, eos_id).astype(jnp.int32)
   eos_before = jnp.cumsum(is_eos, axis=-1) - is_eos
   weights = (eos_before == 0).astype(jnp.float32)
   if active is not None:
     weights = weights * active.astype(jnp.float32)[:, None]
+  if row_lengths is not None:
+    weights *= jnp.arange(tokens.shape[-1])[None] < row_lengths[:, None]
   return weights
 
 
-def shift_right(tokens: jax.Array) -> jax.Array:
-  """Returns the decoder inputs of these targets: PAD, then all but the last.
+def shift_right(tokens: jax.Array, start: int = 0) -> jax.Array:
+  """Returns the decoder inputs of these targets: `start`, then all but the last.
 
   >>> shift_right(jnp.array([[7, 5, 1, 0]])).tolist()
   [[0, 7, 5, 1]]
 
   Args:
     tokens: `[B, T]` int32 targets.
+    start: what the decoder reads first.
 
   Returns:
     `[B, T]` int32.
   """
-  return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=loops.PAD_ID)[:, :-1]
+  return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
 
 
 def _is_static(value) -> bool:
@@ -339,7 +358,7 @@ def _per_row(
     return array
 
   full = functools.partial(jnp.full, rows)
-  start_tokens = filled("start_tokens", start_tokens, full(loops.PAD_ID))
+  start_tokens = filled("start_tokens", start_tokens, full(0))
   row_ids = filled("row_ids", row_ids, jnp.arange(rows))
   active = filled("active", active, full(True))
   row_lengths = filled("row_lengths", row_lengths, full(max_decode_length))
@@ -430,7 +449,10 @@ def sampling_log_probs(
 ) -> jax.Array:
   """Returns differentiable log-probs of the sampling distribution.
 
-  Temperature, filters and suppressed tokens are part of it.
+  Temperature, filters and suppressed tokens are part of it. Where the tokens
+  have been sampled already, give them as `keep`: which tokens top-k and top-p
+  remove jumps with the last bit of a logit, and the program that sampled them
+  rounded in another way.
 
   Args:
     logits: `[..., V]`, vocabulary padding included.

@@ -1,6 +1,7 @@
 """Evaluation: decode, score, compare.
 
 evaluate         Evaluator: decodes a split and computes the task's metrics
+run_evaluations  those of a training run; one that fails costs no step
 measurements     calibration, divergence by position, acceptance rate
 teacher_data     a teacher's outputs for a whole task as shards
 teacher_records  the records of these shards

@@ -74,6 +74,13 @@ class EntailmentReward:
         f"expected answers whose first tokens differ, got {answers}, which both"
         f" begin with {firsts[0]}; set SCORER_ANSWERS"
       )
+    stated = checkpoint_path and checkpoints.load_special_tokens(
+      checkpoint_path, setting="SCORER_CHECKPOINT_PATH"
+    )
+    tokens = types.SpecialTokens.of(vocabulary)
+    model = model.with_special_tokens(
+      tokens._replace(start=stated.start if stated else 0)
+    )
     self._vocabulary, self._length = vocabulary, input_length
     self._rows = batch_size // jax.process_count()
     self._prefix = input_prefix
@@ -148,11 +155,14 @@ def entailment(
   Returns:
     `[B]` float32.
   """
-  start = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+  start = jnp.full((tokens.shape[0], 1), model.special_tokens.start)
+  # Up to EOS, the last token that is not 0.
+  left = jnp.flip(jnp.cumsum(jnp.flip(tokens != 0, 1), axis=1), 1)
   batch = {
     "encoder_input_tokens": tokens,
+    types.INPUT_MASK: (left > 0).astype(jnp.int32),
     "decoder_input_tokens": start,
-    "decoder_target_tokens": start + answers[0],  # marks the position as used
+    "decoder_target_tokens": jnp.ones_like(start),  # marks it as used
   }
   logits = model.logits(params, batch)[:, 0].astype(jnp.float32)
   if over == "answers":

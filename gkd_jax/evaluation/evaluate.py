@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import seqio
 
-from gkd_jax import data, partitioning
+from gkd_jax import data, partitioning, types
+from gkd_jax.data import vocabularies
 from gkd_jax.tasks import example_statistics
 
 
@@ -24,6 +25,7 @@ class Predictions(NamedTuple):
     predictions: postprocessed outputs, the predictions for the metrics.
     target_scores: log-prob of each target in nats, summed over tokens; empty
       unless a metric of the task needs it.
+    ended: whether each output has EOS, or was cut.
   """
 
   inputs: list[str]
@@ -32,6 +34,7 @@ class Predictions(NamedTuple):
   targets: list[Any]
   predictions: list[Any]
   target_scores: list[float]
+  ended: Sequence[bool] = ()
 
 
 class Evaluator:
@@ -43,6 +46,7 @@ class Evaluator:
     batch_size: rows decoded at a time.
     mesh: rows are sharded over its data axis.
     converter: the `FEATURE_CONVERTER_CLS` of the models to evaluate.
+    special_tokens: of these models; by default those of the task's vocabulary.
     split: name of the split.
     num_examples: maximum number of examples of each task; None for all.
     use_cached: read seqio's cache.
@@ -56,10 +60,13 @@ class Evaluator:
     mesh: Any,
     *,
     converter: Any = "EncDecFeatureConverter",
+    special_tokens: types.SpecialTokens | None = None,
     split: str = "validation",
     num_examples: int | None = None,
     use_cached: bool = False,
   ):
+    if special_tokens is None:
+      special_tokens = data.special_tokens(task)
     self._mesh = mesh
     self._batch_size = batch_size
     self._tasks = {}
@@ -78,7 +85,7 @@ class Evaluator:
       )
       if num_examples is not None:
         dataset = dataset.take(num_examples)
-      convert = data.feature_converter(converter, pack=False)
+      convert = data.feature_converter(converter, False, special_tokens)
       converted = convert(dataset, dict(lengths))
       examples = list(dataset.as_numpy_iterator())
       features = list(converted.as_numpy_iterator())
@@ -113,7 +120,9 @@ class Evaluator:
     for name, (task, examples, features) in self._tasks.items():
       count = len(examples) if limit is None else min(limit, len(examples))
       examples = examples[:count]
-      tokens, scores = self._run(decode, params, features, count, seed)
+      tokens, scores, lengths, ended = self._run(
+        decode, params, features, count, seed
+      )
       target_scores = []
       if task.score_metric_fns:
         (target_scores,) = self._run(
@@ -122,7 +131,10 @@ class Evaluator:
       inputs, targets = (
         task.output_features[k].vocabulary for k in ("inputs", "targets")
       )
-      outputs = [targets.decode(t.tolist()) for t in tokens]
+      outputs = [
+        vocabularies.text(targets, row[:length], model.special_tokens)
+        for row, length in zip(tokens, lengths, strict=True)
+      ]
       results[name] = Predictions(
         [inputs.decode(e["inputs"].tolist()) for e in examples],
         outputs,
@@ -133,6 +145,7 @@ class Evaluator:
           for text, e in zip(outputs, examples, strict=True)
         ],
         [float(s) for s in target_scores],
+        [bool(e) for e in ended],
       )
     return results
 
@@ -244,7 +257,7 @@ def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
     tokens, aux = model.predict_batch_with_aux(
       params, batch, key, decoder_params=dict(options)
     )
-    return tokens, aux["scores"]
+    return tokens, aux["scores"], aux["lengths"], aux["ended"]
 
   # Replicated, so that every process can read all rows.
   return partitioning.jit(

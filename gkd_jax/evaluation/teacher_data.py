@@ -213,7 +213,9 @@ def _examples(
   )
   if num_examples is not None:
     dataset = dataset.take(num_examples)
-  convert = data.feature_converter(model.FEATURE_CONVERTER_CLS, pack=False)
+  convert = data.feature_converter(
+    model.FEATURE_CONVERTER_CLS, False, model.special_tokens
+  )
   features = convert(dataset, dict(lengths))
   return tf.data.Dataset.zip((dataset, features))
 

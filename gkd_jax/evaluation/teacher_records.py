@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import checks, decoding, losses, partitioning
+from gkd_jax import checks, losses, models, partitioning
+from gkd_jax.data import vocabularies
 from gkd_jax.evaluation import evaluate
 
 # Values of `Shards.targets`.
@@ -134,19 +135,20 @@ def records(
     for number, result in enumerate(samples):
       row = {k: v[i] for k, v in result.items()}
       numbers = {"example_index": first_index + i, "sample_number": number}
-      yield _record(task, example, row, shards) | numbers
+      record = _record(task, example, row, shards, model.special_tokens)
+      yield record | numbers
 
 
-def _record(task, example, row, shards):
+def _record(task, example, row, shards, special_tokens):
   """Returns the record of one output; `row` is its row of `_compiled`."""
   targets = example["targets"]
   if shards.targets == OUTPUTS:
-    targets = row["tokens"][: np.count_nonzero(row["tokens"])]
-  record = {"score": row["score"]}
+    targets = row["tokens"][: row["length"]]
+  record = {"score": row["score"], "ended": int(row["ended"])}
   for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
     vocabulary = task.output_features[name].vocabulary
     # A vocabulary without text decodes to numbers.
-    text = str(vocabulary.decode(ids.tolist()))
+    text = str(vocabularies.text(vocabulary, ids, special_tokens))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
     here = row["weights"] > 0
@@ -172,13 +174,22 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
       tokens, aux = model.predict_batch_with_aux(
         params, batch, key, options, return_all_decodes=False
       )
-      # Readers end an output at the first padding token.
-      kept = jnp.cumprod((tokens != decoding.PAD_ID).astype(jnp.int32), axis=1)
-      result = {"tokens": tokens * kept, "score": aux["scores"]}
-      weights = kept.astype(jnp.float32)
-      batch |= model.output_features(batch, result["tokens"], weights)
+      kept = jnp.arange(tokens.shape[1])[None] < aux["lengths"][:, None]
+      if model.special_tokens.zero_is_padding:
+        # Readers end an output at the first padding token.
+        kept &= jnp.cumprod((tokens != 0).astype(jnp.int32), axis=1) > 0
+      tokens, weights = tokens * kept, kept.astype(jnp.float32)
+      eos_id = model.special_tokens.eos_id
+      result = {
+        "tokens": tokens,
+        "length": jnp.sum(kept, axis=1),
+        "score": aux["scores"],
+        "ended": models.has_eos(tokens, weights, eos_id),
+      }
+      batch |= model.output_features(batch, tokens, weights)
     else:
-      result = {"score": model.score_batch(params, batch)}
+      score = model.score_batch(params, batch)
+      result = {"score": score, "ended": jnp.ones_like(score, bool)}
     if shards.top_k:
       ids, log_probs = losses.top_k_log_probs(
         model.logits(params, batch),
@@ -202,7 +213,7 @@ def _compiled(model, shards: Shards, temperature: float, mesh):
 def _decoding(model, temperature, indices, key):
   """Returns the options of the decode function, and its key.
 
-  `indices` `[B]` are those of the examples. Padding is not sampled, as in
+  `indices` `[B]` are those of the examples. PAD is not sampled, as in
   on-policy training.
   """
   parameters = inspect.signature(model.decode_fn).parameters
@@ -210,7 +221,7 @@ def _decoding(model, temperature, indices, key):
   options: dict[str, Any] = {"temperature": temperature} if temperature else {}
   if "suppress_ids" in parameters:
     others = tuple(defaults.get("suppress_ids", ()))
-    options["suppress_ids"] = (decoding.PAD_ID, *others)
+    options["suppress_ids"] = (*model.special_tokens.never_sampled, *others)
   if "row_ids" not in parameters:
     return options, jax.random.fold_in(key, indices[0])
   # Each of several decodes, of which the best is kept, has its own stream.

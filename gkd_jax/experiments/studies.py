@@ -261,6 +261,11 @@ def read(items: Sequence[str]) -> Study:
 
 
 def _single(name, folder) -> Run:
+  if not files.absolute(folder).is_dir():
+    raise ValueError(
+      f"expected the folder of a run or of a sweep, got {folder!r}, which is no"
+      " folder; run `gkd report [NAME=]FOLDER ...`"
+    )
   if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"

@@ -62,7 +62,7 @@ def sweep(
     ValueError: a setting or a cell is wrong.
   """
   if not output_dir:
-    raise ValueError("expected a folder for the cells; set --output_dir")
+    raise ValueError("expected a folder, got none; set --output_dir")
   cells = sweeps.cells(definition, bindings)
   output = os.fspath(files.absolute(output_dir))
   if files.is_remote(output):
@@ -70,6 +70,7 @@ def sweep(
       "expected a local folder for the cells, which run on this machine under"
       f" locks and logs, got {output}; set --output_dir"
     )
+  files.check_folder(output, "--output_dir")
   left = [cell for cell in cells if not is_finished(cell, output)]
   _check_cells(left, output, search_paths)
   prepare(cells, output, definition.get("report", {}))

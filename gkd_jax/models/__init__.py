@@ -8,17 +8,19 @@ gkd                  GKDModel: whose outputs, both models' scores, the divergenc
 rl_gkd               RLGKDModel: a reward and a divergence
 minillm              MiniLLMModel: the reverse KL of sequences
 stored_teacher       StoredTeacherModel: a teacher's stored top-k log-probs
+outputs              where outputs end, and metrics of those that were sampled
 length_buckets       a loss at the shortest length that a batch needs
 """
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
-  from gkd_jax.models.base_model import DATA, EOS_ID, MIXED, STUDENT
+  from gkd_jax.models.base_model import DATA, MIXED, STUDENT
   from gkd_jax.models.decoder_only import DecoderOnlyModel
   from gkd_jax.models.distillation_model import DistillationModel
   from gkd_jax.models.encoder_decoder import EncoderDecoderModel
   from gkd_jax.models.gkd import GKDModel
   from gkd_jax.models.minillm import MiniLLMModel
+  from gkd_jax.models.outputs import has_eos
   from gkd_jax.models.rl_gkd import RLGKDModel
   from gkd_jax.models.stored_teacher import StoredTeacherModel

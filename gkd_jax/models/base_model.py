@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import checks, decoding, losses, partitioning, types
+from gkd_jax.models import outputs
 from gkd_jax.network import layer_loops, projections
 
-EOS_ID = 1
 # Where the sequences of a step come from.
 DATA, STUDENT, MIXED = "data", "student", "mixed"
 
@@ -26,7 +26,7 @@ class BaseTransformerModel:
   Args:
     module: the network.
     input_vocabulary: for callers that decode; not read here.
-    output_vocabulary: likewise.
+    output_vocabulary: likewise, but for its special tokens.
     optimizer_def: for T5X's gin files; not read here.
     decode_fn: how `predict_batch` decodes: `decoding.sample`,
       `decoding.beam_search`, or another `types.DecodeFn`. None is
@@ -42,6 +42,8 @@ class BaseTransformerModel:
     length_normalization: of `train_loss`: "token" (mean over target tokens) or
       "sequence" (mean over sequences of the mean over tokens).
     loss_normalizing_factor: divides `loss_fn`'s sum; None leaves it a sum.
+    special_tokens: EOS, PAD and the decoder's start; by default those of
+      `output_vocabulary`, or T5's without one. A run sets those of its task.
 
   Raises:
     ValueError: `num_real_tokens` is not within 2..vocab_size.
@@ -65,32 +67,10 @@ class BaseTransformerModel:
     z_loss: float = 0.0,
     length_normalization: str = "token",
     loss_normalizing_factor: float | None = None,
+    special_tokens: types.SpecialTokens | None = None,
   ):
-    if decode_fn is not None and not callable(decode_fn):
-      checks.refuse(
-        "a decode function such as @decoding.beam_search, or None",
-        decode_fn,
-        "DECODE_FN",
-      )
-    if not isinstance(default_decoder_params or {}, Mapping):
-      checks.refuse(
-        "options such as {'num_decodes': 4}, or None",
-        default_decoder_params,
-        "DECODER_PARAMS",
-      )
-    decoding.check_options(default_decoder_params or {})
-    if not hasattr(module.config, "vocab_size"):
-      checks.refuse(
-        "sizes such as %T5_1_1_SMALL of models/t5_1_1.gin",
-        module.config,
-        "STUDENT, or TEACHER",
-      )
-    checks.one_of(
-      getattr(module, "weights", "auto"),
-      "TEACHER_WEIGHTS (or WEIGHTS)",
-      projections.WEIGHTS,
-    )
-    checks.boolean(getattr(module, "scan_layers", False), "TEACHER_SCAN_LAYERS")
+    decoding.check_options(default_decoder_params, decode_fn)
+    projections.check_module(module)
     self.module = module
     self.input_vocabulary = input_vocabulary
     self.output_vocabulary = output_vocabulary
@@ -102,6 +82,7 @@ class BaseTransformerModel:
     self.z_loss = z_loss
     self.length_normalization = length_normalization
     self.loss_normalizing_factor = loss_normalizing_factor
+    self._special_tokens = special_tokens
     checks.whole(
       num_real_tokens,
       "NUM_REAL_TOKENS",
@@ -120,6 +101,26 @@ class BaseTransformerModel:
     """The model that is trained: itself."""
     return self
 
+  @property
+  def special_tokens(self) -> types.SpecialTokens:
+    """See `types.TransformerModel.special_tokens`."""
+    if self._special_tokens is None:  # a vocabulary's file is read when needed
+      vocabulary = self.output_vocabulary
+      self._special_tokens = (
+        types.T5_TOKENS
+        if vocabulary is None
+        else types.SpecialTokens.of(vocabulary)
+      )
+    return self._special_tokens
+
+  def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
+    """Returns this model with other special tokens."""
+    if special_tokens == self.special_tokens:
+      return self  # what was compiled for it is used again
+    model = copy.copy(self)
+    model._special_tokens = special_tokens
+    return model
+
   def logits(
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
@@ -132,7 +133,25 @@ class BaseTransformerModel:
 
   def loss_weights(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.loss_weights`."""
-    return loss_weights(batch)
+    weights = batch.get("decoder_loss_weights")
+    if weights is None:
+      if not self.special_tokens.zero_is_padding:
+        raise ValueError(
+          "expected decoder_loss_weights, as 0 is a token of the vocabulary, got"
+          f" {', '.join(sorted(batch))}; set FEATURE_CONVERTER_CLS"
+        )
+      weights = batch["decoder_target_tokens"] > 0
+    return weights.astype(jnp.float32)
+
+  def _marked(self, tokens):
+    """Returns decoder targets `[B, T]` of which `> 0` says what counts.
+
+    Where 0 is a token all positions count: padding is at a row's end, where causal
+    attention hides it from what is before.
+    """
+    if self.special_tokens.zero_is_padding:
+      return tokens
+    return jnp.ones_like(tokens)
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -171,9 +190,9 @@ class BaseTransformerModel:
       raise ValueError(
         f"expected source {DATA!r} for SFT, got {inputs.source!r}"
       )
-    dropout_key = inputs.key if self.config.dropout_rate > 0 else None
+    key = dropout_key(self.config.dropout_rate, inputs.key, inputs.row_ids)
     loss, weight, metrics = self._cross_entropy(
-      params, batch, dropout_key, self.length_normalization
+      params, batch, key, self.length_normalization
     )
     return loss, metrics | {"loss": (loss, weight)}
 
@@ -207,7 +226,7 @@ class BaseTransformerModel:
   def predict_batch(
     self, params: Any, batch: types.Batch, rng: jax.Array | None = None
   ) -> jax.Array:
-    """Returns the best output of each row `[B, T]`, zeros after EOS."""
+    """Returns the best output of each row `[B, T]`, zeros after its end."""
     return self.predict_batch_with_aux(
       params, batch, rng, return_all_decodes=False
     )[0]
@@ -234,9 +253,11 @@ class BaseTransformerModel:
         dictionaries hold, else 1.
 
     Returns:
-      Tokens `[B, T]`, and `{"scores": [B]}`: the summed log-probs of a sample
-      in nats, or the scores of `beam_search`. With `return_all_decodes`, tokens
-      `[B, N, T]` and scores `[B, N]` in ascending order.
+      Tokens `[B, T]`, and `[B]` each of "scores": the summed log-probs of a
+      sample in nats, or the scores of `beam_search`; "lengths" in tokens, EOS
+      included; and "ended": False for an output that was cut. With
+      `return_all_decodes`, tokens `[B, N, T]` and the rest `[B, N]`, by score,
+      ascending.
 
     Raises:
       ValueError: N below 1, or an option that `decode_fn` does not take.
@@ -253,12 +274,12 @@ class BaseTransformerModel:
       raise ValueError(
         f"expected at least 1 decode, got {num_decodes}; set num_decodes"
       )
-    tokens, scores = self._decode(
+    tokens, aux = self._decode(
       params, batch, rng, num_decodes=num_decodes, options=options
     )
     if return_all:
-      return tokens, {"scores": scores}
-    return tokens[:, -1], {"scores": scores[:, -1]}
+      return tokens, aux
+    return tokens[:, -1], {name: x[:, -1] for name, x in aux.items()}
 
   def with_decode_fn(
     self, decode_fn: types.DecodeFn | None = None, **default_decoder_params: Any
@@ -344,13 +365,13 @@ class BaseTransformerModel:
       key,
       batch_size=batch_size,
       max_decode_length=length,
-      eos_id=EOS_ID,
+      eos_id=self.special_tokens.eos_id,
       **rows,
       **options,
     )
 
   def _decode(self, params, batch, key, *, num_decodes, options):
-    """Decodes with `decode_fn`: tokens `[B, N, T]` and scores `[B, N]`."""
+    """Decodes with `decode_fn`; see `predict_batch_with_aux` for all N outputs."""
     step, cache, rows = self.start_decoding(
       params,
       self.encode(params, batch),
@@ -360,7 +381,8 @@ class BaseTransformerModel:
     )
     batch_size, length = batch["decoder_input_tokens"].shape
     axes = rows.pop("row_axes", None)
-    return decoding.decode(
+    eos_id = self.special_tokens.eos_id
+    tokens, scores = decoding.decode(
       functools.partial(self.decode_fn, **rows),
       step,
       cache,
@@ -369,8 +391,11 @@ class BaseTransformerModel:
       num_decodes=num_decodes,
       options=options,
       max_decode_length=length,
-      eos_id=EOS_ID,
+      eos_id=eos_id,
       row_axes=axes,
+    )
+    return tokens, {"scores": scores} | outputs.ends(
+      tokens, eos_id, rows.get("row_lengths")
     )
 
   def score_batch(self, params: Any, batch: types.Batch) -> jax.Array:
@@ -385,44 +410,6 @@ class BaseTransformerModel:
 
 
 _GREEDY = functools.partial(decoding.sample, temperature=0.0)
-
-
-def loss_weights(batch: types.Batch) -> jax.Array:
-  """Returns the loss weights `[B, T]`, float32; by default 1 at each target token."""
-  weights = batch.get("decoder_loss_weights")
-  if weights is None:
-    weights = batch["decoder_target_tokens"] > 0
-  return weights.astype(jnp.float32)
-
-
-def check_unpacked(batch: types.Batch) -> None:
-  """Raises a ValueError for a packed batch, whose outputs cannot be replaced."""
-  if "decoder_segment_ids" in batch:
-    raise ValueError(
-      "expected unpacked batches for on-policy training, got packed ones;"
-      " set PACK = False"
-    )
-
-
-def output_metrics(targets: jax.Array, weights: jax.Array) -> types.Metrics:
-  """Returns metrics of a batch whose outputs were all sampled by the student.
-
-  Args:
-    targets: `[B, T]` int32.
-    weights: `[B, T]`, 1 at the tokens of an output and 0 elsewhere.
-
-  Returns:
-    `sampled_length`, the mean in tokens; `sampled_eos`, the share of outputs that
-    ended; and `on_policy_share`, 1. Rows without an output do not count.
-  """
-  rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-  ended = jnp.any((targets == EOS_ID) & (weights > 0), axis=1)
-  number = jnp.sum(rows)
-  return {
-    "sampled_length": (jnp.sum(weights), number),
-    "sampled_eos": (jnp.sum(rows * ended), number),
-    "on_policy_share": (number, number),
-  }
 
 
 def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
@@ -448,16 +435,22 @@ def split_key(key: jax.Array | None) -> tuple:
   return (None, None) if key is None else tuple(jax.random.split(key))
 
 
-def dropout_keys(
+def dropout_key(
   dropout_rate: float, key: jax.Array, row_ids: jax.Array
-) -> tuple:
-  """Returns the dropout keys of encoder and decoder in a step; None without dropout.
+) -> jax.Array | None:
+  """Returns the dropout key of a microbatch; None without dropout.
 
   Args:
     dropout_rate: of the model.
     key: of the step.
-    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own.
+    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own, and
+      so has each device under `pmap`.
   """
-  if dropout_rate == 0:
-    return None, None
-  return split_key(jax.random.fold_in(key, row_ids[0]))
+  return jax.random.fold_in(key, row_ids[0]) if dropout_rate > 0 else None
+
+
+def dropout_keys(
+  dropout_rate: float, key: jax.Array, row_ids: jax.Array
+) -> tuple:
+  """Returns `dropout_key` for the encoder and for the decoder."""
+  return split_key(dropout_key(dropout_rate, key, row_ids))

@@ -36,7 +36,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
   Args:
     module: the network.
-    vocabulary: kept for callers that decode; not read here.
+    vocabulary: see `output_vocabulary` of `BaseTransformerModel`.
     optimizer_def: kept for T5X's gin files; the trainer takes its own.
     decode_fn: how `predict_batch` decodes: `decoding.sample`,
       `decoding.beam_search`, or another `types.DecodeFn` that takes
@@ -125,7 +125,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     return self.module.apply(
       {"params": params},
       batch["decoder_input_tokens"],
-      batch["decoder_target_tokens"],
+      self._marked(batch["decoder_target_tokens"]),
       batch.get("decoder_segment_ids"),
       batch.get("decoder_positions"),
       self._causal_attention(batch),
@@ -154,7 +154,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
 
   def loss_weights(self, batch: types.Batch) -> jax.Array:
     """Returns loss weights `[B, T]`, float32, 0 on prompts and padding."""
-    weights = base_model.loss_weights(batch)
+    weights = super().loss_weights(batch)
     if "decoder_causal_attention" not in batch:
       return weights
     mask = batch["decoder_causal_attention"] > 0
@@ -258,7 +258,9 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     targets = prompts + after_prompt(tokens)
     return {
       "decoder_target_tokens": targets,
-      "decoder_input_tokens": sampling.shift_right(targets),
+      "decoder_input_tokens": sampling.shift_right(
+        targets, self.special_tokens.start
+      ),
       "decoder_loss_weights": after_prompt(weights),
     }
 

@@ -1,5 +1,6 @@
 """What all distilled students share: the divergence, its settings, T5X's protocol."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class DistillationModel:
     self.skew_alpha = skew_alpha
     self.student_temperature = student_temperature
     self.length_normalization = length_normalization
+    check_model(student, "STUDENT_MODEL")
     checks.one_of(divergence, "DIVERGENCE", divergences.names())
     checks.number(
       beta, "BETA", least=0, most=1, none=True, schedule=True, what="β"
@@ -69,11 +71,29 @@ class DistillationModel:
       length_normalization, "LENGTH_NORMALIZATION", ("sequence", "token")
     )
     self.divergence_at(0)
+    self._output_buckets = output_buckets
     checks.ascending(output_buckets, "OUTPUT_BUCKETS")
-    if output_buckets is not None:
+    self._cut_to_buckets()
+
+  def _cut_to_buckets(self):
+    if self._output_buckets is not None:
+      whole = type(self).outputs_loss.__get__(self)
       self.outputs_loss = length_buckets.bucketed(
-        self.outputs_loss, output_buckets, student
+        whole, self._output_buckets, self.student
       )
+
+  def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
+    """Returns this model, of a student and a teacher with these special tokens."""
+    student = self.student.with_special_tokens(special_tokens)
+    teacher = self.teacher
+    if teacher is not None:
+      teacher = teacher.with_special_tokens(special_tokens)
+    if student is self.student and teacher is self.teacher:
+      return self
+    model = copy.copy(self)
+    model.student, model.teacher = student, teacher
+    model._cut_to_buckets()
+    return model
 
   @property
   def config(self) -> Any:
@@ -197,10 +217,19 @@ class DistillationModel:
     return self.student.score_batch(params, batch)
 
 
+def check_model(model: Any, setting: str) -> None:
+  """Raises a ValueError for what is no model."""
+  if not hasattr(model, "FEATURE_CONVERTER_CLS"):
+    checks.refuse(
+      "a model such as @student/models.EncoderDecoderModel()", model, setting
+    )
+
+
 def check_pair(
   teacher: types.TransformerModel, student: types.TransformerModel
 ) -> None:
   """Raises a ValueError unless teacher and student fit each other."""
+  check_model(teacher, "TEACHER_MODEL")
   kinds = teacher.FEATURE_CONVERTER_CLS, student.FEATURE_CONVERTER_CLS
   if kinds[0] != kinds[1]:
     raise ValueError(
@@ -213,6 +242,12 @@ def check_pair(
     raise ValueError(
       "expected teacher and student with one vocabulary, got vocab_size"
       f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
+    )
+  special = teacher.special_tokens, student.special_tokens
+  if special[0] != special[1]:
+    raise ValueError(
+      "expected teacher and student with the same special tokens, got"
+      f" {special[0]} (teacher) and {special[1]} (student); set special_tokens"
     )
   real = teacher.num_real_tokens, student.num_real_tokens
   if real[0] != real[1]:

@@ -45,6 +45,9 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
     """Returns the encoded inputs `[B, S, D]`; dropout only with a key."""
+    mask = {}  # T5X's networks take none
+    if types.INPUT_MASK in batch:
+      mask = {types.INPUT_MASK: batch[types.INPUT_MASK]}
     return self.module.apply(
       {"params": params},
       batch["encoder_input_tokens"],
@@ -52,6 +55,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       dropout_rng is not None,
       rngs=base_model.rngs(dropout_rng),
       method="encode",
+      **mask,
     )
 
   def decoder_logits(
@@ -80,9 +84,9 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     return self.module.apply(
       {"params": params},
       encoded,
-      batch["encoder_input_tokens"],
+      _marked_inputs(batch),
       batch["decoder_input_tokens"],
-      batch["decoder_target_tokens"],
+      self._marked(batch["decoder_target_tokens"]),
       batch.get("encoder_segment_ids"),
       batch.get("decoder_segment_ids"),
       batch.get("decoder_positions"),
@@ -125,33 +129,37 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     are computed once. With `slots` each row has a position of its own.
     """
     params = self._decoding_params(params)
-    inputs = batch["encoder_input_tokens"]
+    inputs = _marked_inputs(batch)
     length = batch["decoder_input_tokens"].shape[1]
 
     def make(factor):
       rows = decoding.repeat_rows(inputs, factor)
       wide = decoding.repeat_rows(encoded, factor)
-      start = jnp.zeros((rows.shape[0],), jnp.int32)
-      _, (rows, cache) = self._step(params, wide, length, start, (rows, None))
+      zero = jnp.zeros((rows.shape[0],), jnp.int32)
+      _, (rows, cache) = self._step(params, wide, length, zero, (rows, None))
       if slots is not None:
-        decoder = dict(cache["decoder"]) | {"cache_index": start}
+        decoder = dict(cache["decoder"]) | {"cache_index": zero}
         cache = dict(cache) | {"decoder": decoder}
       return rows, cache
 
     axes = None
     if num_decodes > 1 or slots is not None:
       axes = decoding.row_axes(make)
+    rows = {"row_axes": axes}
+    if self.special_tokens.start:
+      number = inputs.shape[0] * num_decodes
+      rows["start_tokens"] = jnp.full(number, self.special_tokens.start)
     return (
       functools.partial(self._step, params, encoded, length),
       decoding.repeat_rows(make(1), num_decodes, axes),
-      {"row_axes": axes},
+      rows,
     )
 
   def _step(self, params, encoded, length, tokens, cache):
     """`types.TokensToLogits`; without the network's cache, makes it.
 
-    `cache` is a pair, of each row's input tokens and of the network's. `encoded`
-    is read when that is made.
+    `cache` is a pair, of what marks each row's inputs and of the network's.
+    `encoded` is read when that is made.
     """
     inputs, of_network = cache
     variables = {"params": params}
@@ -173,7 +181,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
 
   def has_inputs(self, batch: types.Batch) -> jax.Array:
     """See `types.TransformerModel.has_inputs`."""
-    return jnp.any(batch["encoder_input_tokens"] > 0, axis=1)
+    return jnp.any(_marked_inputs(batch) > 0, axis=1)
 
   def output_features(
     self, batch: types.Batch, tokens: jax.Array, weights: jax.Array
@@ -182,6 +190,13 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     del batch
     return {
       "decoder_target_tokens": tokens,
-      "decoder_input_tokens": sampling.shift_right(tokens),
+      "decoder_input_tokens": sampling.shift_right(
+        tokens, self.special_tokens.start
+      ),
       "decoder_loss_weights": weights,
     }
+
+
+def _marked_inputs(batch):
+  """Returns what is above 0 at the input's tokens, int32 `[B, S]`."""
+  return batch.get(types.INPUT_MASK, batch["encoder_input_tokens"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model, distillation_model
+from gkd_jax.models import base_model, distillation_model, outputs
 
 
 class GKDModel(distillation_model.DistillationModel):
@@ -87,7 +87,7 @@ class GKDModel(distillation_model.DistillationModel):
       "temperature": sampling_temperature,
       "top_k": sampling_top_k,
       "top_p": sampling_top_p,
-      "suppress_ids": (decoding.PAD_ID,),
+      "suppress_ids": student.special_tokens.never_sampled,
     }
     self.decode_slots = decode_slots
     self.loss_chunk_size = loss_chunk_size
@@ -117,6 +117,14 @@ class GKDModel(distillation_model.DistillationModel):
     checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
     checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
     decoding.check_options(self.sampling)
+
+  def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
+    """See `DistillationModel.with_special_tokens`."""
+    model = super().with_special_tokens(special_tokens)
+    if model is not self:
+      never = special_tokens.never_sampled
+      model.sampling = self.sampling | {"suppress_ids": never}
+    return model
 
   @property
   def sources(self) -> tuple[str, ...]:
@@ -301,7 +309,7 @@ class GKDModel(distillation_model.DistillationModel):
     Raises:
       ValueError: a packed batch.
     """
-    base_model.check_unpacked(batch)
+    outputs.check_unpacked(batch)
     keys = base_model.step_keys(inputs.key)
     chosen = None
     if inputs.source == base_model.MIXED:
@@ -319,7 +327,8 @@ class GKDModel(distillation_model.DistillationModel):
     present = self.student.has_inputs(batch)
     weights = weights * present[:, None]
     used = present if chosen is None else present & chosen
-    ended = jnp.any(tokens == base_model.EOS_ID, axis=1)
+    eos_id = self.student.special_tokens.eos_id
+    ended = outputs.has_eos(tokens, weights, eos_id)
     metrics = _sample_metrics(weights, ended, used, present)
     new = self.student.output_features(batch, tokens * used[:, None], weights)
     if chosen is not None:
@@ -358,7 +367,7 @@ class GKDModel(distillation_model.DistillationModel):
       teacher_params: not read here; a subclass may mix the teacher in.
 
     Returns:
-      Tokens `[B, T]` int32 from the output's first on, zeros after EOS; their
+      Tokens `[B, T]` int32 from the output's first on, zeros after its end; their
       weights `[B, T]` float32, 1 up to EOS or the row's end; and their log-probs
       `[B, T]` float32, nats, see `decoding.SampleResult`.
     """
@@ -372,6 +381,7 @@ class GKDModel(distillation_model.DistillationModel):
       cache,
       key,
       batch,
+      eos_id=model.special_tokens.eos_id,
       row_ids=row_ids,
       active=chosen,
       slots=slots,
@@ -398,6 +408,7 @@ def draw_outputs(
   key: jax.Array,
   batch: types.Batch,
   *,
+  eos_id: int | Sequence[int],
   row_lengths: jax.Array | None = None,
   **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -408,6 +419,7 @@ def draw_outputs(
     cache: before the first token.
     key: random key.
     batch: whose targets say B and T.
+    eos_id: see `decoding.sample`.
     row_lengths: `[B]`, see `decoding.sample`.
     **options: of `decoding.sample`.
   """
@@ -418,13 +430,11 @@ def draw_outputs(
     key,
     batch_size=batch_size,
     max_decode_length=length,
-    eos_id=base_model.EOS_ID,
+    eos_id=eos_id,
     row_lengths=row_lengths,
     **options,
   )
-  weights = sampling.sequence_weights(tokens, base_model.EOS_ID)
-  if row_lengths is not None:
-    weights *= jnp.arange(length)[None] < row_lengths[:, None]
+  weights = sampling.sequence_weights(tokens, eos_id, row_lengths=row_lengths)
   return tokens, weights, log_probs
 
 

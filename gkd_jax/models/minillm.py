@@ -17,7 +17,6 @@ paper's PPO clipping does not apply. Its language-modelling loss on a pre-traini
 corpus is left out.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,13 +76,21 @@ class MiniLLMModel(gkd.GKDModel):
     )
     checks.boolean(normalize_returns, "NORMALIZE_RETURNS")
     policy_gradient.check_importance(importance)
-    log_probs = functools.partial(
-      decoding.sampling_log_probs,
-      num_real_tokens=student.num_real_tokens,
+
+  def _log_p(self, logits, weights=None):
+    return self._log_probs(logits, weights, self.teacher_temperature)
+
+  def _log_q(self, logits, weights=None):
+    return self._log_probs(logits, weights, self.sampling["temperature"])
+
+  def _log_probs(self, logits, weights, temperature):
+    return decoding.sampling_log_probs(
+      logits,
+      weights,
+      num_real_tokens=self.student.num_real_tokens,
+      temperature=temperature,
       suppress_ids=self.sampling["suppress_ids"],
     )
-    self._log_p = functools.partial(log_probs, temperature=teacher_temperature)
-    self._log_q = functools.partial(log_probs, temperature=sampling_temperature)
 
   def draw(
     self,
@@ -126,6 +133,7 @@ class MiniLLMModel(gkd.GKDModel):
       (teacher_cache, student_cache),
       key,
       batch,
+      eos_id=self.student.special_tokens.eos_id,
       row_ids=row_ids,
       active=chosen,
       suppress_ids=self.sampling["suppress_ids"],

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gkd_jax import checks, decoding, losses, types
 from gkd_jax.losses import policy_gradient
-from gkd_jax.models import base_model, gkd
+from gkd_jax.models import base_model, gkd, outputs
 
 
 class RLGKDModel(gkd.GKDModel):
@@ -157,6 +157,7 @@ class RLGKDModel(gkd.GKDModel):
       logits[1],
       weights,
       num_real_tokens=self.student.num_real_tokens,
+      keep=targets,
       **self.sampling,
     )
     gradient, _, more = losses.policy_gradient_loss(
@@ -167,7 +168,8 @@ class RLGKDModel(gkd.GKDModel):
     )
     loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
     rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    metrics |= base_model.output_metrics(targets, weights) | more
+    eos_id = self.student.special_tokens.eos_id
+    metrics |= outputs.output_metrics(targets, weights, eos_id) | more
     metrics |= {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
       "reward": (jnp.sum(rows * batch[types.REWARDS]), jnp.sum(rows)),

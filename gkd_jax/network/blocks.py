@@ -56,9 +56,10 @@ class Config:
       if field.type is int:
         checks.whole(getattr(self, field.name), f"{setting}.{field.name}")
     try:
-      jnp.dtype(self.dtype)
+      dtype = str(jnp.dtype(self.dtype))
     except TypeError:
-      checks.refuse("'float32' or 'bfloat16'", self.dtype, f"{setting}.dtype")
+      dtype = self.dtype
+    checks.one_of(dtype, f"{setting}.dtype", ("float32", "bfloat16", "float16"))
     for activation in self.mlp_activations:
       if activation != "linear" and not hasattr(nn, str(activation)):
         checks.refuse(

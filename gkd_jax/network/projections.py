@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
-from gkd_jax import kernels, partitioning, types
+from gkd_jax import checks, kernels, partitioning, types
 
 param_with_axes = flax_partitioning.param_with_axes
 WEIGHTS = ("float32", "auto", "bfloat16", "int8")
@@ -32,6 +32,19 @@ Head = jax.Array | types.Int8Matrix
 TRUNCATED_NORMAL = nn.initializers.variance_scaling(
   1.0, "fan_in", "truncated_normal"
 )
+
+
+def check_module(module: Any) -> None:
+  """Raises a ValueError for a network with a wrong field."""
+  if not hasattr(module.config, "vocab_size"):
+    checks.refuse(
+      "sizes such as %T5_1_1_SMALL of models/t5_1_1.gin",
+      module.config,
+      "STUDENT, or TEACHER",
+    )
+  weights = getattr(module, "weights", "auto")
+  checks.one_of(weights, "TEACHER_WEIGHTS (or WEIGHTS)", WEIGHTS)
+  checks.boolean(getattr(module, "scan_layers", False), "TEACHER_SCAN_LAYERS")
 
 
 def stored_dtype(weights: str, used_in: Any) -> jnp.dtype:

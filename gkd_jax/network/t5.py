@@ -95,6 +95,7 @@ class Transformer(nn.Module):
     encoder_input_tokens: jax.Array,
     encoder_segment_ids: jax.Array | None = None,
     enable_dropout: bool = True,
+    encoder_input_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes the inputs.
 
@@ -103,11 +104,14 @@ class Transformer(nn.Module):
       encoder_segment_ids: int32 `[B, S]`, the sequence that each token of a
         packed row belongs to (from 1), or None.
       enable_dropout: needs the "dropout" rng.
+      encoder_input_mask: `[B, S]`, above 0 at tokens; by default the tokens.
 
     Returns:
       `[B, S, D]` in the configuration's dtype.
     """
-    valid = encoder_input_tokens > 0
+    if encoder_input_mask is None:
+      encoder_input_mask = encoder_input_tokens
+    valid = encoder_input_mask > 0
     mask = valid[:, None, :, None] & valid[:, None, None, :]
     if encoder_segment_ids is not None:
       mask &= layers.same_segment(encoder_segment_ids, encoder_segment_ids)

@@ -100,15 +100,37 @@ def precompile(
   print(
     f"{topology}: {len(devices)} devices as {mesh}, batch"
     f" {dataset.batch_size}, lengths {lengths}",
+    *_remarks(model, mesh, chip),
+    sep="\n",
     flush=True,
   )
   for phase in chosen:
+    print(f"compiling: {TITLES[phase]} ...", flush=True)
     report = programs.report(phase, chip, topology, output_path)
     result["phases"][phase] = report
     print("\n".join(program_report.lines(TITLES[phase], report)), flush=True)
     if output_path:
       files.write_json(os.path.join(output_path, "precompile.json"), result)
+  for line in program_report.step_lines(model, result["phases"]):
+    print(line, flush=True)
   return result
+
+
+def _remarks(model, mesh, chip):
+  """Yields what may be wrong, or costs more than it has to."""
+  if chip is not None and (wrong := topologies.wrong_libtpu()):
+    yield f"note: {wrong}"
+  parts = mesh[partitioning.MODEL_AXIS]
+  for name in ("student", "teacher"):
+    of = getattr(model, name)
+    heads = of.config.num_heads if of is not None else parts
+    if heads % parts:
+      yield (
+        f"note: the model axis of {parts} does not divide the {name}'s {heads}"
+        f" heads: each device keeps and computes all {heads} in attention, or"
+        f" exchanges parts of them, in place of {heads / parts:.3g}; set"
+        " NUM_PARTITIONS to a divisor"
+      )
 
 
 class Programs:
@@ -240,6 +262,10 @@ def _compile(lowered, arguments, target, folder, name):
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
+      wrong = topologies.wrong_libtpu()
+      if wrong and not target.startswith("cpu"):
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{wrong} (its compiler failed: {reason})") from error
       raise
     facts = program_report.out_of_memory_report(error, arguments)
   else:

@@ -172,21 +172,53 @@ def lines(title: str, figures: dict[str, Any]) -> list[str]:
       result.append(
         f"  {loop['name']} is counted {loop['runs']} times, its upper bound"
       )
-  return [*result, _roofline_line(figures)]
+  return result + _roofline_lines(figures)
 
 
-def _roofline_line(figures):
+def _roofline_lines(figures):
   least = figures["roofline"]
   if least is None:
-    return "  no roofline: the rates of these devices are not known"
-  return (
-    f"  at least {least['seconds'] * 1e3:.3f} ms (arithmetic"
-    f" {least['flops_seconds'] * 1e3:.3f}, memory"
-    f" {least['hbm_seconds'] * 1e3:.3f}, links"
-    f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)}): at most"
-    f" {figures['tokens_per_second']:,.0f} output tokens/s, MFU"
-    f" {figures['mfu']:.1%}"
-  )
+    return ["  no roofline: the rates of these devices are not known"]
+  return [
+    f"  at least {least['seconds'] * 1e3:.3f} ms: arithmetic at least"
+    f" {least['flops_seconds'] * 1e3:.3f}, memory at least"
+    f" {least['hbm_seconds'] * 1e3:.3f}, links at least"
+    f" {least['link_seconds'] * 1e3:.3f}{_of_dcn(figures)} (the latency of"
+    " collectives is left out)",
+    f"  at most {figures['tokens_per_second']:,.0f} output tokens/s, MFU at"
+    f" most {figures['mfu']:.1%}",
+  ]
+
+
+def step_lines(
+  model: Any, phases: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+  """Returns the least time of whole steps, where all of their programs have one.
+
+  Args:
+    model: see `train.train`.
+    phases: phase to figures.
+  """
+  # A step is one program, samples and teacher included, unless a reward is
+  # called between sampling and the update.
+  before = ["sampling"] if model.needs_rewards else []
+  seconds = {}
+  for source in model.sources:
+    reports = [phases.get(name, {}) for name in [*before, source]]
+    if all(report.get("roofline") for report in reports):
+      seconds[source] = sum(r["roofline"]["seconds"] for r in reports)
+  lines = [
+    f"a whole step on {source}: at least {1e3 * least:.3f} ms"
+    + (", the reward left out" if before else "")
+    for source, least in seconds.items()
+  ]
+  share = getattr(model, "student_data_fraction", None)
+  if len(seconds) == 2 and isinstance(share, int | float):
+    mean = (1 - share) * seconds["data"] + share * seconds["student"]
+    lines.append(
+      f"the mean step, at λ = {share:g}: at least {1e3 * mean:.3f} ms"
+    )
+  return lines
 
 
 def _of_dcn(figures):
@@ -195,8 +227,8 @@ def _of_dcn(figures):
     return ""
   seconds = figures["roofline"]["dcn_seconds"]
   if not seconds:
-    return ", DCN left out: no published rate"
-  return f", DCN {seconds * 1e3:.3f}"
+    return ", DCN left out (no published rate)"
+  return f", DCN at least {seconds * 1e3:.3f}"
 
 
 def _size(number):

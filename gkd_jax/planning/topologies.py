@@ -7,6 +7,8 @@ program that needs more. All rates are of one chip.
 
 import contextlib
 import dataclasses
+import fnmatch
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -133,11 +135,36 @@ def _of_this_machine(number):
   return found[:number]
 
 
+def wrong_libtpu() -> str | None:
+  """Returns the sentence about a libtpu that JAX was not made for, or None."""
+  try:
+    found = importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    return None  # part of the machine, or none
+  pinned = _pinned_libtpu()
+  if pinned is None or fnmatch.fnmatchcase(found, pinned):
+    return None
+  return (
+    f"expected libtpu {pinned}, which jax {jax.__version__} pins, got {found};"
+    f" run `pip install 'libtpu=={pinned}'`"
+  )
+
+
+def _pinned_libtpu():
+  """Returns the version of libtpu that JAX's own extra asks for, or None."""
+  for requirement in importlib.metadata.requires("jax") or ():
+    if match := re.match(r"libtpu\s*==\s*([\w.*]+)", requirement):
+      return match[1]
+  return None
+
+
 def _of_libtpu(chip, sides, shape, number):
   if importlib.util.find_spec("libtpu") is None:
+    pinned = _pinned_libtpu()
+    which = f", which installs libtpu=={pinned}" if pinned else ""
     raise ValueError(
       "expected the package libtpu, which holds the TPU compiler, got none;"
-      " run `pip install 'gkd_jax[tpu]'`"
+      f" run `pip install 'gkd_jax[tpu]'`{which}"
     )
   for name, value in _NOT_ON_A_TPU.items():
     os.environ.setdefault(name, value)

@@ -6,18 +6,20 @@ runs         a run's mesh, abstract arrays and compiled step
 settings     groups of settings that gin binds
 rollouts     batches with sampled outputs and their rewards
 logs         metrics.jsonl, TensorBoard, progress, the compilation cache
+model_dir    a run's lock and settings in MODEL_DIR
 profiling    a trace of a few steps
-processes    several processes, and SIGTERM
+processes    several processes, SIGTERM and Ctrl-C
 """
 
 from etils import epy
 
 with epy.lazy_api_imports(globals()):
   from gkd_jax.training.logs import TrainLog
+  from gkd_jax.training.model_dir import RunLock, update_settings
   from gkd_jax.training.processes import Stopped, StopSignal
   from gkd_jax.training.profiling import Profiler
-  from gkd_jax.training.rollouts import RolloutBatches
-  from gkd_jax.training.runs import Run, build
+  from gkd_jax.training.rollouts import RolloutBatches, check_targets
+  from gkd_jax.training.runs import Run, build, check_parts
   from gkd_jax.training.settings import (
     CheckpointConfig,
     DatasetConfig,

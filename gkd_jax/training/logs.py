@@ -3,7 +3,6 @@
 Also the cache of compiled programs, and the time to the first step.
 """
 
-import collections
 import json
 import os
 import platform
@@ -16,27 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.progress
 from etils import epath
 
 import gkd_jax
 from gkd_jax import files, types
+from gkd_jax.training import progress, rollouts
 
-_COMPILING = "/jax/core/compile/backend_compile_duration"
-_CACHE_HITS = "/jax/compilation_cache/cache_hits"
 # Means over output tokens, of distillation and of SFT: their weights count these.
 _PER_TOKEN = ("top1_agreement", "accuracy")
-
-_events: collections.Counter = collections.Counter()
-
-
-def _count(event: str, amount: float = 1.0, **_) -> None:
-  _events[event] += amount
-
-
-# Registered at the import, so that no compilation is missed.
-jax.monitoring.register_event_duration_secs_listener(_count)
-jax.monitoring.register_event_listener(_count)
 
 
 def use_cache(folder: str | None = None) -> str:
@@ -65,8 +51,8 @@ def first_step(metrics: object) -> str:
   jax.block_until_ready(metrics)
   return (
     f"first step {time.monotonic() - gkd_jax.STARTED:.1f} s after the start,"
-    f" {_events[_COMPILING]:.1f} s of it compiling;"
-    f" {_events[_CACHE_HITS]:.0f} programs from the cache"
+    f" {progress.compile_seconds():.1f} s of it compiling;"
+    f" {progress.cache_hits()} programs from the cache"
   )
 
 
@@ -97,6 +83,7 @@ class TrainLog:
     self._dir = files.absolute(model_dir)
     self._total, self._last = total, start
     self._started = time.monotonic()
+    self._pace = progress.Pace(start, total)
     self._begun = False
     self._restart()
     self._writes = jax.process_index() == 0
@@ -112,10 +99,7 @@ class TrainLog:
     self._tensorboard = tensorboard.SummaryWriter(self._dir, auto_flush=False)
     console = console or rich.console.Console()
     if console.is_terminal:
-      self._bar = _progress_bar(console)
-      self._task = self._bar.add_task(
-        "", total=total, completed=start, status="compiling"
-      )
+      self._bar, self._task = progress.bar(console, start, total, self._pace)
       self._bar.start()
 
   def __enter__(self) -> "TrainLog":
@@ -147,6 +131,7 @@ class TrainLog:
     if not self._begun:
       self._begun = True
       self.say(first_step(metrics))
+    self._pace.advance()
     for name, pair in metrics.items():
       self._pairs.setdefault(name, []).append(pair)
     self._on_policy += source != "data"
@@ -172,6 +157,7 @@ class TrainLog:
       scalars[name] = float(total / weight) if weight else float("nan")
       if name in _PER_TOKEN:
         outputs = weight
+    self._pace.waited()
     seconds = time.monotonic() - self._time
     steps = max(step - self._last, 1)
     scalars |= {
@@ -207,6 +193,21 @@ class TrainLog:
     self.say(f"step {step} evaluation: {shown}")
     self._time = time.monotonic()
 
+  def failed_evaluation(self, step: int, error: str, count: int):
+    """Writes that an evaluation failed.
+
+    Args:
+      step: number of steps done.
+      error: what it failed with, in one line.
+      count: evaluations that failed so far.
+    """
+    self._record(step, {"failed_evaluations": float(count)})
+    self.say(
+      f"step {step} evaluation failed: {error}; the run goes on (set"
+      f" EVAL_ERRORS_STOP = True to stop); {count} failed so far"
+    )
+    self._time = time.monotonic()
+
   def final(self, result: Mapping[str, Any]):
     """Writes `final.json`, with the seconds since the log was opened."""
     result = dict(result) | {"seconds": time.monotonic() - self._started}
@@ -233,18 +234,18 @@ class TrainLog:
       self._wandb.log(scalars, step=step)
 
   def _show(self, step, scalars):
-    status = (
-      f"loss {scalars['loss']:.4f}"
-      f" {scalars['examples_per_second']:.0f} examples/s"
-      f" {scalars['tokens_per_second']:.0f} tokens/s"
-      f" on-policy {100 * scalars['on_policy_steps']:.0f}%"
-    )
+    status = [
+      f"loss {scalars['loss']:.4f}",
+      f"{scalars['examples_per_second']:.0f} examples/s",
+      f"{scalars['tokens_per_second']:.0f} tokens/s",
+      f"on-policy {100 * scalars['on_policy_steps']:.0f}%",
+    ]
     if self._bar:
       self._bar.update(self._task, completed=step, status=status, refresh=True)
     else:
-      left = int((self._total - step) * scalars["seconds_per_step"])
-      eta = f"{left // 60}:{left % 60:02d}"
-      self.say(f"step {step}/{self._total} {status} ETA {eta}")
+      shown = " ".join(status)
+      eta = progress.clock(self._pace.left())
+      self.say(f"step {step}/{self._total} {shown} ETA {eta}")
 
 
 def _wandb_run(project: str, folder: epath.Path) -> Any:
@@ -273,20 +274,12 @@ def _wandb_run(project: str, folder: epath.Path) -> Any:
 def _input_tokens(batch: Any) -> int:
   """Counts the encoder's tokens, or the prompts' of decoder-only rows."""
   if "encoder_input_tokens" in batch:
-    return int(np.count_nonzero(batch["encoder_input_tokens"]))
+    mask = batch.get(types.INPUT_MASK, batch["encoder_input_tokens"])
+    return int(np.count_nonzero(mask))
+  if "decoder_segment_ids" not in batch:
+    return sum(map(len, rollouts.prompts(batch)))
   tokens = np.count_nonzero(batch["decoder_target_tokens"])
   return int(tokens - np.count_nonzero(batch["decoder_loss_weights"]))
-
-
-def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-  return rich.progress.Progress(
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.BarColumn(bar_width=20),
-    rich.progress.TimeRemainingColumn(),
-    rich.progress.TextColumn("{task.fields[status]}"),
-    console=console,
-    refresh_per_second=2,
-  )
 
 
 def _markdown(examples: Sequence[Mapping[str, Any]]) -> str:

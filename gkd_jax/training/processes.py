@@ -1,7 +1,9 @@
 """Training in several processes, and stopping all of them at one step."""
 
 import inspect
+import os
 import signal
+import sys
 
 import jax
 from jax.experimental import multihost_utils
@@ -40,36 +42,42 @@ def initialize(
 
 
 class Stopped(SystemExit):
-  """The end of a run after SIGTERM: saved, but not at its last step.
+  """The end of a run after a signal: saved, but not at its last step.
 
   The exit status is not 0, so that whatever runs the program restarts it.
   """
 
-  def __init__(self):
-    super().__init__(128 + signal.SIGTERM)
+  def __init__(self, number: int = signal.SIGTERM):
+    super().__init__(128 + number)
 
 
 class StopSignal:
-  """A context manager that turns SIGTERM into a stop at a common step.
+  """A context manager that turns SIGTERM and Ctrl-C into a stop at a common step.
 
   In a single process the signal sets a flag. Of several processes any one may
   get the signal; JAX's coordination service then chooses the step at which all
-  of them stop, so that all save the same checkpoint.
+  of them stop, so that all save the same checkpoint. A second Ctrl-C ends the
+  process at once.
+
+  Attributes:
+    number: the signal that came first, `signal.SIGTERM` or `signal.SIGINT`.
   """
 
   def __init__(self):
+    self.number = signal.SIGTERM
     self._flag = False
     self._alone = jax.process_count() == 1
 
   def __enter__(self) -> "StopSignal":
+    self._old = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
     # With several processes JAX's own handler must stay.
     if self._alone:
-      self._old = signal.signal(signal.SIGTERM, self._set)
+      self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._set)
     return self
 
   def __exit__(self, *_):
-    if self._alone:
-      signal.signal(signal.SIGTERM, self._old)
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
 
   def asked(self, step: int) -> bool:
     """Returns whether to save and stop after `step`; to be called each step."""
@@ -79,3 +87,18 @@ class StopSignal:
 
   def _set(self, *_):
     self._flag = True
+
+  def _interrupt(self, *_):
+    # The next one ends the process even while it compiles.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    self.number = signal.SIGINT
+    self._flag = True
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    print(
+      f"{show_cursor}\ninterrupted: saves after this step and stops; Ctrl-C again"
+      " ends at once, without saving",
+      file=sys.stderr,
+      flush=True,
+    )
+    if not self._alone:
+      os.kill(os.getpid(), signal.SIGTERM)

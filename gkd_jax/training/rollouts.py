@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gkd_jax import files, losses, partitioning, types
+from gkd_jax.data import vocabularies
 
 _FILE = "running_mean.json"
 
@@ -133,7 +134,8 @@ class RolloutBatches:
 
   def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
     vocabulary = self._vocabularies[name]
-    return [vocabulary.decode(row.tolist()) for row in rows]
+    tokens = self._model.student.special_tokens
+    return [vocabularies.text(vocabulary, row, tokens) for row in rows]
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into the folder `path`."""
@@ -170,12 +172,15 @@ def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     batch: features `[B, ...]`.
   """
   if "encoder_input_tokens" in batch:
-    return [row[row > 0] for row in batch["encoder_input_tokens"]]
+    rows = batch["encoder_input_tokens"]
+    masks = batch.get(types.INPUT_MASK, rows)
+    return [row[mask > 0] for row, mask in zip(rows, masks, strict=True)]
   rows = batch["decoder_target_tokens"]
-  return [
-    row[(weights == 0) & (row > 0)]
-    for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
-  ]
+  ends = np.argmax(batch["decoder_loss_weights"] > 0, axis=1)
+  if "decoder_causal_attention" in batch:
+    # One more position than the prompt has tokens; none in a row of padding.
+    ends = np.maximum(batch["decoder_causal_attention"].sum(axis=1) - 1, 0)
+  return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
 def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -189,3 +194,21 @@ def targets(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     row[weights > 0]
     for row, weights in zip(rows, batch["decoder_loss_weights"], strict=True)
   ]
+
+
+def check_targets(
+  batch: Mapping[str, np.ndarray], source: str, step: int
+) -> None:
+  """Raises a ValueError for a batch of the data without a target token.
+
+  Args:
+    batch: features `[B, ...]`.
+    source: whose outputs the step trains on.
+    step: steps done, for the message.
+  """
+  if source == "data" and not np.any(batch["decoder_loss_weights"]):
+    raise ValueError(
+      "expected target tokens in every batch, got a batch without any at"
+      f" step {step}; set STUDENT_DATA_FRACTION = 1.0 for data without"
+      " references, or MIXTURE_OR_TASK_NAME"
+    )

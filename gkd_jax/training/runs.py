@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import optimizers, partitioning
+from gkd_jax import checks, optimizers, partitioning
 from gkd_jax.training import settings, train_state, trainer
 
 
@@ -32,6 +32,16 @@ class Run:
   put: Callable[..., Any]
 
 
+def check_parts(model: Any, optimizer: Any) -> None:
+  """Raises a ValueError for what is no model, or no optimizer."""
+  if not hasattr(model, "train_loss"):
+    checks.refuse("a model such as @models.GKDModel()", model, "MODEL")
+  if not hasattr(optimizer, "transform"):
+    checks.refuse(
+      "an optimizer such as @optimizers.adafactor()", optimizer, "OPTIMIZER"
+    )
+
+
 def build(
   model: Any,
   optimizer: optimizers.Optimizer,
@@ -54,10 +64,16 @@ def build(
   Raises:
     ValueError: settings that do not fit each other or the devices.
   """
+  check_parts(model, optimizer)
   mesh = partitioning.make_mesh(
     partitioner.num_partitions, devices, partitioner.num_slices
   )
   _check(dataset.batch_size, partitioner, mesh)
+  if dataset.pack and set(model.sources) != {"data"}:
+    raise ValueError(
+      "expected unpacked batches for outputs of the student, got PACK = True; set"
+      " PACK = False, or STUDENT_DATA_FRACTION = 0.0"
+    )
   shapes = partitioning.input_shapes(dataset.task_feature_lengths)
   rules = partitioning.parameter_rules(partitioner.shard_params_over_data)
   state, shardings = train_state.abstract_state(
@@ -99,10 +115,6 @@ def _check(batch_size, partitioner, mesh):
       f"expected BATCH_SIZE to be a multiple of {data_axis * parts}"
       f" ({data_axis} data-parallel devices x {parts} microbatches),"
       f" got {batch_size}; set BATCH_SIZE"
-    )
-  if executor not in ("jit", "pmap"):
-    raise ValueError(
-      f"expected an executor 'jit' or 'pmap', got {executor!r}; set EXECUTOR"
     )
   if executor == "pmap" and jax.process_count() > 1:
     raise ValueError(

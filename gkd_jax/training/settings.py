@@ -21,6 +21,8 @@ class DatasetConfig:
     use_cached: read seqio's cache.
     shards: shards of the data, see `data.shards`. None: as few as the processes
       need, or as the run began with.
+    save_position: checkpoints hold the position in the data. Without it a run
+      that goes on begins the data anew, in another order.
   """
 
   mixture_or_task_name: str
@@ -31,6 +33,7 @@ class DatasetConfig:
   input_buckets: Sequence[int] | None = None
   use_cached: bool = False
   shards: int | None = None
+  save_position: bool = True
 
   def __post_init__(self):
     checks.text(self.mixture_or_task_name, "MIXTURE_OR_TASK_NAME")
@@ -43,6 +46,7 @@ class DatasetConfig:
     checks.ascending(self.input_buckets, "INPUT_BUCKETS")
     checks.boolean(self.use_cached, "USE_CACHED_TASKS")
     checks.whole(self.shards, "DATA_SHARDS", none=True)
+    checks.boolean(self.save_position, "SAVE_DATA_POSITION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +87,22 @@ class EvalConfig:
     num_examples: validation examples used, None for all.
     final_split: after the last step this whole split is decoded greedily and by
       sampling at temperature 1, for `final.json`; None: neither.
+    errors_stop: an evaluation that fails ends the run; otherwise it is reported
+      and counted.
   """
 
   period: int = 1000
   batch_size: int = 256
   num_examples: int | None = 1000
   final_split: str | None = None
+  errors_stop: bool = False
 
   def __post_init__(self):
     checks.whole(self.period, "EVAL_PERIOD")
     checks.whole(self.batch_size, "EVAL_BATCH_SIZE")
     checks.whole(self.num_examples, "EVAL_NUM_EXAMPLES", none=True)
     checks.text(self.final_split, "FINAL_EVAL_SPLIT", none=True)
+    checks.boolean(self.errors_stop, "EVAL_ERRORS_STOP")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,8 +51,8 @@ class TrainState:
     step: `[]` int32, batches used so far, skipped updates included.
     params: the student's parameters.
     opt_state: optax's state.
-    skipped: `[]` int32, updates skipped so far for a non-finite loss or
-      gradient.
+    skipped: `[]` int32, updates skipped so far, in which anything was not
+      finite.
     skipped_in_row: `[]` int32, how many of them just now, one after the other.
   """
 

@@ -31,7 +31,8 @@ def train_step(
   """Updates the student once.
 
   Gradients of loss sums are added over microbatches and devices, and divided
-  once by the whole batch's weight. A non-finite loss or gradient leaves
+  once by the whole batch's weight. An update in which anything is not finite (the
+  loss, the gradient, the learning rate, what the optimizer makes of them) leaves
   parameters and optimizer as they are and is counted.
 
   Args:
@@ -115,18 +116,45 @@ def _accumulate(grad_fn, batch, inputs, num_microbatches):
 
 
 def _update(state, grads, transform, rate, finite):
-  """Returns the next state; parameters and optimizer as before if not `finite`."""
-  keep = functools.partial(jnp.where, finite)
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
-  params = optax.apply_updates(state.params, updates)
+  """Returns the next state; parameters and optimizer as before if not `finite`.
+
+  The updated arrays are computed twice: to look at them, and to choose between
+  them and the old ones. Kept for the choice, they would take as much memory as
+  the state again.
+  """
+  finite &= _all_finite(_updated(state, grads, transform, rate))
+  # Or XLA would see that both are the same.
+  state, grads, finite = jax.lax.optimization_barrier((state, grads, finite))
+  params, opt_state = jax.tree.map(
+    functools.partial(jnp.where, finite),
+    _updated(state, grads, transform, rate),
+    (state.params, state.opt_state),
+  )
   skip = jnp.logical_not(finite).astype(jnp.int32)
   return state.replace(
     step=state.step + 1,
-    params=jax.tree.map(keep, params, state.params),
-    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    params=params,
+    opt_state=opt_state,
     skipped=state.skipped + skip,
     skipped_in_row=(state.skipped_in_row + skip) * skip,
+  )
+
+
+def _updated(state, grads, transform, rate):
+  """Returns parameters and optimizer state after an update."""
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
+  updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
+  return optax.apply_updates(state.params, updates), opt_state
+
+
+def _all_finite(tree):
+  return functools.reduce(
+    jnp.logical_and,
+    [
+      jnp.all(jnp.isfinite(leaf))
+      for leaf in jax.tree.leaves(tree)
+      if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ],
   )
 
 

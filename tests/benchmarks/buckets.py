@@ -26,6 +26,8 @@ def ending_early(*models_of_pair, **settings):
   from gkd_jax import models
   from gkd_jax.decoding import sampling
 
+  eos_id = 1
+
   class EndingEarly(models.GKDModel):
     def draw(self, params, encoded, batch, key, **rows):
       tokens, log_probs = self.student.sample(
@@ -37,8 +39,8 @@ def ending_early(*models_of_pair, **settings):
         row_lengths=jnp.full((ROWS,), END),
         **self.sampling,
       )
-      tokens = tokens.at[:, END - 1].set(models.EOS_ID)
-      weights = sampling.sequence_weights(tokens, models.EOS_ID)
+      tokens = tokens.at[:, END - 1].set(eos_id)
+      weights = sampling.sequence_weights(tokens, eos_id)
       return tokens, weights, log_probs
 
   model = EndingEarly(*models_of_pair, **settings)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,6 +17,7 @@ from checkpoint_states import (
 )
 
 from gkd_jax import checkpoints
+from gkd_jax.checkpoints import errors
 
 # ------------------------------------------------------------- wrong inputs
 
@@ -126,10 +128,10 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path, break_it, state):
     checkpointer.restore(1, state())
   assert "a whole checkpoint" in message(error)
   assert "checkpoint_1" in message(error)
-  assert "delete this folder" in message(error)
+  assert "move this folder out of MODEL_DIR" in message(error)
 
 
-def test_a_damaged_iterator_is_not_resumed(tmp_path):
+def test_an_error_about_the_position_keeps_its_words(tmp_path):
   with opened(tmp_path) as checkpointer:
     checkpointer.save(
       1, {"x": jnp.int32(1)}, dataset_iterator=CountingIterator(3)
@@ -137,13 +139,56 @@ def test_a_damaged_iterator_is_not_resumed(tmp_path):
     checkpointer.wait()
     dataset = tmp_path / "checkpoint_1" / "dataset"
     (dataset / "position").write_text("")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="invalid literal for int") as error:
       checkpointer.restore(1, {"x": jnp.int32(0)}, CountingIterator())
-    assert "a whole checkpoint" in message(error)
     shutil.rmtree(dataset)
     with pytest.raises(ValueError) as error:
       checkpointer.restore(1, {"x": jnp.int32(0)}, CountingIterator())
   assert "folder dataset, got " in message(error)
+  assert "SAVE_DATA_POSITION = False" in message(error)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    PermissionError(13, "Permission denied"),
+    ValueError("UNAVAILABLE: Error reading"),
+    OSError(28, "No space left on device"),
+  ],
+)
+def test_errors_that_are_not_of_the_files_keep_their_words(error):
+  with pytest.raises(type(error)) as raised, errors.whole("a", "set b"):
+    raise error
+  assert raised.value is error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, value):
+  state = make_state()
+  scale = state.params["encoder"]["scale"]
+  bad = state.replace(
+    params=state.params
+    | {"encoder": state.params["encoder"] | {"scale": scale.at[3].set(value)}}
+  )
+  with opened(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+    with pytest.raises(ValueError) as error:
+      checkpointer.save(2, bad)
+    assert "in 1 of 3 arrays (encoder/scale)" in message(error)
+    assert checkpointer.latest_step() == 1
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path):
+  """An older version may have saved it."""
+  state = make_state()
+  bad = jax.tree.map(lambda x: x * jnp.nan, state.params)
+  with opened(tmp_path) as checkpointer:
+    # Of a dict the parameters are not looked at.
+    checkpointer.save(1, vars(state) | {"params": bad})
+    with pytest.raises(ValueError) as error:
+      checkpointer.restore(1, state)
+  assert "in 3 of 3 arrays" in message(error)
+  assert "checkpoint_1" in message(error) and "delete" not in message(error)
 
 
 def test_restore_of_what_is_not_there(tmp_path):
@@ -208,5 +253,5 @@ def test_a_metric_that_was_not_computed(tmp_path):
     with pytest.raises(ValueError) as error:
       checkpointer.save(1, {"x": jnp.int32(1)}, metrics={"per": 0.1})
     assert "'wer'" in message(error) and "['per']" in message(error)
-    assert "best_metric" in message(error)
+    assert "BEST_METRIC" in message(error)
     assert checkpointer.latest_step() is None

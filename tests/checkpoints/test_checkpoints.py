@@ -175,6 +175,27 @@ def test_the_best_is_kept_and_known_after_a_reopen(
       assert folders(tmp_path) == [f"checkpoint_{best}", "checkpoint_6"]
 
 
+def test_metrics_recorded_after_the_save_choose_the_best(tmp_path):
+  options = dict(keep=1, best_metric="wer", best_mode="min")
+  with opened(tmp_path, **options) as checkpointer:
+    for step, wer in enumerate([0.5, 0.2, 0.4], start=1):
+      assert checkpointer.is_best({"wer": wer}) == (step < 3)
+      checkpointer.save(step, {"x": jnp.int32(step)})
+      assert checkpointer.record(step, {"wer": wer, "loss": 1.0})
+    assert not checkpointer.record(9, {"wer": 0.1})
+    assert not checkpointer.is_best({"wer": float("nan")})
+    assert not checkpointer.is_best({"per": 0.1})
+  with opened(tmp_path, **options) as checkpointer:
+    assert checkpointer.best_step() == 2
+    assert not checkpointer.is_best({"wer": 0.2})
+    checkpointer.save(4, {"x": jnp.int32(4)})
+    checkpointer.wait()
+    assert folders(tmp_path) == ["checkpoint_2", "checkpoint_4"]
+  assert checkpoints.saved_metrics(tmp_path, 2) == {"wer": 0.2, "loss": 1.0}
+  assert checkpoints.saved_metrics(tmp_path, 4) == {}
+  assert checkpoints.newest_step(tmp_path) == 4
+
+
 def test_a_later_process_may_choose_by_another_metric(tmp_path):
   save_all(tmp_path, [0.1, 0.2, 0.3])
   with opened(tmp_path, best_metric="loss", best_mode="max") as checkpointer:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gkd_jax import checkpoints, decoding, models, network
-from gkd_jax.checkpoints import export
+from gkd_jax import checkpoints, decoding, models, network, types
+from gkd_jax.checkpoints import export, safetensors_io
 
 torch = pytest.importorskip(
   "torch", reason="torch is in the extra hf: pip install gkd_jax[hf]"
@@ -232,6 +232,46 @@ def test_export_computes_the_same_in_transformers(tmp_path, family):
   assert generation.decoder_start_token_id == 0
   for name in SIZES:
     assert getattr(back.config, name) == getattr(theirs.config, name)
+
+
+@pytest.mark.parametrize("pad", [0, None, "eos"])
+@pytest.mark.parametrize("start", [0, 5])
+def test_an_export_ends_and_starts_as_the_run_did(tmp_path, pad, start):
+  make("t5_1_1").save_pretrained(tmp_path / "theirs")
+  export.import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+  model, params = ours(tmp_path / "ours")
+  batch = BATCH | {"decoder_input_tokens": np.zeros((3, 9), np.int32)}
+  endless = model.with_special_tokens(types.SpecialTokens((), None, start))
+  greedy = np.asarray(endless.predict_batch(params, batch))
+  # What is said third in one row and fifth in another ends outputs.
+  eos = (int(greedy[0, 2]), int(greedy[2, 4]))
+  tokens = types.SpecialTokens(eos, eos[0] if pad == "eos" else pad, start)
+  model = model.with_special_tokens(tokens)
+  outputs, aux = model.predict_batch_with_aux(params, batch)
+  assert aux["lengths"][0] <= 3 and aux["lengths"][2] <= 5
+  checkpoints.save_safetensors(
+    tmp_path / "run",
+    params,
+    safetensors_io.with_special_tokens(
+      checkpoints.load_config(tmp_path / "ours"), tokens
+    ),
+  )
+  export.export_checkpoint(tmp_path / "run", tmp_path / "back", format="hf")
+  back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "back")
+  inputs = torch.tensor(BATCH["encoder_input_tokens"], dtype=torch.long)
+  generated = back.eval().generate(
+    input_ids=inputs,
+    attention_mask=(inputs > 0).long(),
+    max_new_tokens=9,
+    do_sample=False,
+  )
+  assert generated[:, 0].tolist() == [start] * 3
+  for row, output, length in zip(
+    generated[:, 1:].tolist(), outputs.tolist(), aux["lengths"], strict=True
+  ):
+    assert row[:length] == output[:length]
+    fill = {eos[0] if pad in (None, "eos") else pad}
+    assert {*row[length:]} <= fill
 
 
 def test_several_files_in_bfloat16(tmp_path):

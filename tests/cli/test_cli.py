@@ -13,7 +13,6 @@ from command_line import (
   ROOT,
   gin,
   gkd,
-  refused,
   save_toy_teacher,
   start,
   started,
@@ -266,84 +265,18 @@ def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
   assert "parameters" in done.stdout and not folder.exists()
 
 
-WRONG = {
-  "lambda": ({"STUDENT_DATA_FRACTION": 1.5}, "set STUDENT_DATA_FRACTION"),
-  "beta": ({"BETA": -1.0}, "set BETA"),
-  "temperature": ({"SAMPLING_TEMPERATURE": -1.0}, "set SAMPLING_TEMPERATURE"),
-  "length": (
-    {"TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 0}},
-    "set TASK_FEATURE_LENGTHS",
-  ),
-  "task": ({"MIXTURE_OR_TASK_NAME": "aritmetic_cot"}, "as arithmetic_cot,"),
-  "nothing": ({"TEACHER_CHECKPOINT_PATH": "/nowhere"}, "/nowhere"),
-  "macro": ({"STUDENT_DATA_FRACTIONS": 1.0}, "as STUDENT_DATA_FRACTION"),
-  "divergence": ({"DIVERGENCE": "jds"}, "set DIVERGENCE"),
-  "microbatches": ({"NUM_MICROBATCHES": 3}, "set BATCH_SIZE"),
-  "executor": ({"EXECUTOR": "pmapp"}, "set EXECUTOR"),
-}
-
-
 @pytest.fixture(scope="module")
 def some_teacher(tmp_path_factory):
   return save_toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_setting_is_one_sentence(some_teacher, tmp_path, capsys, name):
-  macros, message = WRONG[name]
-  command = smoke(some_teacher, tmp_path / "student", **macros)
-  assert message in refused(capsys, *command)
-
-
 def test_a_wrong_setting_ends_the_process(some_teacher, tmp_path):
   done = started(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
   assert done.returncode == 2
-  # The sentence, and gin's line about the object that was being built.
-  error, _ = done.stderr.splitlines()
-  assert error.startswith("gkd: ") and "set DIVERGENCE" in error
-
-
-def test_a_wrong_command_is_one_sentence(capsys):
-  said = refused(capsys, "tarin")
-  assert "a mode of train, eval, infer" in said and "got 'tarin'" in said
-  assert "got None" in refused(capsys)
-  said = refused(
-    capsys, "train", "smoke.gin", "--gin_file=experiments/smoke.gin"
-  )
-  assert said == (
-    "gkd: expected flags after train, got smoke.gin;"
-    " run `gkd train --gin_file=...`"
-  )
-
-
-def test_other_shapes_and_vocabularies(some_teacher, tmp_path, capsys):
-  for binding, message in (
-    ("toy/teacher/network.T5Config.mlp_dim=48", "mlp/w"),
-    ("toy/teacher/network.T5Config.vocab_size=32", "24 (student)"),
-  ):
-    command = smoke(some_teacher, tmp_path / "student")
-    assert message in refused(capsys, *command, f"--gin.{binding}")
-
-
-def test_a_batch_size_that_the_data_axis_does_not_divide(
-  some_teacher, tmp_path, capsys
-):
-  command = smoke(some_teacher, tmp_path / "student", BATCH_SIZE=12)
-  said = refused(capsys, *command)
-  assert "a multiple of 8 (8 data-parallel devices" in said
-  assert "got 12; set BATCH_SIZE" in said
-
-
-def test_a_folder_without_a_checkpoint(some_teacher, tmp_path, capsys):
-  empty = tmp_path / "empty"
-  empty.mkdir()
-  said = refused(
-    capsys,
-    *smoke(
-      some_teacher, tmp_path / "student", INITIAL_CHECKPOINT_PATH=str(empty)
-    ),
-  )
-  assert "set INITIAL_CHECKPOINT_PATH" in said and str(empty) in said
+  # Nothing before it, and nothing of gin's after it.
+  assert done.stderr.startswith("gkd: expected ") and not done.stdout
+  assert done.stderr.endswith("got 'jds'; set DIVERGENCE\n")
+  assert done.stderr.count("\n") == 1
 
 
 def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):

@@ -80,7 +80,8 @@ def decode(mode, checkpoint, *flags, **macros):
 def on_disk(monkeypatch, place):
   """Puts the checkpoints of a run on the disk, for Orbax."""
   orbax = checkpoints.Checkpointer
-  monkeypatch.setattr(checkpoints, "has_checkpoint", lambda _: place.is_dir())
+  newest = checkpoints.newest_step
+  monkeypatch.setattr(checkpoints, "newest_step", lambda _: newest(place))
   monkeypatch.setattr(
     checkpoints, "Checkpointer", lambda _, **options: orbax(place, **options)
   )

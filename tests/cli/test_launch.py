@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import yaml
-from absl import flags
 
-from gkd_jax import gin_utils, main
+from gkd_jax import command_line, gin_utils
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = (
@@ -35,20 +34,9 @@ def dry_run(*command, **environment):
 def parsed(command):
   """What the CLI's own flags make of a command, and gin of its settings."""
   assert command[:2] == ["gkd", "train"], command
-  values = flags.FlagValues()
-  for name in main.FLAGS:
-    if main.FLAGS.find_module_defining_flag(name) == main.__name__:
-      values[name] = main.FLAGS[name]
-  for name in values:
-    values[name].unparse()
-  try:
-    rest = values(main._gin_flags(command[1:]))
-    assert rest == ["train"]
-    gin_utils.parse(values.gin_file, values.gin_bindings, [])
-    return {name: values[name].value for name in values}
-  finally:
-    for name in values:
-      values[name].unparse()
+  values = command_line.parse("train", command[2:])
+  gin_utils.parse(values.gin_file, values.gin_bindings, [])
+  return vars(values)
 
 
 def test_local():

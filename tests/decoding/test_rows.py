@@ -2,6 +2,7 @@
 
 import functools
 
+import beam_oracle
 import divergence_oracle
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,32 @@ def test_samples_of_a_prompt_are_ascending_and_scored():
   best = decode((("num_decodes", 3),), all_decodes=False)
   np.testing.assert_array_equal(best[0], tokens[:, -1])
   np.testing.assert_array_equal(best[1], scores[:, -1])
+
+
+def test_one_beam_of_the_model_is_the_search_as_described():
+  model = toy_models.model(8, decode_fn=decoding.beam_search)
+  params, batch = toy_models.params(model, 1), toy_models.batch(3)
+  tokens = np.asarray(jax.jit(model.predict_batch)(params, batch))
+
+  @jax.jit
+  def next_token(prefix):
+    rows = dict(batch)
+    rows["decoder_target_tokens"] = jnp.maximum(prefix, 1)
+    rows["decoder_input_tokens"] = sampling.shift_right(prefix)
+    return model.logits(params, rows)
+
+  def distribution(row, prefix):
+    padded = np.zeros((3, 7), np.int32)
+    padded[:, : len(prefix)] = prefix
+    logits = next_token(padded)[row, len(prefix)]
+    return loss_batches.log_softmax64(logits)
+
+  for row in range(3):
+    ((expected, _),) = beam_oracle.best_outputs(
+      functools.partial(distribution, row), 7, 0.6, 1
+    )
+    assert tuple(tokens[row, : len(expected)]) == expected
+    assert not tokens[row, len(expected) :].any()
 
 
 def test_options_override_defaults_and_the_default_is_greedy():

@@ -257,6 +257,28 @@ def test_filters_on_a_worked_distribution(top_k, top_p, kept):
   )
 
 
+@pytest.mark.parametrize(
+  "filters", [{"top_k": 2}, {"top_p": 0.75}, {"top_k": 3, "top_p": 0.7}]
+)
+def test_a_token_that_was_sampled_keeps_a_log_prob(filters):
+  """Another program's last bits had it among the kept ones."""
+  ulp = 2.0**-7  # of bfloat16 between 1 and 2
+  logits = np.array([1.0, 2.0, 1.0 + ulp, 0.5])
+  for token, kept in ((0, [0, 1, 2]), (1, [1, 2]), (2, [1, 2])):
+    log_probs = decoding.sampling_log_probs(
+      jnp.array(logits, jnp.bfloat16), keep=jnp.array(token), **filters
+    )
+    total = np.log(np.sum(np.exp(logits[kept])))
+    expected = np.full(4, -np.inf)
+    expected[kept] = logits[kept] - total
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-5)
+  # Suppressed tokens are not sampled, and not kept.
+  log_probs = decoding.sampling_log_probs(
+    jnp.array(logits), keep=jnp.array(0), suppress_ids=(0,), **filters
+  )
+  assert np.isneginf(log_probs[0])
+
+
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 @hypothesis.given(
   # Halves make ties frequent.

@@ -10,7 +10,7 @@ import pytest
 import sweep_folders
 
 import gin
-from gkd_jax import gin_utils, main, train
+from gkd_jax import command_line, gin_files, gin_utils, train
 from gkd_jax.experiments import sweep_runner, sweeps
 from gkd_jax.planning import precompile
 
@@ -183,7 +183,11 @@ gin_file = "experiments/smoke_teacher.gin"
     ("", "", None),
     ("BATCH_SIZE", "BATHC_SIZE", "first/BATHC.*macro that something reads"),
     ("smoke_teacher", "smoke_taecher", "first/BATCH.*expected a gin file"),
-    ("first]", "first]\nmacros = {X = '@nothing()'}", "first/B.*nothing"),
+    (
+      "first]",
+      "first]\nmacros = {OPTIMIZER = '@nothing()'}",
+      "first/B.*nothing",
+    ),
     ("FINAL_EVAL_SPLIT", "EVAL_NUM_EXAMPLES", "set FINAL_EVAL_SPLIT"),
   ],
 )
@@ -202,7 +206,7 @@ def test_wrong_gin_is_found_before_any_cell_is_run(tmp_path, old, new, message):
   sorted(p.relative_to(ROOT / "gin") for p in ROOT.rglob("gin/**/*.toml")),
 )
 def test_the_gin_of_shipped_grids_is_right(file):
-  definition = sweeps.read(str(file), [gin_utils.shipped_gin()])
+  definition = sweeps.read(str(file), [gin_files.shipped()])
   cells = sweeps.cells(definition)
   sweep_runner.check_here(cells, "/o", [])
   # Each once more, as its command says it and with one seed: what a run builds
@@ -229,10 +233,8 @@ _NUMBERS = (
 
 def _built_by(arguments):
   """What a command of `gkd train` trains, without parameters or data."""
-  flags = [a.partition("=") for a in main._gin_flags(arguments[1:])]
-  assert {name for name, _, _ in flags} <= {"--gin_file", "--gin_bindings"}
-  given = lambda flag: [value for name, _, value in flags if name == flag]
-  gin_utils.parse(given("--gin_file"), given("--gin_bindings"), [])
+  given = command_line.parse(arguments[0], arguments[1:])
+  gin_utils.parse(given.gin_file, given.gin_bindings, [])
   return gin_utils.bindings(train.train, precompile.SETTINGS)
 
 

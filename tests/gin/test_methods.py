@@ -238,7 +238,7 @@ def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
   ["STUDENT_DATA_FRACTION = 0.5", "DIVERGENCE = 'jsd'", "DECODE_SLOTS = 4"],
 )
 def test_minillm_refuses_settings_that_it_does_not_read(binding):
-  with pytest.raises(ValueError, match=f"got {binding.split()[0]};"):
+  with pytest.raises(ValueError, match=f"got {binding.split()[0]}; "):
     gin_utils.parse(["methods/minillm.gin"], [binding], [])
 
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from gkd_jax import gin_utils, main, train
+from gkd_jax import command_line, gin_utils, train
 from gkd_jax.planning import precompile
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,17 +25,11 @@ def test_a_command_that_is_shown_makes_its_report(path):
   report = json.loads(path.read_text())
   program, mode, *arguments = shlex.split(report["command"])
   assert (program, f"{mode}.json") == ("gkd", path.name)
-  flags = {"gin_file": [], "gin_bindings": []}
-  for argument in main._gin_flags(arguments):
-    name, _, value = argument.removeprefix("--").partition("=")
-    if name in ("gin_file", "gin_bindings"):
-      flags[name].append(value)
-    else:
-      flags[name] = value
-  assert ROOT / flags["output_path"] == path.parent
-  assert flags["topology"] == report["topology"]
-  assert flags["title"] == report["title"]
-  gin_utils.parse(flags["gin_file"], flags["gin_bindings"], [])
+  flags = command_line.parse(mode, arguments)
+  assert ROOT / flags.output_path == path.parent
+  assert flags.topology == report["topology"]
+  assert flags.title == report["title"]
+  gin_utils.parse(flags.gin_file, flags.gin_bindings, [])
   found = gin_utils.bindings(train.train, precompile.SETTINGS)
   dataset, partitioner = found["dataset"], found["partitioner"]
   for name in ("batch_size", "task_feature_lengths"):
@@ -44,6 +38,5 @@ def test_a_command_that_is_shown_makes_its_report(path):
     for name in ("num_microbatches", "shard_params_over_data"):
       assert getattr(partitioner, name) == report[name], name
     assert partitioner.num_partitions == report["mesh"]["model"]
-    asked = flags["phases"].split(",") if "phases" in flags else None
-    phases = precompile.chosen_phases(found["model"], asked, "jit")
+    phases = precompile.chosen_phases(found["model"], flags.phases, "jit")
     assert list(phases) == list(report["phases"])

@@ -1,7 +1,11 @@
 """Devices by the name of a topology."""
 
+import importlib.metadata
+import sys
+
 import jax
 import pytest
+from packaging import requirements
 
 from gkd_jax.planning import topologies
 
@@ -17,3 +21,34 @@ def test_cpu_devices_are_counted():
   assert found == jax.devices()[:4] and chip is None
   with pytest.raises(ValueError, match="expected 999 CPU devices, got 8"):
     topologies.devices("cpu:999")
+
+
+def pinned():
+  """What jax's extra `tpu` asks of libtpu, read by pip's own library."""
+  asked = map(requirements.Requirement, importlib.metadata.requires("jax"))
+  (found,) = [r.specifier for r in asked if r.name == "libtpu"]
+  return found
+
+
+@pytest.mark.parametrize("version", ["0.0.1", "99.0.0", None])
+def test_a_libtpu_that_jax_does_not_pin_is_named(
+  tmp_path, monkeypatch, version
+):
+  if version is None:
+    version = str(pinned()).removeprefix("==").replace("*", "7")
+  folder = tmp_path / f"libtpu-{version}.dist-info"
+  folder.mkdir()
+  (folder / "METADATA").write_text(f"Name: libtpu\nVersion: {version}\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  said = topologies.wrong_libtpu()
+  assert (said is None) == pinned().contains(version)
+  if said:
+    assert f"jax {jax.__version__} pins, got {version}; run `pip ins" in said
+    assert str(pinned()) in said
+
+
+def test_without_libtpu_its_version_is_said(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(ValueError, match=r"pip install 'gkd_jax\[tpu\]'") as said:
+    topologies.devices("v5e:2x2")
+  assert f"installs libtpu{pinned()}" in str(said.value)

@@ -61,7 +61,7 @@ def test_means_and_rates(tmp_path, clock, capsys):
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("first step ")
   assert lines[1] == (
-    "step 6/10 loss 1.7500 1 examples/s 10 tokens/s on-policy 50% ETA 0:08"
+    "step 6/10 loss 1.7500 1 examples/s 10 tokens/s on-policy 50% ETA 0:16"
   )
 
 

@@ -1,0 +1,239 @@
+"""Whole runs with four vocabularies are one run, up to the ids.
+
+SFT on a constant output until it is learned, on-policy GKD from there, `gkd infer`
+as lines and as shards, and an export. The networks of all vocabularies begin with
+the same numbers for the same text.
+"""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import seqio
+
+from gkd_jax import (
+  checkpoints,
+  evaluation,
+  infer,
+  models,
+  network,
+  optimizers,
+  schedules,
+  train,
+  training,
+)
+from gkd_jax.checkpoints import export
+from gkd_jax.tasks import teacher_shards
+
+LENGTHS = {"inputs": 4, "targets": 6}
+SIZE = 264
+TEXTS = "abcdefgh"
+# By hand: id of EOS, and PAD of an export.
+IDS = {
+  "t5": {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+  "sentencepiece": {},
+  "bos_first": {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3},
+  "byte": None,
+}
+EXPECTED = {
+  "t5": (1, 0),
+  "sentencepiece": (2, 2),
+  "bos_first": (2, 1),
+  "byte": (1, 0),
+}
+
+
+def vocabulary(name, folder):
+  """A vocabulary of characters, and the ids of EOS and of each character."""
+  if IDS[name] is None:
+    result = seqio.ByteVocabulary()
+  else:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([TEXTS] * 9),
+      model_writer=model,
+      model_type="char",
+      vocab_size=13,
+      hard_vocab_limit=False,
+      add_dummy_prefix=False,
+      minloglevel=2,
+      **IDS[name],
+    )
+    path = folder / f"{name}.model"
+    path.write_bytes(model.getvalue())
+    result = seqio.SentencePieceVocabulary(str(path))
+  ids = [EXPECTED[name][0], *(i for c in TEXTS for i in result.encode(c))]
+  assert len(ids) == 9, ids
+  return result, np.array(ids)
+
+
+def register(name, of):
+  feature = seqio.Feature(of, add_eos=True)
+  examples = [(a + b, "ab") for a in TEXTS for b in TEXTS[:4]]
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: _dataset(examples),
+      splits=["train", "validation", "test"],
+    ),
+    preprocessors=[
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos,
+    ],
+    output_features={"inputs": feature, "targets": feature},
+    metric_fns=[exact],
+  )
+
+
+def _dataset(examples):
+  import tensorflow as tf
+
+  columns = zip(*examples, strict=True)
+  return tf.data.Dataset.from_tensor_slices(
+    dict(zip(("inputs", "targets"), map(list, columns), strict=True))
+  )
+
+
+def exact(targets, predictions):
+  return {
+    "exact": np.mean(
+      [a == b for a, b in zip(targets, predictions, strict=True)]
+    )
+  }
+
+
+def a_model():
+  config = network.T5Config(
+    vocab_size=SIZE,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    mlp_activations=("gelu", "linear"),
+    dropout_rate=0.0,
+  )
+  return models.EncoderDecoderModel(network.Transformer(config))
+
+
+def first_params(ids):
+  """Parameters in which the start (0), EOS and each character are as in all."""
+  shapes = {f"{k}_input_tokens": (1, 4) for k in ("encoder", "decoder")}
+  import jax
+
+  params = jax.tree.map(
+    np.asarray,
+    dict(
+      jax.jit(
+        lambda key: a_model().get_initial_variables(key, shapes)["params"]
+      )(jax.random.key(0))
+    ),
+  )
+  of_all = [0, *ids]
+  rest = [i for i in range(SIZE) if i not in of_all]
+  # New row i is the old row `place[i]`.
+  place = np.empty(SIZE, int)
+  place[[*of_all, *rest]] = np.arange(SIZE)
+  embedding = params["token_embedder"]["embedding"][place]
+  kernel = params["decoder"]["logits_dense"]["kernel"][:, place]
+  decoder = params["decoder"] | {"logits_dense": {"kernel": kernel}}
+  return params | {
+    "token_embedder": {"embedding": embedding},
+    "decoder": decoder,
+  }
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(model, folder, task, steps, **options):
+  train.train(
+    model,
+    optimizers.adamw(schedules.constant(0.01)),
+    model_dir=str(folder),
+    train_steps=steps,
+    dataset=training.DatasetConfig(task, LENGTHS, 8),
+    evaluation=training.EvalConfig(steps, 32),
+    checkpoints=training.CheckpointConfig(steps),
+    logging=training.LogConfig(period=steps),
+    **options,
+  )
+  return lines(folder / "metrics.jsonl")
+
+
+def all_of(name, folder):
+  of, ids = vocabulary(name, folder)
+  task = f"runs_{name}"
+  register(task, of)
+  begin = folder / f"{name}_begin"
+  checkpoints.save_safetensors(begin, first_params(ids), {"vocab_size": SIZE})
+  sft = run(
+    a_model(),
+    folder / f"{name}_sft",
+    task,
+    60,
+    initial_checkpoint_path=str(begin),
+  )
+  model = models.GKDModel(a_model(), a_model(), sampling_temperature=0.0)
+  trained = str(folder / f"{name}_sft")
+  gkd = run(
+    model,
+    folder / f"{name}_gkd",
+    task,
+    3,
+    initial_checkpoint_path=trained,
+    teacher_checkpoint_path=trained,
+  )
+  settings = infer.DecodeSettings(
+    model=a_model(),
+    checkpoint_path=str(folder / f"{name}_gkd"),
+    mixture_or_task_name=task,
+    task_feature_lengths=LENGTHS,
+  )
+  infer.infer(settings, output_path=str(folder / f"{name}.jsonl"))
+  prefix = str(folder / f"{name}_shards")
+  infer.infer(
+    settings, output_path=prefix, shards=evaluation.Shards(num_shards=1)
+  )
+  manifest, paths = teacher_shards.check_shards(prefix)
+  import tensorflow as tf
+
+  records = tf.data.TFRecordDataset(list(paths)).map(
+    teacher_shards.record_parser(manifest)
+  )
+  targets = [r["targets"].tolist() for r in records.as_numpy_iterator()]
+  out = folder / f"{name}_hf"
+  export.export_checkpoint(settings.checkpoint_path, out, format="hf")
+  generation = json.loads((out / "generation_config.json").read_text())
+  return ids, sft, gkd, lines(folder / f"{name}.jsonl"), targets, generation
+
+
+@pytest.mark.nightly
+def test_runs_with_four_vocabularies_are_one_run_up_to_the_ids(tmp_path):
+  _, *first, _, _ = expected = all_of("t5", tmp_path)
+  ended = next(row for row in expected[2] if "sampled_length" in row)
+  assert (ended["sampled_length"], ended["sampled_eos"]) == (3.0, 1.0)
+  assert expected[1][-1]["exact"] == 1.0
+  for name in IDS:
+    ids, sft, gkd, rows, targets, generation = (
+      expected if name == "t5" else all_of(name, tmp_path)
+    )
+    assert targets == [[int(ids[1]), int(ids[2]), int(ids[0])]] * 32
+    assert [r["prediction"] for r in rows] == ["ab"] * 32
+    assert all(r["ended"] for r in rows)
+    np.testing.assert_allclose(
+      [r["score"] for r in rows], [r["score"] for r in first[2]], atol=1e-3
+    )
+    for got, of_t5 in zip(sft + gkd, first[0] + first[1], strict=True):
+      for key in ("loss", "exact", "sampled_length", "sampled_eos"):
+        assert got.get(key) == pytest.approx(of_t5.get(key), rel=1e-3, abs=1e-5)
+    eos, pad = EXPECTED[name]
+    assert generation == {
+      "eos_token_id": eos,
+      "pad_token_id": pad,
+      "decoder_start_token_id": 0,
+    }
