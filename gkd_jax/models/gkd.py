@@ -44,6 +44,7 @@ class GKDModel(distillation_model.DistillationModel):
     loss_chunk_size: tokens per chunk of `losses.fused_distillation_loss`, on each
       device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
       256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
+      Networks with a `final_softcap` need whole logits.
     output_buckets: see there.
 
   Raises:
@@ -116,6 +117,12 @@ class GKDModel(distillation_model.DistillationModel):
     )
     checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
     checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
+    if self.loss_chunk_size and self._caps_logits:
+      checks.refuse(
+        "0 for networks with a final_softcap, whose logits are not a product",
+        self.loss_chunk_size,
+        "LOSS_CHUNK_SIZE",
+      )
     decoding.check_options(self.sampling)
 
   def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
@@ -272,8 +279,17 @@ class GKDModel(distillation_model.DistillationModel):
     """Returns tokens per chunk of the fused loss, 0 for whole logits."""
     if self.loss_chunk_size is not None:
       return self.loss_chunk_size
+    if self._caps_logits:
+      return 0
     logits = batch["decoder_target_tokens"].size * self.config.vocab_size
     return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
+
+  @property
+  def _caps_logits(self):
+    return any(
+      getattr(model.config, "final_softcap", None) is not None
+      for model in (self.student, self.teacher)
+    )
 
   def _loss_settings(self, batch, step):
     return {

@@ -263,6 +263,9 @@ def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
   assert done.returncode == 0, done.stderr
   assert "STUDENT_DATA_FRACTION = 0.5" in done.stdout
   assert "parameters" in done.stdout and not folder.exists()
+  # A teacher of ten steps is one: nothing to remark.
+  assert "data's tokens: cross-entropy" in done.stdout
+  assert "warning" not in done.stdout
 
 
 @pytest.fixture(scope="module")
