@@ -303,13 +303,7 @@ class Decoder(nn.Module):
       return x.astype(jnp.float32) / jnp.sqrt(config.emb_dim) if tied else x
     if tied:
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
-    to_logits = projections.Dense(
-      config.vocab_size,
-      ("embed", "vocab"),
-      weights=self.weights,
-      name="logits_dense",
-    )
-    return to_logits(x)
+    return projections.to_logits(config, self.weights, name="logits_dense")(x)
 
   def _next_positions(self, max_decode_length):
     """Returns the position that is decoded, `[]` or `[B]`, and those of keys."""

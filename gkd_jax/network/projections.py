@@ -224,6 +224,12 @@ def embed(config: Any, weights: str, **kwargs) -> Embed:
   )
 
 
+def to_logits(config: Any, weights: str, **kwargs) -> Dense:
+  """Returns the output head of a configuration, in float32."""
+  axes = ("embed", "vocab")
+  return Dense(config.vocab_size, axes, weights=weights, **kwargs)
+
+
 def head(params: Mapping[str, Any], *, tied: bool) -> Head:
   """Returns the stored output head `[D, V]`.
 
