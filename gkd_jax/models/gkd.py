@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model, distillation_model, outputs
+from gkd_jax.models import base_model, distillation_model, outputs, random_keys
 
 
 class GKDModel(distillation_model.DistillationModel):
@@ -184,8 +184,8 @@ class GKDModel(distillation_model.DistillationModel):
     A row's sample depends on the step's key and on the row's id alone.
     """
     # Whose outputs: the dataset's, or the student's own samples.
-    keys = base_model.step_keys(inputs.key)
-    encoder_key, decoder_key = base_model.dropout_keys(
+    keys = random_keys.step_keys(inputs.key)
+    encoder_key, decoder_key = random_keys.dropout_keys(
       self.config.dropout_rate, keys.dropout, inputs.row_ids
     )
     with jax.named_scope("student"):
@@ -326,7 +326,7 @@ class GKDModel(distillation_model.DistillationModel):
       ValueError: a packed batch.
     """
     outputs.check_unpacked(batch)
-    keys = base_model.step_keys(inputs.key)
+    keys = random_keys.step_keys(inputs.key)
     chosen = None
     if inputs.source == base_model.MIXED:
       chosen = self._coins(keys.coin, inputs)
