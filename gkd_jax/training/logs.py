@@ -181,14 +181,17 @@ class TrainLog:
     step: int,
     scores: Mapping[str, float],
     examples: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, str] | None = None,
   ):
-    """Writes the scores of an evaluation, and decoded examples.
+    """Writes the scores of an evaluation, decoded examples, metrics as texts.
 
     The time since the last `write` is left out of the rates.
     """
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
     if self._tensorboard:
       self._tensorboard.text("examples", _markdown(examples), step)
+      for name, text in (texts or {}).items():
+        self._tensorboard.text(f"eval/{name}", text, step)
       self._tensorboard.flush()
       files.append_json_lines(
         self._dir / "examples.jsonl",

@@ -40,11 +40,14 @@ class RolloutBatches:
   ):
     self._iterator, self._model, self._seed = iterator, model, seed
     self._mesh = mesh
+    features = task.output_features
     self._vocabularies = {
-      name: task.output_features[name].vocabulary
-      for name in ("inputs", "targets")
-      if name in task.output_features
+      name: feature.vocabulary
+      for name, feature in features.items()
+      if name in ("inputs", "targets")
     }
+    # Prompts alone: outputs are of the same vocabulary.
+    self._vocabularies.setdefault("targets", self._vocabularies.get("inputs"))
     self.judged = model.needs_rewards
     if self.judged:
       self._roll_out = partitioning.jit(
