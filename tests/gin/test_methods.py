@@ -288,7 +288,12 @@ def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
 
 @pytest.mark.parametrize(
   "binding",
-  ["STUDENT_DATA_FRACTION = 0.5", "DIVERGENCE = 'jsd'", "DECODE_SLOTS = 4"],
+  [
+    "STUDENT_DATA_FRACTION = 0.5",
+    "STUDENT_DATA_GRANULARITY = 'example'",
+    "DIVERGENCE = 'jsd'",
+    "LOSS_CHUNK_SIZE = 4",
+  ],
 )
 def test_minillm_refuses_settings_that_it_does_not_read(binding):
   with pytest.raises(ValueError, match=f"got {binding.split()[0]}; "):
