@@ -32,9 +32,9 @@ except ModuleNotFoundError as error:
   raise ImportError(
     "expected T5X for gkd_jax.adapters.t5x, got no module named"
     f" {error.name!r}; install it with `pip install 'gkd_jax[t5x]'` and `pip"
-    " install --no-deps git+https://github.com/google-research/t5x"
-    " git+https://github.com/google/airio"
-    " git+https://github.com/google-research/jestimator`"
+    " install --no-deps git+https://github.com/google-research/t5x@cc342d4"
+    " git+https://github.com/google/airio@69897df"
+    " git+https://github.com/google-research/jestimator@326824a`"
   ) from error
 # A parameter's shape does not depend on the lengths of a batch.
 _ANY_SHAPES = {

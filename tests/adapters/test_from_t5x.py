@@ -95,6 +95,54 @@ def test_macros_of_the_t5x_config_are_read_by_its_gin_file():
     assert f"%{name}" in shipped or name in of_t5x, name
 
 
+def test_the_tiny_teacher_is_the_network_that_tiny_gin_restores():
+  folder = ROOT / "gin" / "t5x"
+  gin_utils.parse([str(folder / "tiny_teacher.gin")], ["MODEL_DIR='a'"], [])
+  teacher = gin.get_bindings(train.train)["model"].student
+  # By hand, T5 1.1 with 24 tokens, width 48, four heads of 8 and an MLP of 64:
+  # embedding and head; buckets, norms, attention, MLP of encoder and decoder.
+  attention, mlp, buckets = 4 * 48 * 32, 3 * 48 * 64, 32 * 4
+  encoder = buckets + 3 * 48 + attention + mlp
+  decoder = buckets + 4 * 48 + 2 * attention + mlp
+  assert _parameters(teacher) == 2 * 24 * 48 + encoder + decoder
+  text = (folder / "tiny.gin").read_text()
+  theirs = text[text.index("\nteacher/network.T5Config:") :]
+  fields = dict(re.findall(r"^  (\w+) = (\d+)", theirs, re.M))
+  assert len(fields) == 6
+  for name, value in fields.items():
+    assert getattr(teacher.module.config, name) == int(value), name
+
+
+def test_the_page_installs_the_commits_that_the_goldens_are_of():
+  commits = dict(re.findall(r"github\.com/[\w-]+/(\w+)@(\w+)", PAGE))
+  assert set(commits) == {"t5x", "airio", "jestimator"}
+  golden = (ROOT / "tests" / "golden" / "README.md").read_text()
+  assert f"t5x at {commits['t5x']}" in golden
+  adapter = (ROOT / "gkd_jax" / "adapters" / "t5x.py").read_text()
+  for name, commit in commits.items():
+    assert f"/{name}@{commit}" in adapter
+
+
+def test_the_page_says_which_values_of_t5x_the_gin_file_changes():
+  shipped = (ROOT / "gin" / "t5x" / "gkd.gin").read_text()
+  for line in ("DROPOUT_RATE = 0.0", "RANDOM_SEED = 0"):
+    assert line in shipped and f"`{line}`" in PAGE
+
+
+def test_values_that_differ_are_the_defaults_of_base_gin():
+  rows = re.findall(r"^\| `[^|]+ \| `(?:([A-Z_]+) = )?([^`]+)` \|", PAGE, re.M)
+  text = (ROOT / "gin" / "runs" / "base.gin").read_text()
+  defaults = dict(re.findall(r"^([A-Z_]+) = (\S+)", text, re.M))
+  named = {name: value for name, value in rows if name}
+  assert len(named) >= 6
+  for name, value in named.items():
+    assert defaults[name] == value, name
+  for name, value in re.findall(
+    r"^\| `([A-Z_]+) = [^|]+ \| `([^` =]+)`", PAGE, re.M
+  ):
+    assert defaults[name] == value, name
+
+
 def test_both_configs_say_the_same():
   (under_t5x,) = UNDER_T5X
   read = lambda text: dict(
