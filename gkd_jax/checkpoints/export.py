@@ -82,8 +82,9 @@ def export_checkpoint(
       None writes no tokenizer.
     extra_ids: for "hf", number of sentinels after the vocabulary's pieces.
     card: for "hf", returns the text of README.md; called with the keywords
-      `name` (of the model), `num_parameters`, `model_dir` (the run's folder, or
-      None) and `step` (or None). None writes no README.md.
+      `name` (of the folder), `num_parameters`, `model_dir` (the run's folder, or
+      None), `step` (or None), `architecture` (their class) and `has_tokenizer`.
+      None writes no README.md.
 
   Raises:
     ValueError: if the checkpoint cannot be read or, except for "gkd", is not a
@@ -117,17 +118,20 @@ def export_checkpoint(
     t5x.save_orbax(output_path, flat, config, step=step or 0)
     return
   run = found.path.parent if step is not None else None
-  readme = card and card(
-    name=epath.Path(output_path).name,
-    num_parameters=parameters.count(config),
-    model_dir=run,
-    step=step,
-  )
   stated = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
   vocabulary = None
   if vocabulary_path is not None:
     vocabulary = _vocabulary(vocabulary_path)
   tokens = _special_tokens(stated, vocabulary)
+  theirs = huggingface.write_config(config, "float32", tokens)
+  readme = card and card(
+    name=epath.Path(output_path).name,
+    num_parameters=parameters.count(config),
+    model_dir=run,
+    step=step,
+    architecture=theirs["architectures"][0],
+    has_tokenizer=vocabulary is not None,
+  )
   texts = {
     huggingface.GENERATION_FILE: huggingface.generation_fields(tokens, config)
   }

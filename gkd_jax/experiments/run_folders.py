@@ -14,8 +14,8 @@ from typing import Any
 
 from gkd_jax import files
 
-# `A = 1`, and as T5X writes it: `scope/A/macro.value = 1`.
-_MACRO = re.compile(r"^(?:\w+/)*([A-Z][A-Z0-9_]*)(?:/macro\.value)? = (.+)$")
+# `A`, and as T5X writes it: `scope/A/macro.value`.
+_MACRO = re.compile(r"(?:\w+/)*([A-Z][A-Z0-9_]*)(?:/macro\.value)?")
 
 
 def name_and_folder(item: str) -> tuple[str, str]:
@@ -46,16 +46,57 @@ def evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def read_bindings(folder: files.Path) -> dict[str, str]:
+  """Returns all bindings of a run's configuration, as gin wrote them.
+
+  A macro has its name alone, without scopes.
+  """
+  bindings: dict[str, str] = {}
+  for file in sorted(files.absolute(folder).glob("*.gin")):
+    # Gin breaks a long value after a backslash, or inside brackets.
+    text = re.sub(r"\\\n\s*", "", file.read_text())
+    name = None
+    for line in text.splitlines():
+      if match := re.match(r"([\w./]+) = ?(.*)", line):
+        macro = _MACRO.fullmatch(match[1])
+        name = macro[1] if macro else match[1]
+        bindings[name] = match[2]
+      elif name and line.startswith(" "):
+        bindings[name] += " " + line.strip()
+      else:
+        name = None
+  return bindings
+
+
 def read_macros(folder: files.Path) -> dict[str, str]:
   """Returns the gin macros of a run's configuration, strings without quotes."""
-  macros = {}
-  for file in sorted(files.absolute(folder).glob("*.gin")):
-    # Gin breaks a long value after a backslash.
-    text = re.sub(r"\\\n\s*", "", file.read_text())
-    for line in text.splitlines():
-      if match := _MACRO.match(line):
-        macros[match[1]] = match[2].strip("'\"")
-  return macros
+  return {
+    name: value.strip("'\"")
+    for name, value in read_bindings(folder).items()
+    if _MACRO.fullmatch(name)
+  }
+
+
+def resolve(value: str, bindings: Mapping[str, str]) -> str:
+  """Returns a value with the macros and calls in it spelled out.
+
+  >>> resolve("@shipped.model_path()", {"shipped.model_path.name": "'a'"})
+  "model_path(name='a')"
+
+  Args:
+    value: gin source, such as `%BASE` or `@f()`.
+    bindings: of the configuration that it stands in.
+  """
+  if match := re.fullmatch(r"%([\w./]+)", value):
+    return resolve(bindings.get(match[1], match[1]), bindings)
+  if match := re.fullmatch(r"@([\w./]+)(?:\(\))?", value):
+    arguments = [
+      f"{name.rpartition('.')[2]}={resolve(bound, bindings)}"
+      for name, bound in bindings.items()
+      if name.rpartition(".")[0] == match[1]
+    ]
+    return f"{match[1].rpartition('.')[2]}({', '.join(arguments)})"
+  return value
 
 
 def read_cell(folder: str) -> dict[str, Any]:

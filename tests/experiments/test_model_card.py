@@ -1,10 +1,14 @@
 """The card beside a model that is exported to Hugging Face's format."""
 
+import ast
 import functools
 import json
+import re
 
 import golden_t5x
+import jax
 
+import gkd_jax
 from gkd_jax import checkpoints
 from gkd_jax.checkpoints import export
 from gkd_jax.experiments import model_card
@@ -47,8 +51,8 @@ models.GKDModel.divergence = %DIVERGENCE
   write(run, tmp_path / "student")
   lines = (tmp_path / "student" / "README.md").read_text().splitlines()
   for line in (
-    "# student",
-    "| Teacher | /teachers/xl |",
+    "# run on a_task",
+    "| Teacher | xl |",
     "| Data | a_task |",
     "| λ, student-data fraction | 0.5 |",
     "| Divergence | jsd |",
@@ -70,3 +74,74 @@ models.GKDModel.divergence = %DIVERGENCE
   (tmp_path / "b" / "README.md").write_text("mine")
   write(run, tmp_path / "b")
   assert (tmp_path / "b" / "README.md").read_text() == "mine"
+
+
+def card(tmp_path, config="", **more):
+  run = tmp_path / "runs" / "g2p-student"
+  run.mkdir(parents=True, exist_ok=True)
+  (run / "config.gin").write_text(config)
+  arguments = {"name": "hf", "num_parameters": 3, "model_dir": run, "step": 40}
+  return model_card.write(**arguments | more)
+
+
+def test_values_are_resolved_and_paths_of_the_machine_are_left_out(tmp_path):
+  text = card(
+    tmp_path,
+    f"""
+TEACHER_CHECKPOINT_PATH = @shipped.model_path()
+shipped.model_path.name = 'g2p_teacher'
+INITIAL_CHECKPOINT_PATH = '{tmp_path}/sft/checkpoint_1200'
+MIXTURE_OR_TASK_NAME = 'a_task'
+BATCH_SIZE = %HALF
+HALF = 16
+LEARNING_RATE = @schedules.linear()
+schedules.linear.points = \\
+    ((0, 0.0),
+     (10, 0.5))
+other.path = '{tmp_path}'
+""",
+  )
+  for line in (
+    "# g2p-student on a_task",
+    "| Teacher | model_path(name='g2p_teacher') |",
+    "| First parameters | sft/checkpoint_1200 |",
+    "| Batch size | 16 |",
+    "| Learning rate | linear(points=((0, 0.0), (10, 0.5))) |",
+    "license: unknown",
+  ):
+    assert line in text.splitlines(), line
+  assert str(tmp_path) not in text and "hf" not in text.split()
+  assert f"gkd_jax {gkd_jax.__version__}, jax {jax.__version__}" in text
+
+
+def test_paths_of_buckets_stay_and_those_of_disks_do_not(tmp_path):
+  for path, shown in (
+    ("gs://b/teacher", "gs://b/teacher"),
+    ("~/t/teacher/", "teacher"),
+    ("../x/teacher", "teacher"),
+    ("file:///home/me/teacher", "teacher"),
+  ):
+    text = card(tmp_path, f"TEACHER_CHECKPOINT_PATH = '{path}'")
+    assert f"| Teacher | {shown} |" in text.splitlines(), path
+    assert "home" not in text
+
+
+def test_the_snippet_is_python_that_fits_the_folder(tmp_path):
+  for architecture, has_tokenizer, loader in (
+    ("T5ForConditionalGeneration", True, "AutoModelForSeq2SeqLM"),
+    ("LlamaForCausalLM", False, "AutoModelForCausalLM"),
+  ):
+    text = card(
+      tmp_path, architecture=architecture, has_tokenizer=has_tokenizer
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {
+      node.attr for node in ast.walk(ast.parse(code)) if hasattr(node, "attr")
+    }
+    assert loader in names
+    assert ("AutoTokenizer" in names) == has_tokenizer
+
+
+def test_markup_in_a_setting_shows_as_text(tmp_path):
+  text = card(tmp_path, "MIXTURE_OR_TASK_NAME = '<b>a</b>|*b*'")
+  assert "| Data | &lt;b>a&lt;/b>\\|\\*b\\* |" in text.splitlines()
