@@ -3,7 +3,7 @@
 `gkd sweep`: `sweeps` reads a grid's cells, `sweep_runner` runs them as processes.
 
 `gkd report`: `run_folders` reads what runs left in their folders, `studies` turns
-it into groups of seeds, `figures`, `figures_behaviour` (on `panels`) and
+it into groups of seeds, `figures`, `figures_behaviour`, `figures_training` (on `panels`) and
 `report_tables` show them, and `report_page` writes the page. `metrics` is the table
 of metrics to change for a new one; `rendering` fills the `templates`.
 

@@ -10,7 +10,7 @@ class Metric(NamedTuple):
 
   Attributes:
     label: its name in figures.
-    unit: "%", "nats per token" or "".
+    unit: "%", "nats per token", "tokens" or "".
     lower_is_better: whether a smaller value is the better one.
     is_headline: whether a study may be judged by it. Of several, a study takes
       the first in the table.
@@ -41,6 +41,8 @@ METRICS = {
   "reverse_kl": Metric("reverse KL", _NATS, lower_is_better=True),
   "forward_kl": Metric("forward KL", _NATS, lower_is_better=True),
   "loss": Metric("loss", _NATS, lower_is_better=True),
+  "student_entropy": Metric("entropy of the student", _NATS),
+  "sampled_length": Metric("length of samples", "tokens"),
   "perplexity": Metric("perplexity", lower_is_better=True),
 }
 HEADLINES = tuple(name for name, m in METRICS.items() if m.is_headline)

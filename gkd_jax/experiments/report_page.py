@@ -1,17 +1,21 @@
 """`gkd report`: a comparison of runs as text, an HTML page and Markdown."""
 
+import datetime
 import json
 import os
 from collections.abc import Sequence
 
+import gkd_jax
 from gkd_jax import files
 from gkd_jax.experiments import (
   figures,
   figures_behaviour,
+  figures_training,
   metrics,
   panels,
   rendering,
   report_tables,
+  run_folders,
   studies,
 )
 
@@ -19,6 +23,7 @@ _FIGURES = (
   figures.method_bars,
   figures.heat_maps,
   figures.learning_curves,
+  figures_training.training_curves,
   figures_behaviour.quality_diversity,
   figures.data_efficiency,
   figures_behaviour.rl_tradeoff,
@@ -55,7 +60,8 @@ def report(
   )
   page = {
     "study": study,
-    "summary": _summary(study),
+    "head": _head(study),
+    "marks": report_tables.marks,
     "sections": [results[0], *pictures, *results[1:], *filter(None, more)],
   }
   write = lambda name, text: files.write_text(os.path.join(output, name), text)
@@ -72,6 +78,27 @@ def report(
     _write_pictures(pictures, folder)
   print(text, flush=True)
   return text
+
+
+def _head(study: studies.Study) -> dict[str, str]:
+  """Returns what the page is about: runs, tasks, date and version."""
+  tasks, dates = {}, set()
+  for run in study.runs:
+    folder = files.absolute(run.folder)
+    tasks[run_folders.read_macros(folder).get("MIXTURE_OR_TASK_NAME")] = None
+    for name in ("final.json", "metrics.json"):
+      if (folder / name).exists():
+        seconds = (folder / name).stat().mtime
+        dates.add(datetime.datetime.fromtimestamp(seconds, datetime.UTC).date())
+  found = {
+    "Runs": _summary(study),
+    "Task": ", ".join(filter(None, tasks)),
+    "Finished": " to ".join(map(str, sorted({min(dates), max(dates)})))
+    if dates
+    else "",
+    "Report by": f"gkd_jax {gkd_jax.__version__}",
+  }
+  return {name: text for name, text in found.items() if text}
 
 
 def _summary(study: studies.Study) -> str:

@@ -1,8 +1,10 @@
 """Tables of a report: scores with intervals, the paper's numbers, examples."""
 
 import dataclasses
+import difflib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from gkd_jax import files
 from gkd_jax.experiments import metrics, studies
@@ -12,7 +14,8 @@ _SCORES = 3  # that a table shows of each way of decoding
 _RESULTS_CAPTION = (
   "Scores of the whole final split, greedy and sampled at temperature 1. In"
   " brackets the 95 % t-interval of the mean over seeds; with one seed there is"
-  " none."
+  " none. Bold: the best method at each point of the other axes, the teacher"
+  " aside."
 )
 
 
@@ -25,12 +28,14 @@ class Table:
     caption: below the rows.
     rows: the first one names the columns.
     is_examples: whether the columns are input, reference, teacher and students.
+    best: (row, column) of the cells to emphasise.
   """
 
   title: str
   caption: str
   rows: Sequence[Sequence[str]]
   is_examples: bool = False
+  best: Collection[tuple[int, int]] = ()
 
   @property
   def name(self) -> str:
@@ -51,7 +56,8 @@ def results(study: studies.Study) -> list[Table]:
   for kind, members in sorted(kinds.items(), key=lambda pair: bool(pair[0])):
     more = [axis for axis in kind if axis != "method"]
     title = f"Results by {', '.join(more)}" if more else "Results"
-    tables.append(Table(title, _RESULTS_CAPTION, _result_rows(study, members)))
+    rows, best = _result_rows(study, members)
+    tables.append(Table(title, _RESULTS_CAPTION, rows, best=best))
   return tables
 
 
@@ -61,7 +67,8 @@ def _result_rows(study, runs):
   seconds = any("seconds" in run.scores for run in runs)
   heads = [*axes, "seeds", *(n.replace("/", " ") for n in names), "parameters"]
   rows = [[*heads, *(["seconds"] if seconds else [])]]
-  for members in _places(study, runs, axes):
+  places = _places(study, runs, axes)
+  for members in places:
     row = [members[0].place.get(axis, "") for axis in axes]
     row.append(str(len(members)))
     row += [_show(studies.mean_score(members, name)) for name in names]
@@ -69,7 +76,32 @@ def _result_rows(study, runs):
       mean = studies.mean_score(members, name)
       row.append(f"{mean.mean:,.0f}" if mean else "")
     rows.append(row)
-  return rows
+  return rows, _best(study, places, names, first=len(axes) + 1)
+
+
+def _best(study, places, names, first) -> set[tuple[int, int]]:
+  """Returns (row, column) of the best methods, equal ones included."""
+  found = set()
+  rivals: dict[tuple, list[int]] = {}
+  for row, (run, *_) in enumerate(places, 1):
+    if run.place["method"].lower() != "teacher":
+      others = {**run.place, "method": ""}
+      rivals.setdefault(tuple(others.items()), []).append(row)
+  for column, name in enumerate(names, first):
+    metric = name.partition("/")[2]
+    is_lower = metrics.of(metric).lower_is_better
+    if metric == study.metric:
+      is_lower = study.lower_is_better
+    for rows in rivals.values():
+      means = {
+        row: mean.mean * (-1 if is_lower else 1)
+        for row in rows
+        if (mean := studies.mean_score(places[row - 1], name))
+      }
+      if len(means) > 1:
+        top = max(means.values())
+        found |= {(row, column) for row, m in means.items() if m == top}
+  return found
 
 
 def rl_tradeoff(study: studies.Study) -> Table | None:
@@ -192,6 +224,32 @@ def examples(study: studies.Study) -> Table | None:
     rows,
     is_examples=True,
   )
+
+
+def marks(output: str, references: str) -> list[tuple[str, bool]]:
+  """Splits an output at the words in which it differs from a reference.
+
+  >>> marks("a red house", "a house")
+  [('a ', False), ('red ', True), ('house', False)]
+
+  Args:
+    output: a cell of a table of examples.
+    references: the reference's cell; of several, the most similar one counts.
+
+  Returns:
+    Pieces, and whether each differs; an empty one stands where words are missing.
+  """
+  words = lambda value: re.findall(r"\S+", value)
+  pieces = re.findall(r"\s*\S+\s*", output)
+  matches = [
+    difflib.SequenceMatcher(None, words(reference), words(output), False)
+    for reference in references.split(" | ")
+  ]
+  best = max(matches, key=lambda match: match.ratio())
+  return [
+    ("".join(pieces[low:high]), tag != "equal")
+    for tag, _, _, low, high in best.get_opcodes()
+  ]
 
 
 def text(table: Table) -> str:

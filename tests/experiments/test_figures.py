@@ -1,11 +1,21 @@
-"""Charts with names and scores that a chart is easily spoilt by."""
+"""Pages of hand-written runs: charts, marks, names that spoil a chart."""
 
+import os
 import re
 from xml.etree import ElementTree
 
+import report_pages
 import sweep_folders
 
-from gkd_jax.experiments import figures, panels, report_page, studies
+import gkd_jax
+from gkd_jax.experiments import (
+  figures,
+  figures_training,
+  panels,
+  report_page,
+  report_tables,
+  studies,
+)
 
 LONG = "on_policy_distillation_of_a_small_student_with_reverse_kl"  # 57 letters
 
@@ -99,3 +109,80 @@ def test_the_page_follows_a_dark_screen(tmp_path):
   assert light.keys() == dark.keys() and light["page"] != dark["page"]
   # Every colour is one of these.
   assert not re.findall(r"#\w+", style.split("} }")[1])
+
+
+def test_training_curves_are_what_was_logged(tmp_path):
+  rows = [
+    {"step": 10, "loss": 3.0, "reverse_kl": 0.5, "student_entropy": None},
+    {"step": 20, "loss": 2.0, "reverse_kl": 0.25, "sampled_length": 7.0},
+    {"step": 20, "eval/wer": 50.0},
+    {"step": 30, "loss": 1.0, "reverse_kl": 0.125, "sampled_length": 8.0},
+  ]
+  run = sweep_folders.write_run(tmp_path / "a", 20.0, 21.0)
+  sweep_folders.write_lines(run / "metrics.jsonl", rows)
+  picture = figures_training.training_curves(studies.read([f"a={run}"]))
+  assert {
+    panel.get_title(): panel.get_lines()[0].get_xydata().tolist()
+    for panel in picture.figure.axes
+  } == {
+    "loss": [[10, 3], [20, 2], [30, 1]],
+    "reverse KL": [[10, 0.5], [20, 0.25], [30, 0.125]],
+    "length of samples": [[20, 7], [30, 8]],
+  }
+
+
+def test_the_best_method_is_bold_and_the_teacher_is_no_rival(tmp_path):
+  items = [
+    f"{name}={sweep_folders.write_run(tmp_path / name, greedy, sampled)}"
+    for name, greedy, sampled in (
+      *(("Teacher", 1.0, 1.0), ("sft", 60.0, 70.0)),
+      *(("gkd", 50.0, 70.0), ("seqkd", 55.0, 80.0)),
+    )
+  ]
+  (table,) = report_tables.results(studies.read(items))
+  head, *_ = table.rows
+  bold = [(table.rows[y][0], head[x]) for y, x in sorted(table.best)]
+  # A lower error is better; of equal ones all.
+  assert bold == [
+    *(("sft", "sampled wer"), ("sft", "sampled per")),
+    *(("gkd", "greedy wer"), ("gkd", "greedy per")),
+    *(("gkd", "sampled wer"), ("gkd", "sampled per")),
+  ]
+  markdown = tmp_path / "r.md"
+  report_page.report(items, str(tmp_path / "out"), str(markdown))
+  assert "| seqkd | 1 | 55.0 | 13.8 | 80.0 | 20.0 |" in markdown.read_text()
+  assert "| gkd | 1 | **50.0** | **12.5** |" in markdown.read_text()
+  page = (tmp_path / "out" / "index.html").read_text()
+  assert page.count('<td class="best">') == 6
+
+
+def test_the_head_names_task_date_and_version(tmp_path):
+  run = sweep_folders.write_run(tmp_path / "a", 20.0, 21.0)
+  (run / "config.gin").write_text("MIXTURE_OR_TASK_NAME = '<b>t</b>'\n")
+  os.utime(run / "final.json", (1e9, 1e9))  # 9 September 2001
+  report_page.report([f"a={run}"], str(tmp_path))
+  text = (tmp_path / "index.html").read_text()
+  assert "<dt>Task</dt><dd>&lt;b&gt;t&lt;/b&gt;</dd>" in text
+  assert "<dt>Finished</dt><dd>2001-09-09</dd>" in text
+  assert f"gkd_jax {gkd_jax.__version__}" in text
+
+
+def test_words_that_differ_from_the_nearest_reference_are_marked(tmp_path):
+  run = sweep_folders.write_run(tmp_path / "a", 20.0, 21.0)
+  example = {
+    "step": 1,
+    "input": "x",
+    "reference": ["a large house", "the cat sat"],
+    "student": "the <dog>  sat",
+  }
+  sweep_folders.write_lines(run / "examples.jsonl", [example])
+  report_page.report([f"a={run}"], str(tmp_path))
+  text = (tmp_path / "index.html").read_text()
+  assert "<td>the <mark>&lt;dog&gt;  </mark>sat</td>" in text
+  assert report_pages.Page(text).rows[-1][-1] == example["student"]
+  # A word that is missing leaves an empty mark.
+  assert report_tables.marks("the sat", "the cat sat") == [
+    ("the ", False),
+    ("", True),
+    ("sat", False),
+  ]

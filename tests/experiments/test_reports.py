@@ -96,6 +96,7 @@ NAMES = {
   "methods",
   "lambda_divergence",
   "learning_curves",
+  "training",
   "quality_diversity",
   "data_efficiency",
   "rl_tradeoff",

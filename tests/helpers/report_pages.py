@@ -22,8 +22,8 @@ class Page(html.parser.HTMLParser):
         self.links.append(attributes[name])
     if tag == "tr":
       self.rows.append([])
-    self._open = tag in ("td", "th")
-    if self._open:
+    if tag in ("td", "th"):
+      self._open = True
       self.rows[-1].append("")
 
   def handle_endtag(self, tag):
