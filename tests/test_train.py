@@ -211,8 +211,16 @@ def test_a_finished_run_makes_up_its_evaluation_and_then_does_nothing(
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+@pytest.fixture
+def foreground():
+  """Ctrl-C has an effect, although pytest may run in the background."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
 def test_ctrl_c_saves_the_step_and_the_same_command_goes_on(
-  tmp_path, whole, capsys
+  tmp_path, whole, capsys, foreground
 ):
   with pytest.raises(training.Stopped) as stopped:
     run(tmp_path, a_model=model(2), config="A = 1\n")
@@ -237,6 +245,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
   code = (
     "import signal\n"
     "from gkd_jax import training\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "with training.StopSignal() as stop:\n"
     "  signal.raise_signal(signal.SIGINT)\n"
     "  print('asked', stop.asked(1), flush=True)\n"

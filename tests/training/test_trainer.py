@@ -424,7 +424,9 @@ def _state_overflows(updates, state, params):
 NON_FINITE = {
   "rate nan": optimizers.adafactor(_rate_at(1, jnp.nan)),
   "rate inf": optimizers.adamw(_rate_at(1, jnp.inf)),
-  "update": optimizers.Optimizer(_rate_at(1, 1e38), optax.sgd(1e10)),
+  "update": optimizers.Optimizer(
+    lambda now: jnp.where(now == 1, 1e38, 1e-12), optax.sgd(1e10)
+  ),
   "optimizer state": optimizers.Optimizer(
     _rate_at(1, 1e-2), _counted(_state_overflows, jnp.float32(1e5))
   ),
