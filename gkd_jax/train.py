@@ -15,10 +15,9 @@ import numpy as np
 
 from gkd_jax import checkpoints as checkpoint_files
 from gkd_jax import checks, data, files, optimizers, partitioning, training
-from gkd_jax.checkpoints import parameters
 from gkd_jax.data import shards
 from gkd_jax.evaluation import run_evaluations
-from gkd_jax.training import messages
+from gkd_jax.training import messages, preflight
 
 
 def train(
@@ -86,18 +85,35 @@ def train(
   if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
     print(f"already at step {start} of {train_steps}: nothing to do")
     return checkpoint_files.saved_metrics(model_dir, start)
-  batches = _batches(model, task, dataset, run.mesh, seed, model_dir, start)
-  data.try_saving(batches)
+  examples = functools.partial(
+    _examples, model, task, dataset, run.mesh, seed, model_dir, start
+  )
+  # Of an iterator of its own: the run's stays where it is.
+  batch = preflight.draw(examples())
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
-  _print_sizes(run, teacher_params)
-  if dry_run:
-    return {}
+  found = preflight.table(run, model, dataset, teacher_params, batch)
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
-  params = None
+  params, warnings = None, []
   if not start:
     params = _first_params(model, initial_checkpoint_path, run, seed)
+    if model.teacher is not None:
+      rows, warnings = preflight.check_teacher(
+        model,
+        run,
+        params,
+        teacher_params,
+        batch,
+        same_asked=initial_checkpoint_path == teacher_checkpoint_path,
+      )
+      found += rows
+  print(preflight.text(found, warnings), flush=True)
+  if dry_run:
+    return {}
+  batches = training.RolloutBatches(
+    examples(), model, task, seed=seed, mesh=run.mesh
+  )
   with (
     training.RunLock(model_dir),
     # Closed whatever happens: an error leaves no threads that write on.
@@ -210,7 +226,7 @@ def _is_finished(model_dir, step, train_steps, evaluation):
   )
 
 
-def _batches(model, task, dataset, mesh, seed, model_dir, start):
+def _examples(model, task, dataset, mesh, seed, model_dir, start):
   """Returns this process's training batches; their position can be saved."""
   recorded = None
   if dataset.save_position:
@@ -242,7 +258,7 @@ def _batches(model, task, dataset, mesh, seed, model_dir, start):
       model.student.special_tokens,
     )
     iterator = data.CutInputs(iterator, dataset.input_buckets, features)
-  return training.RolloutBatches(iterator, model, task, seed=seed, mesh=mesh)
+  return iterator
 
 
 def _teacher_params(abstract, path):
@@ -261,24 +277,6 @@ def _teacher_params(abstract, path):
 
 def _shardings(abstract):
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _print_sizes(run, teacher_params):
-  devices = run.mesh.size
-  sizes = [
-    f"student {parameters.count_array_elements(run.state.params):,} parameters"
-    f" ({partitioning.bytes_per_device(run.state):,} bytes per device with"
-    " optimizer)"
-  ]
-  if teacher_params:
-    sizes.append(
-      f"teacher {parameters.count_array_elements(teacher_params):,} parameters"
-      f" ({partitioning.bytes_per_device(teacher_params):,} bytes per device)"
-    )
-  sizes.append(
-    f"{devices} device{'s' if devices > 1 else ''} as {dict(run.mesh.shape)}"
-  )
-  print(", ".join(sizes), flush=True)
 
 
 def _first_params(model, path, run, seed):

@@ -97,7 +97,7 @@ def raise_if_any(
   if any(problems.values()):
     raise ValueError(
       f"expected {expected}, got {_summary(problems)} in {os.fspath(path)}; set"
-      f" {setting} to a whole checkpoint of a T5"
+      f" {setting} to a whole checkpoint"
     )
 
 

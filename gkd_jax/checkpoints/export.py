@@ -7,14 +7,16 @@ t5x  `checkpoint_<step>` in T5X's Orbax layout
 hf   a folder for `transformers`, with a model card
 """
 
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
-from gkd_jax import files, network, types
+from gkd_jax import files, types
 from gkd_jax.checkpoints import (
   formats,
   huggingface,
@@ -31,7 +33,7 @@ Path = os.PathLike[str] | str
 
 def import_checkpoint(
   checkpoint_path: Path, output_path: Path, *, dtype: str | None = None
-) -> network.T5Config:
+) -> Any:
   """Reads a checkpoint of any known format and writes our safetensors folder.
 
   One array is in memory at a time.
@@ -126,7 +128,9 @@ def export_checkpoint(
   if vocabulary_path is not None:
     vocabulary = _vocabulary(vocabulary_path)
   tokens = _special_tokens(stated, vocabulary)
-  texts = {huggingface.GENERATION_FILE: huggingface.generation_fields(tokens)}
+  texts = {
+    huggingface.GENERATION_FILE: huggingface.generation_fields(tokens, config)
+  }
   if vocabulary is not None:
     texts |= _tokenizer(vocabulary, extra_ids)
   _write_hf(output_path, flat, config, tokens, texts, readme, vocabulary_path)
@@ -167,7 +171,7 @@ def _open(path):
   flat = formats.open_params(path, setting=_SETTING)
   fields = formats.load_config(path, setting=_SETTING)
   if fields:
-    config = formats.network_config(fields, path=path, setting=_SETTING)
+    config = parameters.network_config(fields, path=path, setting=_SETTING)
     parameters.check(flat, config, setting=_SETTING, path=path)
   else:
     config = parameters.infer_config(flat, setting=_SETTING, path=path)
@@ -184,7 +188,7 @@ def _write_hf(
   path, flat, config, tokens, texts, readme, vocabulary_path
 ) -> None:
   theirs = huggingface.rename(flat, config)
-  dtype = str(theirs[huggingface.EMBEDDING].dtype)
+  dtype = str(next(iter(theirs.values())).dtype)  # of the embedding
   texts |= {
     safetensors_io.CONFIG_FILE: huggingface.write_config(config, dtype, tokens)
   }
@@ -231,10 +235,10 @@ def _tokenizer(vocabulary, extra_ids: int) -> dict[str, dict]:
   }
 
 
-def config_fields(config: network.T5Config) -> dict:
+def config_fields(config: Any) -> dict:
   """Returns the fields of a configuration as JSON-able values."""
-  return {
-    **vars(config),
-    "dtype": str(config.dtype),
-    "mlp_activations": list(config.mlp_activations),
-  }
+  fields = dataclasses.asdict(config)
+  for part in (fields, *fields.values()):
+    if isinstance(part, dict) and "dtype" in part:
+      part["dtype"] = str(part["dtype"])
+  return fields

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from gkd_jax import files, network, partitioning, types
+from gkd_jax import files, partitioning, types
 from gkd_jax.checkpoints import (
   errors,
   huggingface,
@@ -221,8 +221,8 @@ def load_config(
   Arguments and errors are those of `load_params`.
 
   Returns:
-    The saved fields of `network.T5Config`, or None if there are none, as in
-    T5X's formats.
+    The saved fields of a network's configuration, or None if there are none, as
+    in T5X's formats.
   """
   found = find(path, setting=setting)
   if found.format == "huggingface":
@@ -276,7 +276,7 @@ def _stored_config(found: Found, setting: str) -> dict[str, Any] | None:
 
 def load_model(
   path: Path, *, setting: str = SETTINGS, dtype: str | None = "float32"
-) -> tuple[network.T5Config, PyTree]:
+) -> tuple[Any, PyTree]:
   """Reads a network's configuration and its parameters.
 
   Arguments are those of `load_params`.
@@ -296,27 +296,6 @@ def load_model(
       " writes"
     )
   flat = open_params(path, setting=setting)
-  built = network_config(config, path=path, setting=setting)
+  built = parameters.network_config(config, path=path, setting=setting)
   parameters.check(flat, built, setting=setting, path=path)
   return built, stored_arrays.read_tree(flat, dtype)
-
-
-def network_config(
-  config: dict[str, Any], *, path: Path, setting: str
-) -> network.T5Config:
-  """Makes a configuration from its saved fields.
-
-  Raises:
-    ValueError: if there are unknown fields.
-  """
-  known = {field.name for field in dataclasses.fields(network.T5Config)}
-  other = sorted(set(config) - known)
-  if other or "vocab_size" not in config:
-    raise ValueError(
-      f"expected the fields of network.T5Config, got {sorted(config)} in"
-      f" {os.fspath(path)}; set {setting}"
-    )
-  fields = dict(config)
-  if "mlp_activations" in fields:
-    fields["mlp_activations"] = tuple(fields["mlp_activations"])
-  return network.T5Config(**fields)

@@ -32,25 +32,25 @@ def count_array_elements(params: Any) -> int:
   )
 
 
-def shapes(config: network.T5Config) -> dict[str, tuple[int, ...]]:
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
   """Returns parameter path, joined by "/", to shape."""
   params = traverse_util.flatten_dict(_variables(config)["params"], sep="/")
   return {name: leaf.shape for name, leaf in params.items()}
 
 
-def logical_axes(config: network.T5Config) -> dict[str, tuple[str, ...]]:
+def logical_axes(config: Any) -> dict[str, tuple[str, ...]]:
   """Returns parameter path, joined by "/", to the names of its axes."""
   return partitioning.logical_axes(_variables(config)["params_axes"])
 
 
-def count(config: network.T5Config) -> int:
+def count(config: Any) -> int:
   """Counts the parameters of a configuration."""
   return count_array_elements(_variables(config)["params"])
 
 
 def check(
   arrays: Mapping[str, Any],
-  config: network.T5Config,
+  config: Any,
   *,
   setting: str,
   path: os.PathLike[str] | str,
@@ -125,18 +125,56 @@ def _depth(arrays: Mapping[str, Any], side: str) -> int:
   return len(layers)
 
 
-def _variables(config: network.T5Config) -> Any:
-  # A configuration from JSON or gin may hold a list, which has no hash.
-  return _traced(
-    dataclasses.replace(config, mlp_activations=tuple(config.mlp_activations))
+def network_config(
+  fields: Mapping[str, Any], *, setting: str, path: os.PathLike[str] | str
+) -> Any:
+  """Makes a configuration from its saved fields, which say of which network.
+
+  Args:
+    fields: of one of our configurations.
+    setting: what to change, for the message.
+    path: of the checkpoint, for the message.
+
+  Raises:
+    ValueError: no configuration has all of the fields.
+  """
+  # JSON has no tuples; a dictionary is a side's configuration.
+  nested = functools.partial(network_config, setting=setting, path=path)
+  kinds = {list: tuple, dict: nested}
+  given = {k: kinds.get(type(v), lambda x: x)(v) for k, v in fields.items()}
+  for config in _NETWORKS:
+    known = {field.name for field in dataclasses.fields(config)}
+    needed = {"encoder", "decoder"} & known or {"vocab_size"}
+    if known.issuperset(given) and needed <= given.keys():
+      return config(**given)
+  names = " or ".join(f"network.{config.__name__}" for config in _NETWORKS)
+  raise ValueError(
+    f"expected the fields of {names}, got {sorted(fields)} in"
+    f" {os.fspath(path)}; set {setting}"
   )
 
 
+# A configuration to its network, and to the arrays of tokens that it reads.
+_NETWORKS = {
+  network.T5Config: (network.Transformer, 3),
+  network.TransformerConfig: (network.DecoderWrapper, 2),
+  network.RotaryConfig: (network.CausalTransformer, 2),
+  network.T5GemmaConfig: (network.T5Gemma, 3),
+}
+
+
+def _variables(config: Any) -> Any:
+  # A configuration from JSON or gin may hold a list, which has no hash.
+  lists = {k: tuple(v) for k, v in vars(config).items() if type(v) is list}
+  return _traced(dataclasses.replace(config, **lists))
+
+
 @functools.lru_cache(maxsize=8)
-def _traced(config: network.T5Config) -> Any:
-  tokens = jnp.zeros((1, 1), jnp.int32)
+def _traced(config: Any) -> Any:
+  module, inputs = _NETWORKS[type(config)]
+  tokens = [jnp.zeros((1, 1), jnp.int32)] * inputs
   return jax.eval_shape(
-    lambda: network.Transformer(config).init(
-      jax.random.key(0), tokens, tokens, tokens, enable_dropout=False
+    lambda: module(config).init(
+      jax.random.key(0), *tokens, enable_dropout=False
     )
   )

@@ -9,6 +9,7 @@ rl_gkd               RLGKDModel: a reward and a divergence
 minillm              MiniLLMModel: the reverse KL of sequences
 stored_teacher       StoredTeacherModel: a teacher's stored top-k log-probs
 outputs              where outputs end, and metrics of those that were sampled
+random_keys          of a step: dropout, samples, coins
 length_buckets       a loss at the shortest length that a batch needs
 """
 

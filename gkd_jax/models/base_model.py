@@ -7,13 +7,13 @@ decoding; losses, scores, samples and predictions follow from these.
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import checks, decoding, losses, partitioning, types
-from gkd_jax.models import outputs
+from gkd_jax.models import outputs, random_keys
 from gkd_jax.network import layer_loops, projections
 
 # Where the sequences of a step come from.
@@ -190,7 +190,9 @@ class BaseTransformerModel:
       raise ValueError(
         f"expected source {DATA!r} for SFT, got {inputs.source!r}"
       )
-    key = dropout_key(self.config.dropout_rate, inputs.key, inputs.row_ids)
+    key = random_keys.dropout_key(
+      self.config.dropout_rate, inputs.key, inputs.row_ids
+    )
     loss, weight, metrics = self._cross_entropy(
       params, batch, key, self.length_normalization
     )
@@ -410,47 +412,3 @@ class BaseTransformerModel:
 
 
 _GREEDY = functools.partial(decoding.sample, temperature=0.0)
-
-
-def rngs(key: jax.Array | None) -> dict[str, jax.Array]:
-  """Returns flax's `rngs` for a dropout key, or none."""
-  return {} if key is None else {"dropout": key}
-
-
-class StepKeys(NamedTuple):
-  """The keys of one step: dropout, the student's samples, and the coins of λ."""
-
-  dropout: jax.Array
-  sample: jax.Array
-  coin: jax.Array
-
-
-def step_keys(key: jax.Array) -> StepKeys:
-  """Splits the key of a step; every model of a run splits it alike."""
-  return StepKeys(*jax.random.split(key, 3))
-
-
-def split_key(key: jax.Array | None) -> tuple:
-  """Returns a key for the encoder and one for the decoder; None twice for None."""
-  return (None, None) if key is None else tuple(jax.random.split(key))
-
-
-def dropout_key(
-  dropout_rate: float, key: jax.Array, row_ids: jax.Array
-) -> jax.Array | None:
-  """Returns the dropout key of a microbatch; None without dropout.
-
-  Args:
-    dropout_rate: of the model.
-    key: of the step.
-    row_ids: `[B]`; each microbatch, known by its rows, has masks of its own, and
-      so has each device under `pmap`.
-  """
-  return jax.random.fold_in(key, row_ids[0]) if dropout_rate > 0 else None
-
-
-def dropout_keys(
-  dropout_rate: float, key: jax.Array, row_ids: jax.Array
-) -> tuple:
-  """Returns `dropout_key` for the encoder and for the decoder."""
-  return split_key(dropout_key(dropout_rate, key, row_ids))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from gkd_jax import checks, decoding, network, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model
+from gkd_jax.models import base_model, random_keys
 from gkd_jax.network import projections
 
 
@@ -130,7 +130,7 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
       batch.get("decoder_positions"),
       self._causal_attention(batch),
       enable_dropout=dropout_rng is not None,
-      rngs=base_model.rngs(dropout_rng),
+      rngs=random_keys.rngs(dropout_rng),
       **options,
     )
 

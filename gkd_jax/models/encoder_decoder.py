@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gkd_jax import decoding, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model
+from gkd_jax.models import base_model, random_keys
 from gkd_jax.network import projections
 
 
@@ -53,7 +53,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       batch["encoder_input_tokens"],
       batch.get("encoder_segment_ids"),
       dropout_rng is not None,
-      rngs=base_model.rngs(dropout_rng),
+      rngs=random_keys.rngs(dropout_rng),
       method="encode",
       **mask,
     )
@@ -91,7 +91,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       batch.get("decoder_segment_ids"),
       batch.get("decoder_positions"),
       dropout_rng is not None,
-      rngs=base_model.rngs(dropout_rng),
+      rngs=random_keys.rngs(dropout_rng),
       method="decode",
       **options,
     )
@@ -110,7 +110,7 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
     self, params: Any, batch: types.Batch, dropout_rng: jax.Array | None = None
   ) -> jax.Array:
     """Returns teacher-forced logits `[B, T, V]`, encoder included."""
-    encoder_key, decoder_key = base_model.split_key(dropout_rng)
+    encoder_key, decoder_key = random_keys.split_key(dropout_rng)
     encoded = self.encode(params, batch, encoder_key)
     return self.decoder_logits(params, encoded, batch, decoder_key)
 

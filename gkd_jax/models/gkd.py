@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.decoding import sampling
-from gkd_jax.models import base_model, distillation_model, outputs
+from gkd_jax.models import base_model, distillation_model, outputs, random_keys
 
 
 class GKDModel(distillation_model.DistillationModel):
@@ -44,6 +44,7 @@ class GKDModel(distillation_model.DistillationModel):
     loss_chunk_size: tokens per chunk of `losses.fused_distillation_loss`, on each
       device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
       256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
+      Networks with a `final_softcap` need whole logits.
     output_buckets: see there.
 
   Raises:
@@ -116,6 +117,12 @@ class GKDModel(distillation_model.DistillationModel):
     )
     checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
     checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
+    if self.loss_chunk_size and self._caps_logits:
+      checks.refuse(
+        "0 for networks with a final_softcap, whose logits are not a product",
+        self.loss_chunk_size,
+        "LOSS_CHUNK_SIZE",
+      )
     decoding.check_options(self.sampling)
 
   def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
@@ -177,8 +184,8 @@ class GKDModel(distillation_model.DistillationModel):
     A row's sample depends on the step's key and on the row's id alone.
     """
     # Whose outputs: the dataset's, or the student's own samples.
-    keys = base_model.step_keys(inputs.key)
-    encoder_key, decoder_key = base_model.dropout_keys(
+    keys = random_keys.step_keys(inputs.key)
+    encoder_key, decoder_key = random_keys.dropout_keys(
       self.config.dropout_rate, keys.dropout, inputs.row_ids
     )
     with jax.named_scope("student"):
@@ -272,8 +279,17 @@ class GKDModel(distillation_model.DistillationModel):
     """Returns tokens per chunk of the fused loss, 0 for whole logits."""
     if self.loss_chunk_size is not None:
       return self.loss_chunk_size
+    if self._caps_logits:
+      return 0
     logits = batch["decoder_target_tokens"].size * self.config.vocab_size
     return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
+
+  @property
+  def _caps_logits(self):
+    return any(
+      getattr(model.config, "final_softcap", None) is not None
+      for model in (self.student, self.teacher)
+    )
 
   def _loss_settings(self, batch, step):
     return {
@@ -310,7 +326,7 @@ class GKDModel(distillation_model.DistillationModel):
       ValueError: a packed batch.
     """
     outputs.check_unpacked(batch)
-    keys = base_model.step_keys(inputs.key)
+    keys = random_keys.step_keys(inputs.key)
     chosen = None
     if inputs.source == base_model.MIXED:
       chosen = self._coins(keys.coin, inputs)

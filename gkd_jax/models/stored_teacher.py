@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gkd_jax import losses, types
-from gkd_jax.models import base_model, distillation_model
+from gkd_jax.models import base_model, distillation_model, random_keys
 
 
 class StoredTeacherModel(distillation_model.DistillationModel):
@@ -58,9 +58,9 @@ class StoredTeacherModel(distillation_model.DistillationModel):
         f"expected source {base_model.DATA!r} of stored log-probs, got"
         f" {inputs.source!r}"
       )
-    encoder_key, decoder_key = base_model.dropout_keys(
+    encoder_key, decoder_key = random_keys.dropout_keys(
       self.config.dropout_rate,
-      base_model.step_keys(inputs.key).dropout,
+      random_keys.step_keys(inputs.key).dropout,
       inputs.row_ids,
     )
     encoded = self.student.encode(params, batch, encoder_key)

@@ -116,12 +116,34 @@ class Layer(nn.Module):
     return constrain(x + dropout(y, deterministic=self.deterministic))
 
 
+def relative_positions(config: Any) -> layers.RelativePositionBiases:
+  """Returns the biases of a stack of layers, or of one layer (umT5)."""
+  return layers.RelativePositionBiases(config.num_heads, name="relpos_bias")
+
+
 class EncoderLayer(Layer):
   """Self-attention and MLP."""
 
   @nn.compact
-  def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`[B, S, D]` and bias `[B, H, S, S]` -> `[B, S, D]`."""
+  def __call__(
+    self,
+    x: jax.Array,
+    bias: jax.Array,
+    positions: jax.Array | None = None,
+  ) -> jax.Array:
+    """Applies the layer.
+
+    Args:
+      x: `[B, S, D]`.
+      bias: broadcastable to `[B, H, S, S]`.
+      positions: int32 `[S]`, for relative positions of this layer alone.
+
+    Returns:
+      `[B, S, D]`.
+    """
+    if positions is not None:
+      relative = relative_positions(self.config)
+      bias = bias + relative(positions, positions, bidirectional=True)
     x = self._attention("pre_attention_layer_norm", "attention", x, None, bias)
     return self._mlp(x)
 
@@ -145,6 +167,7 @@ class DecoderLayer(Layer):
     decode_index: jax.Array | None,
     encoded: jax.Array | None = None,
     cross_bias: jax.Array | None = None,
+    positions: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
     """Applies the layer.
 
@@ -154,10 +177,18 @@ class DecoderLayer(Layer):
       decode_index: see `layers.Attention`.
       encoded: `[B, S, D]`, or None for no cross-attention.
       cross_bias: broadcastable to `[B, H, T, S]`; with `encoded`.
+      positions: int32 `[T]`, of queries and keys, for relative positions of this
+        layer alone; as of `layers.decode_bias` when decoding.
 
     Returns:
       `[B, T, D]`.
     """
+    if positions is not None:
+      relative = relative_positions(self.config)
+      if decode_index is None:
+        bias = bias + relative(*positions, bidirectional=False)
+      else:
+        bias = layers.decode_bias(relative, *positions)
     x = self._attention(
       "pre_self_attention_layer_norm",
       "self_attention",
@@ -189,6 +220,7 @@ class Decoder(nn.Module):
     scan_layers: see `layer_loops`.
     weights: type of the matrices, see `projections`.
     embed: an encoder's token embedding to share; None for one of its own.
+    bias_per_layer: each layer has relative positions of its own.
   """
 
   config: Config
@@ -196,6 +228,7 @@ class Decoder(nn.Module):
   scan_layers: bool = False
   weights: str = "float32"
   embed: layers.Embed | None = None
+  bias_per_layer: bool = False
 
   @nn.compact
   def __call__(
@@ -227,19 +260,20 @@ class Decoder(nn.Module):
       return_hidden: return the `[B, T, D]` that are multiplied with the head.
     """
     config, prefill = self.config, prefill_lengths is not None
-    relative = layers.RelativePositionBiases(
-      config.num_heads, name="relpos_bias"
-    )
     if decode or prefill:
       layer_loops.check_unrolled(self.scan_layers)
-    index = None
+    index, bias = None, None
     if decode:
-      index, bias = self._decode_bias(relative, max_decode_length)
+      index, positions = self._next_positions(max_decode_length)
     else:
-      positions = jnp.arange(tokens.shape[1])
-      bias = layers.mask_to_bias(mask) + relative(
-        positions, positions, bidirectional=False
-      )
+      positions = (jnp.arange(tokens.shape[1]),) * 2
+      bias = layers.mask_to_bias(mask)
+    if not self.bias_per_layer:
+      relative = relative_positions(config)
+      if decode:
+        bias = layers.decode_bias(relative, *positions)
+      else:
+        bias = bias + relative(*positions, bidirectional=False)
     if prefill:
       for name, value in (
         ("cache_index", prefill_lengths.astype(jnp.int32)),
@@ -260,6 +294,7 @@ class Decoder(nn.Module):
       index,
       encoded,
       None if encoded is None else layers.mask_to_bias(cross_mask),
+      positions if self.bias_per_layer else None,
     )
     x = layers.LayerNorm(config.dtype, name="decoder_norm")(x)
     x = layers.dropout(config)(x, deterministic=deterministic)
@@ -270,8 +305,8 @@ class Decoder(nn.Module):
       return embed.attend(x) / jnp.sqrt(config.emb_dim)
     return projections.to_logits(config, self.weights, name="logits_dense")(x)
 
-  def _decode_bias(self, relative, max_decode_length):
-    """Returns the position that is decoded, `[]` or `[B]`, and its bias."""
+  def _next_positions(self, max_decode_length):
+    """Returns the position that is decoded, `[]` or `[B]`, and those of keys."""
     is_new = not self.has_variable("cache", "cache_index")
     zero = lambda: jnp.zeros((), jnp.int32)
     index = self.variable("cache", "cache_index", zero)
@@ -281,5 +316,4 @@ class Decoder(nn.Module):
     current = index.value
     if not is_new:
       index.value = current + 1
-    of_rows = jnp.atleast_1d(current)
-    return current, layers.decode_bias(relative, of_rows, positions)
+    return current, (jnp.atleast_1d(current), positions)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
@@ -39,31 +40,36 @@ def apply(
   scan: bool,
   x: jax.Array,
   *shared: Any,
+  of_layers: Sequence[int] | None = None,
 ) -> jax.Array:
   """Applies all layers to `x`; called in a compact method.
 
   Args:
-    cls: class of a layer, called as `layer(x, *shared)`.
+    cls: class of a layer, called as `layer(x, *shared)`, or with its own of
+      `of_layers` as a last argument.
     fields: its fields, the first a network's configuration.
     length: number of layers.
     scan: whether to scan over the layers.
     x: `[B, T, D]`.
     *shared: further arguments of all layers.
+    of_layers: one number for each layer, or None.
   """
   cls = layer_class(cls, fields[0])
   if not scan:
     for i in range(length):
-      x = cls(*fields, name=f"{NAME}_{i}")(x, *shared)
+      own = () if of_layers is None else (of_layers[i],)
+      x = cls(*fields, name=f"{NAME}_{i}")(x, *shared, *own)
     return x
   loop = flax_partitioning.scan_with_axes(
-    lambda layer, x, shared: (layer(x, *shared), None),
+    lambda layer, x, shared, own: (layer(x, *shared, *own), None),
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
-    in_axes=nn.broadcast,
+    in_axes=(nn.broadcast, 0),
     length=length,
     axis_name=NAME,
   )
-  return loop(cls(*fields, name=NAME), x, shared)[0]
+  own = () if of_layers is None else (jnp.asarray(of_layers),)
+  return loop(cls(*fields, name=NAME), x, shared, own)[0]
 
 
 def check_unrolled(scan: bool) -> None:

@@ -134,21 +134,33 @@ def decode_bias(
 
 
 class LayerNorm(nn.Module):
-  """Root-mean-square norm with a scale, no mean and no bias; float32 inside."""
+  """Root-mean-square norm with a scale, no mean and no bias; float32 inside.
+
+  Attributes:
+    dtype: of the result.
+    epsilon: added to the mean of squares.
+    unit_offset: multiply by 1 + scale, which begins at 0, in place of the scale,
+      which begins at 1.
+    axis: logical name of the last axis.
+  """
 
   dtype: Any = jnp.float32
   epsilon: float = 1e-6
+  unit_offset: bool = False
+  axis: str = "embed"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis of `x` `[..., D]`; returns `dtype`."""
     scale = param_with_axes(
       "scale",
-      nn.initializers.ones,
+      nn.initializers.zeros if self.unit_offset else nn.initializers.ones,
       (x.shape[-1],),
       jnp.float32,
-      axes=("embed",),
+      axes=(self.axis,),
     )
+    if self.unit_offset:
+      scale = 1 + scale
     x = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     y = x * jax.lax.rsqrt(variance + self.epsilon)

@@ -119,7 +119,7 @@ def _in_use(matrix, axes, dtype):
 
 
 class Dense(nn.Module):
-  """Projection of the last axis, without bias.
+  """Projection of the last axis.
 
   Attributes:
     features: size of the result's last axis.
@@ -127,6 +127,7 @@ class Dense(nn.Module):
     dtype: of the computation.
     kernel_init: distribution of the initial kernel.
     weights: type of the kernel, see the module.
+    use_bias: add a bias, which is float32.
   """
 
   features: int
@@ -134,6 +135,7 @@ class Dense(nn.Module):
   dtype: Any = jnp.float32
   kernel_init: Callable[..., jax.Array] = TRUNCATED_NORMAL
   weights: str = "float32"
+  use_bias: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -154,6 +156,12 @@ class Dense(nn.Module):
     else:
       y = jnp.dot(rows, kernel, preferred_element_type=jnp.float32)
       y = (y * scales[None]).astype(self.dtype)
+    if self.use_bias:
+      axes = self.kernel_axes[1:]
+      bias = param_with_axes(
+        "bias", nn.initializers.zeros, (self.features,), axes=axes
+      )
+      y = y + partitioning.constrain(bias.astype(self.dtype), *axes)[None]
     return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -169,17 +177,19 @@ class Embed(nn.Module):
     dtype: of what is looked up.
     weights: type of the table, see the module; "auto" is that of a table that
       is no output head.
+    stddev: of the initial table.
   """
 
   num_embeddings: int
   features: int
   dtype: Any = jnp.float32
   weights: str = "float32"
+  stddev: float = 1.0
 
   def setup(self):
     self.embedding, self.scales = _matrix(
       "embedding",
-      nn.initializers.normal(stddev=1.0),
+      nn.initializers.normal(stddev=self.stddev),
       (self.num_embeddings, self.features),
       ("vocab", "embed"),
       stored_dtype(self.weights, self.dtype),

@@ -1,4 +1,4 @@
-"""T5 1.0 and 1.1 as a flax.linen network with T5X's names and call.
+"""T5 1.0, T5 1.1 and umT5 as a flax.linen network with T5X's names and call.
 
 References: Raffel et al. 2020 (arXiv 1910.10683) for T5, Shazeer 2020 (arXiv
 2002.05202) for the gated units of T5 1.1.
@@ -22,11 +22,14 @@ class T5Config(blocks.Config):
     num_decoder_layers: number of decoder layers.
     float32_attention_logits: ignored, for T5X's gin files; the attention softmax
       is always float32.
+    relative_bias_per_layer: each layer has relative positions of its own (umT5);
+      otherwise those of a side are shared.
   """
 
   num_encoder_layers: int = 6
   num_decoder_layers: int = 6
   float32_attention_logits: bool = False
+  relative_bias_per_layer: bool = False
 
 
 class Encoder(nn.Module):
@@ -44,12 +47,10 @@ class Encoder(nn.Module):
     """Tokens `[B, S]` and mask `[B, 1, S, S]` -> `[B, S, D]`."""
     config = self.config
     positions = jnp.arange(tokens.shape[1])
-    relative = layers.RelativePositionBiases(
-      config.num_heads, name="relpos_bias"
-    )
-    bias = layers.mask_to_bias(mask) + relative(
-      positions, positions, bidirectional=True
-    )
+    bias, per_layer = layers.mask_to_bias(mask), config.relative_bias_per_layer
+    if not per_layer:
+      relative = blocks.relative_positions(config)
+      bias = bias + relative(positions, positions, bidirectional=True)
     x = layers.dropout(config)(self.embed(tokens), deterministic=deterministic)
     x = layer_loops.apply(
       blocks.EncoderLayer,
@@ -58,6 +59,7 @@ class Encoder(nn.Module):
       self.scan_layers,
       x,
       bias,
+      positions if per_layer else None,
     )
     x = layers.LayerNorm(config.dtype, name="encoder_norm")(x)
     return blocks.constrain(
@@ -87,7 +89,10 @@ class Transformer(nn.Module):
     }
     self.encoder = Encoder(self.config, **options)
     self.decoder = blocks.Decoder(
-      self.config, self.config.num_decoder_layers, **options
+      self.config,
+      self.config.num_decoder_layers,
+      bias_per_layer=self.config.relative_bias_per_layer,
+      **options,
     )
 
   def encode(

@@ -3,6 +3,8 @@
 trainer      the pure step; `jit` on a mesh, `pmap`
 train_state  parameters, optimizer state, counts
 runs         a run's mesh, abstract arrays and compiled step
+preflight    checks and a table before the first step
+teacher_check  whether the teacher is a teacher
 settings     groups of settings that gin binds
 rollouts     batches with sampled outputs and their rewards
 logs         metrics.jsonl, TensorBoard, progress, the compilation cache

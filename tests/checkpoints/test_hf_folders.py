@@ -320,7 +320,7 @@ def test_sharded_files(folder, params):
 @pytest.mark.parametrize(
   "damage, text",
   [
-    (_reconfigure(model_type="umt5"), "got 'umt5'"),
+    (_reconfigure(model_type="bart"), "got 'bart'"),
     (_reconfigure(model_type="bert"), "got 'bert'"),
     (_reconfigure(feed_forward_proj="gelu"), "got gelu"),
     (

@@ -188,7 +188,8 @@ def test_export_infer_and_eval(whole, tmp_path):
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
-  assert all(set(x) == {"inputs", "prediction", "score"} for x in lines)
+  keys = {"inputs", "prediction", "score", "ended"}
+  assert all(set(x) == keys for x in lines)
   assert all(x["score"] < 0 for x in lines)
   (tmp_path / "lengths.py").write_text(LENGTHS_TASK)
   done = decode(
@@ -263,6 +264,9 @@ def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
   assert done.returncode == 0, done.stderr
   assert "STUDENT_DATA_FRACTION = 0.5" in done.stdout
   assert "parameters" in done.stdout and not folder.exists()
+  # A teacher of ten steps is one: nothing to remark.
+  assert "data's tokens: cross-entropy" in done.stdout
+  assert "warning" not in done.stdout
 
 
 @pytest.fixture(scope="module")

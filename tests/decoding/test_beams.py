@@ -199,6 +199,20 @@ def test_no_eos_where_its_id_is_negative():
   np.testing.assert_array_equal(result.tokens, [[[1, 1]]])
 
 
+def test_live_outputs_go_on_where_each_of_several_eos_ends_one():
+  """One beam, EOS 2 and 3 likelier than all others at first.
+
+  log 0.25 / (7/6)^10 of "4 2" is above log 0.4 of "2", by T5X's score at α = 10.
+  """
+  now = np.log([[1e-9, 1e-9, 0.4, 0.35, 0.25], [1e-9, 1e-9, 1.0, 1e-9, 1e-9]])
+  result = beam_models.run_scripted(
+    [now], num_decodes=1, eos_id=(2, 3), alpha=10.0
+  )
+  np.testing.assert_array_equal(result.tokens, [[[4, 2]]])
+  score = np.log(0.25) / (7 / 6) ** 10
+  np.testing.assert_allclose(result.scores, [[score]], rtol=1e-5)
+
+
 def test_ties_go_to_the_worse_ranked_prefix_then_to_the_lower_id():
   # All equal: 0 and 2 stay live, 0 ranked above 2; then the four candidates of
   # 2 fill the 2N places, and (2, EOS) ends rather than (0, EOS).

@@ -100,7 +100,7 @@ def test_options_override_defaults_and_the_default_is_greedy():
   cold = decode((("temperature", 0.0),), all_decodes=False)[0]
   np.testing.assert_array_equal(greedy, cold)
   hot = model.with_decode_fn(decoding.sample, temperature=0.0, num_decodes=2)
-  assert model.predict_batch_with_aux(params, batch)[0].shape == (8, 7)
+  assert jax.jit(model.predict_batch_with_aux)(params, batch)[0].shape == (8, 7)
   tokens, _ = jax.jit(
     lambda p, b, k: hot.predict_batch_with_aux(
       p, b, k, {"temperature": 1.0}, return_all_decodes=True
@@ -226,8 +226,8 @@ def test_models_leave_padding_out_of_gkd_and_not_of_cross_entropy():
   )
   params = toy_models.params(plain, 1)
   np.testing.assert_array_equal(
-    padded.loss_fn(params, batch, None)[0],
-    plain.loss_fn(params, batch, None)[0],
+    jax.jit(padded.loss_fn)(params, batch, None)[0],
+    jax.jit(plain.loss_fn)(params, batch, None)[0],
   )
   with pytest.raises(
     ValueError, match=r"got None \(teacher\) and 9 .* NUM_REAL"
@@ -235,12 +235,13 @@ def test_models_leave_padding_out_of_gkd_and_not_of_cross_entropy():
     toy_models.models.GKDModel(padded, plain)
   gkd = toy_models.models.GKDModel(padded, padded)
   teacher_params = toy_models.params(plain, 2)
-  loss, metrics = gkd.train_loss(
-    params, teacher_params, batch, toy_models.inputs("data")
+  loss, metrics = toy_models.train_loss(
+    gkd, params, teacher_params, batch, "data"
   )
   weight = metrics["loss"][1]
   logits = [
-    plain.logits(p, batch)[:, :, :REAL] for p in (teacher_params, params)
+    jax.jit(plain.logits)(p, batch)[:, :, :REAL]
+    for p in (teacher_params, params)
   ]
   kl = divergence_oracle.divergence("forward_kl", *logits)
   weights = batch["decoder_loss_weights"]

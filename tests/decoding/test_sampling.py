@@ -51,6 +51,9 @@ def test_rows_end_at_eos_and_stay_zero(temperature):
     ([[5, 5, 5, 1], [1, 5, 5, 5]], {}, 4),
     ([[5, 2, 5, 5], [5, 5, 2, 5]], {"eos_id": 2}, 3),
     ([[1, 1, 1, 1], [1, 1, 1, 1]], {"eos_id": -1}, 4),
+    ([[1, 1, 1, 1], [1, 1, 1, 1]], {"eos_id": ()}, 4),
+    ([[5, 2, 5, 5], [5, 5, 4, 5]], {"eos_id": (2, 4)}, 3),
+    ([[5, 0, 5, 5], [0, 5, 5, 5]], {"eos_id": 0}, 2),
     ([[5, 5, 5, 5], [4, 1, 5, 5]], {"active": [False, True]}, 2),
     ([[5, 5, 5, 5], [4, 1, 5, 5]], {"active": [False, False]}, 0),
   ],
@@ -394,6 +397,35 @@ def test_sequence_weights_count_up_to_the_first_eos():
   )
   np.testing.assert_array_equal(
     sampling.sequence_weights(tokens[:1], eos_id=5), [[1, 0, 0, 0]]
+  )
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_rows_end_at_each_of_several_eos(slots):
+  script = jnp.array([[3, 2, 5, 5], [4, 5, 5, 5], [3, 3, 3, 4], [3, 0, 3, 3]])
+
+  def model(tokens, cache):
+    rows, position = cache
+    wanted = jnp.take_along_axis(rows, position[:, None], axis=1)[:, 0]
+    logits = 60.0 * jax.nn.one_hot(wanted, sampling_fakes.VOCAB)
+    return logits, (rows, position + 1)
+
+  tokens, _ = decoding.sample(
+    model,
+    (script, jnp.zeros(4, jnp.int32)),
+    None,
+    batch_size=4,
+    max_decode_length=4,
+    temperature=0,
+    eos_id=(2, 4),
+    slots=slots,
+    row_axes=(0, 0),
+  )
+  np.testing.assert_array_equal(
+    tokens, [[3, 2, 0, 0], [4, 0, 0, 0], [3, 3, 3, 4], [3, 0, 3, 3]]
+  )
+  np.testing.assert_array_equal(
+    sampling.sequence_weights(tokens, (2, 4)).sum(axis=1), [2, 1, 4, 4]
   )
 
 

@@ -15,7 +15,7 @@ from gkd_jax import gin_utils, infer
 from gkd_jax.evaluation import compare
 from gkd_jax.tasks import shipped
 
-NUMBER = 40
+NUMBER, FEW = 40, 8
 
 
 def evaluate(folder, *files, **macros):
@@ -155,13 +155,15 @@ def test_instruments_of_a_model_against_itself(greedy, tmp_path):
     tmp_path,
     "runs/instruments.gin",
     TEACHER_CHECKPOINT_PATH=shipped.model_path("g2p_teacher"),
+    EVAL_NUM_EXAMPLES=FEW,
   )
-  assert [x["prediction"] for x in rows] == [x["prediction"] for x in greedy[2]]
+  first = greedy[2][:FEW]
+  assert [x["prediction"] for x in rows] == [x["prediction"] for x in first]
   (tables,) = read(tmp_path / "by_position.json")
   for source in ("student_samples", "data"):
     assert scores[f"{source}/acceptance"] == pytest.approx(1, abs=1e-5)
     assert scores[f"{source}/forward_kl"] == pytest.approx(0, abs=1e-5)
-    assert tables[source]["count"][0] == NUMBER
+    assert tables[source]["count"][0] == FEW
     assert len(tables[source]["reverse_kl"]) == len(tables[source]["count"])
   assert 0 < scores["ece"] < 30
   # The first pronunciation and EOS: what teacher forcing has gone through.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+import toy_models
 
 from gkd_jax import data, decoding, evaluation, infer, models, network
 from gkd_jax.evaluation import teacher_data
@@ -118,9 +119,9 @@ def test_a_sample_depends_on_seed_example_and_number_alone(tmp_path):
   chosen = np.array([17, 3, 8])
   batch = {k: v[chosen] for k, v in features()[0].items()}
   for number in range(3):
-    result = model.sample(
+    result = toy_models.sample(
+      model,
       params,
-      model.encode(params, batch),
       batch,
       jax.random.fold_in(jax.random.key(5), number),
       temperature=0.8,
@@ -217,7 +218,7 @@ def test_top_k_log_probs_of_the_outputs(tmp_path):
   batch = features()[0] | {"decoder_input_tokens": inputs}
   # Of the 24 logits 20 are tokens.
   log_probs = loss_batches.log_softmax64(
-    model.logits(params, batch)[..., :20] / 2.0
+    jax.jit(model.logits)(params, batch)[..., :20] / 2.0
   )
   for log_prob, record in zip(log_probs, records, strict=True):
     log_prob = log_prob[: len(record["targets"])]
@@ -234,8 +235,10 @@ def test_references_as_they_are(tmp_path):
   model, params, _ = toy()
   write(tmp_path / "out", targets="references", top_k=20)
   batch, examples = features()
-  scores = model.score_batch(params, batch)
-  log_prob = loss_batches.log_softmax64(model.logits(params, batch)[..., :20])
+  scores = jax.jit(model.score_batch)(params, batch)
+  log_prob = loss_batches.log_softmax64(
+    jax.jit(model.logits)(params, batch)[..., :20]
+  )
   for i, record in enumerate(read(tmp_path / "out")):
     targets = examples[i]["targets"]
     np.testing.assert_array_equal(record["targets"], targets)

@@ -10,6 +10,7 @@ import json
 
 import gin_probe
 import jax
+import nightly
 import numpy as np
 import pytest
 import toy_models
@@ -184,8 +185,22 @@ def test_negative_log_likelihood(method, toys, tmp_path):
   assert mean != pytest.approx(per_sequence(nll, weights), rel=1e-3)
 
 
-@pytest.mark.parametrize("source", ["data", "student"])
-@pytest.mark.parametrize("method", ORACLES)
+@pytest.mark.parametrize(
+  ("method", "source"),
+  nightly.besides(
+    [
+      ("supervised_kd", "data"),
+      ("imitkd", "student"),
+      ("f_distill", "data"),
+      ("f_distill", "student"),
+      ("on_policy_kd", "student"),
+      ("gkd", "student"),
+      ("self_distillation", "student"),
+    ],
+    ORACLES,
+    ["data", "student"],
+  ),
+)
 def test_divergence_on_each_source(method, source, toys, tmp_path):
   model = gin_probe.parts_of(toys(method), tmp_path, **macros(method))["model"]
   if FRACTIONS[method] == (0.0 if source == "student" else 1.0):
@@ -258,7 +273,9 @@ def task_of(method, folder):
   return outputs_of_a_teacher(folder) if method == "seqkd" else "arithmetic_cot"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method", nightly.of(METHODS, ["sft", "imitkd", "self_distillation"])
+)
 def test_two_steps_change_the_student(method, toys, tmp_path):
   parts = gin_probe.parts_of(toys(method), tmp_path, **macros(method))
   model, optimizer, seed = parts["model"], parts["optimizer"], seed_of(method)

@@ -67,8 +67,17 @@ network.Transformer.config = %{macro}
 
 
 @pytest.mark.parametrize(
-  "family, macro",
-  [(family, macro) for family, macros in SIZES.items() for macro in macros],
+  ("family", "macro"),
+  [
+    # The deep ones take a second each to trace.
+    pytest.param(
+      family,
+      macro,
+      marks=() if re.search("SMALL|BASE", macro) else pytest.mark.nightly,
+    )
+    for family, macros in SIZES.items()
+    for macro in macros
+  ],
 )
 def test_parameters_of_a_size(tmp_path, family, macro):
   parse(family, macro, tmp_path)

@@ -13,3 +13,11 @@ def besides(chosen, *values):
     pytest.param(*x, marks=() if x in chosen else pytest.mark.nightly)
     for x in combinations
   ]
+
+
+def of(values, chosen):
+  """Single values as parameters, those not `chosen` nightly."""
+  return [
+    pytest.param(x, marks=() if x in chosen else pytest.mark.nightly)
+    for x in values
+  ]

@@ -134,6 +134,20 @@ def inputs(source, rows=8, key=None):
   return types.StepInputs(source, jnp.int32(0), key, jnp.arange(rows))
 
 
+def train_loss(model, params, teacher, batch, *args, **kwargs):
+  """`model.train_loss` of step 0, compiled; further arguments as of `inputs`."""
+  loss = lambda *arrays: model.train_loss(*arrays, inputs(*args, **kwargs))
+  return jax.jit(loss)(params, teacher, batch)
+
+
+def sample(model, params, batch, key, **options):
+  """`model.sample` after `encode`, compiled."""
+  run = lambda params, batch, key: model.sample(
+    params, model.encode(params, batch), batch, key, **options
+  )
+  return jax.jit(run)(params, batch, key)
+
+
 def settings(batch_size, **partitioner):
   """Groups of settings of a run on toy batches, which reads no data."""
   lengths = {"inputs": 6, "targets": 7}

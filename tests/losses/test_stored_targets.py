@@ -35,10 +35,17 @@ def stored_loss(
 ):
   options = {"divergence": "forward_kl"} | options
   real = options.get("num_real_tokens")
-  ids, log_probs = losses.top_k_log_probs(teacher, top_k, num_real_tokens=real)
-  return losses.stored_distillation_loss(
-    ids, log_probs.astype(dtype), student, weights, **options
-  )
+
+  @jax.jit
+  def loss(teacher, student, weights):
+    ids, log_probs = losses.top_k_log_probs(
+      teacher, top_k, num_real_tokens=real
+    )
+    return losses.stored_distillation_loss(
+      ids, log_probs.astype(dtype), student, weights, **options
+    )
+
+  return loss(teacher, student, weights)
 
 
 @jax.jit
@@ -127,7 +134,9 @@ def test_value_and_gradient_at_full_size_are_the_dense_loss(normalization):
 def test_gradient_of_a_coarse_distribution():
   teacher, student, weights, _ = loss_batches.random_batch(shape=(2, 3, 7))
   test_util.check_grads(
-    lambda x: stored_loss(teacher, x, weights, 2, student_temperature=1.5)[0],
+    jax.jit(
+      lambda x: stored_loss(teacher, x, weights, 2, student_temperature=1.5)[0]
+    ),
     (student,),
     order=1,
     modes=["rev"],
@@ -165,24 +174,19 @@ def test_padding_of_the_vocabulary_has_no_mass():
 
 def test_temperatures():
   teacher, student, weights, _ = loss_batches.random_batch()
-  ids, log_probs = losses.top_k_log_probs(teacher, 7, teacher_temperature=2.0)
-  got = losses.stored_distillation_loss(
-    ids,
-    log_probs,
-    student,
-    weights,
-    divergence="forward_kl",
-    student_temperature=0.5,
-  )[0]
-  expected = losses.distillation_loss(
-    teacher,
-    student,
-    weights,
-    divergence="forward_kl",
-    teacher_temperature=2.0,
-    student_temperature=0.5,
-  )[0]
-  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+  @jax.jit
+  def both(teacher, student):
+    settings = {"divergence": "forward_kl", "student_temperature": 0.5}
+    stored = losses.top_k_log_probs(teacher, 7, teacher_temperature=2.0)
+    return (
+      losses.stored_distillation_loss(*stored, student, weights, **settings)[0],
+      losses.distillation_loss(
+        teacher, student, weights, teacher_temperature=2.0, **settings
+      )[0],
+    )
+
+  np.testing.assert_allclose(*both(teacher, student), rtol=1e-5)
 
 
 def test_float16_storage():

@@ -47,11 +47,11 @@ def test_untied_head_is_named_as_t5x_names_it():
 @both_ways
 def test_logits_loss_and_scores_equal_t5x(prefix_lm):
   model, params, batch, expected = golden_t5x.decoder_only(prefix_lm)
-  logits = model.logits(params, batch)
+  logits = jax.jit(model.logits)(params, batch)
   np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
-  loss, _ = model.loss_fn(params, batch, None)
+  loss, _ = jax.jit(model.loss_fn)(params, batch, None)
   np.testing.assert_allclose(loss, expected["loss"], rtol=1e-6)
-  scores = model.score_batch(params, batch)
+  scores = jax.jit(model.score_batch)(params, batch)
   np.testing.assert_allclose(scores, expected["scores"], rtol=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_logits_equal_float64(prefix_lm):
   expected = toy.oracle(model.config, params, batch, prefix_lm)
   kept = batch["decoder_target_tokens"] > 0
   assert kept.sum() == 42 + sum(len(p) + len(o) for p, o in pairs)
-  logits = np.asarray(model.logits(params, batch))
+  logits = np.asarray(jax.jit(model.logits)(params, batch))
   np.testing.assert_allclose(logits[kept], expected[kept], rtol=1e-4, atol=1e-4)
   other = toy.oracle(model.config, params, batch, not prefix_lm)
   assert np.abs(other[kept] - expected[kept]).max() > 0.1
@@ -145,7 +145,7 @@ def test_a_cache_from_nothing_decodes_as_t5x_calls_it():
   )
   _, variables = apply({}, jnp.ones_like(tokens), jnp.ones_like(tokens))
   step = jax.jit(apply)
-  expected = model.logits(params, batch)
+  expected = jax.jit(model.logits)(params, batch)
   for t in range(4):
     logits, variables = step(variables, tokens[:, t, None], tokens[:, t, None])
     kept = np.asarray(targets[:, t] > 0)
@@ -185,7 +185,7 @@ def test_sampled_frequencies_follow_the_softmax(prefix_lm):
   for i, prompt in enumerate(prompts):
     outputs = _possible_outputs(4 - len(prompt))
     rows = toy.rows([(prompt, o) for o in outputs], width=4)
-    logits = np.asarray(model.logits(params, rows), np.float64)
+    logits = np.asarray(jax.jit(model.logits)(params, rows), np.float64)
     logits[:, :, 0] = -np.inf
     distribution = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     expected = [
@@ -278,7 +278,7 @@ def test_the_best_of_several_decodes_of_each_prompt():
   for n in range(3):
     outputs = [row[row > 0].tolist() for row in tokens[:, n]]
     rows = toy.rows(list(zip(prompts, outputs, strict=True)))
-    logits = np.array(model.logits(params, rows))
+    logits = np.array(jax.jit(model.logits)(params, rows))
     logits[:, :, [0, 12, 13, 14, 15]] = -np.inf
     distribution = np.asarray(jax.nn.log_softmax(logits))
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):

@@ -115,9 +115,7 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens(prefix_lm):
 def test_loss_equals_the_formula_in_float64():
   model, student, teacher = toy.gkd(True, teacher_temperature=0.5)
   batch = toy.batch()
-  total, metrics = model.train_loss(
-    student, teacher, batch, toy_models.inputs("data")
-  )
+  total, metrics = toy_models.train_loss(model, student, teacher, batch, "data")
   weight = metrics["loss"][1]
   logs_ = []
   for m, p, t in ((model.teacher, teacher, 0.5), (model.student, student, 1.0)):
@@ -187,9 +185,7 @@ def test_a_causal_model_trains_on_targets_alone():
   assert batch["decoder_segment_ids"].max() > 1
   model = toy.model(vocab_size=24)
   params = toy.params(model, 0)
-  _, metrics = model.train_loss(
-    params, {}, batch, toy_models.inputs("data", rows=4)
-  )
+  _, metrics = toy_models.train_loss(model, params, {}, batch, "data", rows=4)
   weight = metrics["loss"][1]
   assert weight == (batch["decoder_target_tokens"] > 0).sum()
 

@@ -119,17 +119,24 @@ def test_metrics_of_judged_outputs_count_any_eos():
   assert float(got["sampled_eos"][0]) == 0
 
 
-# Ids of T5's layout to those of others: a permutation of the 16 ids, in which the
-# start token stays 0.
+# Ids of T5's layout to those of others, and the special tokens of these: permutations
+# of the 16 ids.
 PERMUTED = {
-  "sentencepiece": {0: 0, 1: 2, 2: 1},
-  "bos_first": {0: 0, 1: 2, 2: 3, 3: 1},
+  "sentencepiece": (
+    {1: 2, 2: 1},
+    token_layouts.special_tokens("sentencepiece"),
+  ),
+  "bos_first": (
+    {1: 2, 2: 3, 3: 1},
+    token_layouts.special_tokens("bos_first"),
+  ),
+  "start_5": ({0: 5, 5: 0}, types.SpecialTokens((1,), None, 5, False)),
 }
 
 
 def permutation(layout):
   ids = np.arange(toy_models.VOCAB)
-  for old, new in PERMUTED[layout].items():
+  for old, new in PERMUTED[layout][0].items():
     ids[old] = new
   assert sorted(ids) == list(range(toy_models.VOCAB))
   return ids
@@ -159,6 +166,7 @@ def permuted_batch(given, ids):
     "decoder_target_tokens": after(targets),
     "decoder_input_tokens": after(given["decoder_input_tokens"]),
   }
+  new["decoder_input_tokens"][:, 0] = ids[0]  # the start
   return given | new
 
 
@@ -174,7 +182,7 @@ def pair(tokens):
 @functools.cache
 def step(layout):
   """Loss, gradient's norm by array, and the samples of an on-policy step."""
-  tokens = token_layouts.special_tokens(layout or "t5")
+  tokens = PERMUTED[layout][1] if layout else types.T5_TOKENS
   model, student, teacher = pair(tokens)
   given = toy_models.batch()
   if layout:

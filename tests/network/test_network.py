@@ -36,7 +36,7 @@ def test_names_shapes_and_axes_are_t5x(name):
 def test_logits_equal_t5x(name):
   numbers, _ = golden_t5x.load(name)
   model, params, batch = golden_t5x.model(name)
-  logits = model.logits(params, batch)
+  logits = jax.jit(model.logits)(params, batch)
   np.testing.assert_allclose(logits, numbers["logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -46,7 +46,7 @@ def test_packed_logits_equal_t5x(name):
   model, params, _ = golden_t5x.model(name)
   batch = golden_t5x.part(numbers, "packed")
   kept = batch["decoder_loss_weights"] > 0
-  logits = np.asarray(model.logits(params, batch))
+  logits = np.asarray(jax.jit(model.logits)(params, batch))
   expected = numbers["packed_logits"][kept]
   np.testing.assert_allclose(logits[kept], expected, rtol=1e-5, atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_equal_t5x(name):
   numbers, _ = golden_t5x.load(name)
   model, params, batch = golden_t5x.model(name, z_loss=1e-4)
   grad_fn = jax.value_and_grad(lambda p: model.loss_fn(p, batch, None)[0])
-  loss, grads = grad_fn(params)
+  loss, grads = jax.jit(grad_fn)(params)
   np.testing.assert_allclose(loss, numbers["loss"], rtol=1e-5)
   expected = golden_t5x.part(numbers, "grads")
   for path, grad in traverse_util.flatten_dict(grads, sep="/").items():
@@ -68,7 +68,7 @@ def test_loss_and_gradients_equal_t5x(name):
 def test_scores_equal_t5x(name):
   numbers, _ = golden_t5x.load(name)
   model, params, batch = golden_t5x.model(name)
-  scores = model.score_batch(params, batch)
+  scores = jax.jit(model.score_batch)(params, batch)
   np.testing.assert_allclose(scores, numbers["scores"], rtol=1e-5)
 
 
@@ -83,18 +83,18 @@ def test_greedy_tokens_equal_t5x(name):
 @each
 def test_cached_decoding_equals_the_full_forward_pass(name):
   model, params, batch = golden_t5x.model(name)
-  encoded = model.encode(params, batch)
-  tokens, log_probs = model.sample(
+  sample = lambda params, batch: model.sample(
     params,
-    encoded,
+    model.encode(params, batch),
     batch,
     jax.random.key(3),
     suppress_ids=(0,),
   )
+  tokens, log_probs = jax.jit(sample)(params, batch)
   forced = dict(batch)
   forced["decoder_target_tokens"] = tokens
   forced["decoder_input_tokens"] = sampling.shift_right(tokens)
-  logits = model.logits(params, forced).at[:, :, 0].set(-jnp.inf)
+  logits = jax.jit(model.logits)(params, forced).at[:, :, 0].set(-jnp.inf)
   full = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], -1
   )[..., 0]
@@ -105,7 +105,7 @@ def test_cached_decoding_equals_the_full_forward_pass(name):
 
 def test_no_position_sees_a_later_one():
   model, params, batch = golden_t5x.model("t5_1_1_tiny")
-  encoded = model.encode(params, batch)
+  encoded = jax.jit(model.encode)(params, batch)
   row = {k: jnp.asarray(v[:1]) for k, v in batch.items()}
 
   def logit(embedding):
@@ -122,7 +122,7 @@ def test_no_position_sees_a_later_one():
       method="decode",
     )[0, 4].sum()
 
-  grad = jax.grad(logit)(params["token_embedder"]["embedding"])
+  grad = jax.jit(jax.grad(logit))(params["token_embedder"]["embedding"])
   inputs = batch["decoder_input_tokens"][0]
   later = set(inputs[5:]) - set(inputs[:5])
   earlier = set(inputs[:5])
@@ -144,8 +144,8 @@ def test_remat_changes_nothing_but_the_work(policy):
   other = models.EncoderDecoderModel(network.Transformer(config))
   grad = lambda m: jax.grad(lambda p: m.loss_fn(p, batch, None)[0])
   for a, b in zip(
-    jax.tree.leaves(grad(model)(params)),
-    jax.tree.leaves(grad(other)(params)),
+    jax.tree.leaves(jax.jit(grad(model))(params)),
+    jax.tree.leaves(jax.jit(grad(other))(params)),
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -160,9 +160,10 @@ def test_bfloat16_is_near_float32_and_gives_float32_logits():
   model, params, batch = golden_t5x.model("t5_1_1_tiny")
   config = dataclasses.replace(model.config, dtype="bfloat16")
   other = models.EncoderDecoderModel(network.Transformer(config))
-  logits = other.logits(params, batch)
+  logits = jax.jit(other.logits)(params, batch)
   assert logits.dtype == jnp.float32
-  np.testing.assert_allclose(logits, model.logits(params, batch), atol=0.15)
+  expected = jax.jit(model.logits)(params, batch)
+  np.testing.assert_allclose(logits, expected, atol=0.15)
 
 
 @pytest.mark.parametrize(

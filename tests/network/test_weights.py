@@ -303,7 +303,7 @@ def test_the_fused_loss_of_an_int8_teacher_is_the_dense_one_of_its_numbers(
 
   def dense(params):
     return losses.distillation_loss(
-      plain.logits(params, batch),
+      jax.jit(plain.logits)(params, batch),
       hidden @ head,
       batch["decoder_loss_weights"],
       divergence="forward_kl",

@@ -29,9 +29,8 @@ SOURCES = ("data", "student", "mixed")
   nightly.besides(
     [
       ("data", 2, "sequence"),
-      ("student", 4, "token"),
       ("mixed", 4, "sequence"),
-      ("mixed", 2, "token"),
+      ("student", 2, "token"),
     ],
     SOURCES,
     [2, 4],
@@ -54,10 +53,8 @@ def test_microbatches_change_nothing(source, microbatches, normalization):
   ("source", "partitions", "over_data"),
   nightly.besides(
     [
-      ("student", 1, False),
       ("data", 1, True),
-      ("data", 2, False),
-      ("student", 2, True),
+      ("student", 2, False),
       ("student", 4, True),
     ],
     ["data", "student"],
@@ -136,9 +133,9 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
   on_policy = jax.jit(jax.grad(loss), static_argnums=2)(
     student, batch, "student"
   )
-  tokens, _ = model.student.sample(
+  tokens, _ = toy_models.sample(
+    model.student,
     student,
-    model.student.encode(student, batch),
     batch,
     jax.random.split(key, 3)[1],
     suppress_ids=(0,),
@@ -159,9 +156,7 @@ def test_on_policy_gradient_is_the_supervised_one_on_the_same_tokens():
 def test_eos_is_trained_on_and_nothing_after_it():
   model, student, teacher = toy_models.gkd(length_normalization="token")
   batch = toy_models.batch()
-  _, metrics = model.train_loss(
-    student, teacher, batch, toy_models.inputs("data")
-  )
+  _, metrics = toy_models.train_loss(model, student, teacher, batch, "data")
   weight = metrics["loss"][1]
   ends = np.argmax(batch["decoder_target_tokens"] == 1, axis=1)
   assert weight == np.sum(ends + 1)
@@ -170,13 +165,11 @@ def test_eos_is_trained_on_and_nothing_after_it():
 def test_loss_equals_the_formula_in_float64():
   model, student, teacher = toy_models.gkd(teacher_temperature=0.5)
   batch = toy_models.batch()
-  total, metrics = model.train_loss(
-    student, teacher, batch, toy_models.inputs("data")
-  )
+  total, metrics = toy_models.train_loss(model, student, teacher, batch, "data")
   weight = metrics["loss"][1]
   logs = []
   for m, p, t in ((model.teacher, teacher, 0.5), (model.student, student, 1.0)):
-    z = np.asarray(m.logits(p, batch), np.float64) / t
+    z = np.asarray(jax.jit(m.logits)(p, batch), np.float64) / t
     logs.append(z - np.logaddexp.reduce(z, axis=-1, keepdims=True))
   kl = np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
   w = batch["decoder_loss_weights"]
@@ -194,19 +187,17 @@ def test_mixed_rows_use_their_own_source():
   ]
   chosen = np.array(coins) < 0.5
   assert 0 < chosen.sum() < 8
-  new, metrics = model.with_samples(
-    student, model.student.encode(student, batch), batch, inputs
-  )
+  new, metrics = jax.jit(
+    lambda params, batch: model.with_samples(
+      params, model.student.encode(params, batch), batch, inputs
+    )
+  )(student, batch)
   targets = np.asarray(new["decoder_target_tokens"])
   np.testing.assert_array_equal(
     targets[~chosen], batch["decoder_target_tokens"][~chosen]
   )
-  alone, _ = model.student.sample(
-    student,
-    model.student.encode(student, batch),
-    batch,
-    sample_key,
-    suppress_ids=(0,),
+  alone, _ = toy_models.sample(
+    model.student, student, batch, sample_key, suppress_ids=(0,)
   )
   np.testing.assert_array_equal(targets[chosen], np.asarray(alone)[chosen])
   assert metrics["on_policy_share"] == (chosen.sum(), 8)

@@ -1,0 +1,404 @@
+"""Layers with rotary positions: one configuration for several model families.
+
+What families have in common is here once, and what they differ in is a field of
+`RotaryConfig`: rotary positions (plain, slowed down, or slowed down by band; of
+their own in windowed layers), grouped key heads, biases of queries, keys and
+values, norms of queries and keys, norms after a sub-layer, soft caps, windows.
+
+References: Su et al. 2021 (arXiv 2104.09864) for rotary positions, Ainslie et al.
+2023 (arXiv 2305.13245) for grouped heads, Gemma 2 (arXiv 2408.00118) for soft
+caps, Llama 3 (arXiv 2407.21783) and Gemma 3 (arXiv 2503.19786) for slower
+rotation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gkd_jax import partitioning
+from gkd_jax.network import blocks, layers, projections
+
+_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+# Attention of a layer: to all positions, or to those of its window.
+FULL, WINDOWED = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryConfig(blocks.Config):
+  """Sizes and options of a stack of layers; see `blocks.Config`.
+
+  Attention weights have no dropout, and the logits of a tied head are not divided.
+
+  Attributes:
+    num_kv_heads: G, heads of keys and values; H / G query heads share each.
+    num_layers: number of layers.
+    norm_epsilon: of all norms.
+    norm_unit_offset: a norm's factor is 1 + scale.
+    post_norms: a norm after each sub-layer too, before the residual.
+    scale_embedding: multiply embeddings by sqrt(D), rounded to `dtype`.
+    qkv_bias: queries, keys and values have a bias.
+    qk_norm: a norm of each head's query and key, before the rotation.
+    query_pre_attn_scalar: attention logits are divided by its root; None: K.
+    attention_softcap: c of c tanh(x / c) on attention logits; None: none.
+    final_softcap: the same on the output's logits.
+    rope_theta: base of the rotation's frequencies.
+    rope_factor: divides the frequencies.
+    rope_bands: `(low, high, length)`: a frequency with more than `high` turns
+      within `length` positions is not divided by `rope_factor`, one with fewer
+      than `low` is, one between in part (Llama 3). Empty: all are.
+    local_rope_theta: base in windowed layers, where nothing is divided; None: as
+      in the others.
+    window: a windowed layer attends to so many positions, its own included.
+    window_pattern: which layers are windowed; repeated over the layers.
+    family: name in Hugging Face's `model_type` for exports; empty: the first
+      family that computes the same.
+  """
+
+  mlp_activations: Sequence[str] = ("silu", "linear")
+  dropout_rate: float = 0.0
+  num_kv_heads: int = 8
+  num_layers: int = 6
+  norm_epsilon: float = 1e-6
+  norm_unit_offset: bool = False
+  post_norms: bool = False
+  scale_embedding: bool = False
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  query_pre_attn_scalar: float | None = None
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+  rope_theta: float = 10_000.0
+  rope_factor: float = 1.0
+  rope_bands: Sequence[float] = ()
+  local_rope_theta: float | None = None
+  window: int | None = None
+  window_pattern: Sequence[bool] = ()
+  family: str = ""
+
+  def __post_init__(self):
+    for name in ("mlp_activations", "rope_bands", "window_pattern"):
+      # gin and JSON have lists, which have no hash.
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+    super().__post_init__()
+    for expected, got, is_right in (
+      (
+        f"num_kv_heads that divides num_heads {self.num_heads}",
+        self.num_kv_heads,
+        self.num_heads % self.num_kv_heads == 0,
+      ),
+      ("an even head_dim", self.head_dim, self.head_dim % 2 == 0),
+      (
+        "a window of at least 1 for window_pattern",
+        self.window,
+        not any(self.window_pattern) or (self.window or 0) >= 1,
+      ),
+      (
+        "rope_bands of low, high and length",
+        self.rope_bands,
+        len(self.rope_bands) in (0, 3),
+      ),
+    ):
+      if not is_right:
+        raise ValueError(
+          f"expected {expected}, got {got}; set network.RotaryConfig"
+        )
+
+  @property
+  def layer_kinds(self) -> tuple[int, ...]:
+    """`FULL` or `WINDOWED` for each layer."""
+    pattern = self.window_pattern or (False,)
+    return tuple(
+      WINDOWED if pattern[i % len(pattern)] else FULL
+      for i in range(self.num_layers)
+    )
+
+
+class Rotation(NamedTuple):
+  """The rotation at each position: cosines and sines `[..., T, K / 2]`, float32."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def frequencies(
+  head_dim: int, theta: float, factor: float = 1.0, bands: Sequence[float] = ()
+) -> np.ndarray:
+  """Returns the angle that each pair of channels turns by from token to token.
+
+  Args:
+    head_dim: K.
+    theta: see `RotaryConfig.rope_theta`.
+    factor: see `RotaryConfig.rope_factor`.
+    bands: see `RotaryConfig.rope_bands`.
+
+  Returns:
+    Radians `[K / 2]`, float32.
+  """
+  plain = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
+  kept = 0.0
+  if bands:
+    low, high, length = bands
+    turns = length * plain / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+  return np.float32(plain * (kept + (1 - kept) / factor))
+
+
+def rotations(config: RotaryConfig, positions: jax.Array) -> Rotation:
+  """Returns the rotations in full and in windowed layers.
+
+  Args:
+    config: of the stack.
+    positions: int32 `[b, T]`, b being B or 1.
+
+  Returns:
+    Arrays `[kinds, b, T, K / 2]`, kinds being 1 without windowed layers.
+  """
+  full = frequencies(
+    config.head_dim, config.rope_theta, config.rope_factor, config.rope_bands
+  )
+  kinds = [full]
+  if config.window is not None:
+    local = config.local_rope_theta
+    kinds += [full if local is None else frequencies(config.head_dim, local)]
+  angles = (
+    positions.astype(jnp.float32)[None, :, :, None]
+    * np.stack(kinds)[:, None, None]
+  )
+  return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+  """Turns channel i with channel i + K / 2 of each head; float32 inside.
+
+  Args:
+    x: `[B, T, heads, K]`.
+    rotation: of `[b, T, K / 2]`.
+
+  Returns:
+    The same shape and type as `x`.
+  """
+  low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = (part[:, :, None] for part in rotation)
+  turned = low * cos - high * sin, high * cos + low * sin
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def masks(
+  config: RotaryConfig,
+  mask: jax.Array,
+  query_places: jax.Array,
+  key_places: jax.Array,
+) -> jax.Array:
+  """Returns which keys a query sees in full and in windowed layers.
+
+  Args:
+    config: of the stack.
+    mask: bool `[b, T, S]`, as in full layers.
+    query_places: int32 `[b, T]`, places in the row.
+    key_places: int32 `[S]`.
+
+  Returns:
+    bool `[kinds, b, T, S]`, kinds being 1 without windowed layers.
+  """
+  if config.window is None:
+    return mask[None]
+  distance = jnp.abs(query_places[:, :, None] - key_places[None, None])
+  near = mask & (distance < config.window)
+  return jnp.stack([jnp.broadcast_to(mask, near.shape), near])
+
+
+def of_kind(tree: Any, kind: int | jax.Array) -> Any:
+  """Returns one kind's part of `rotations` or `masks`."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, kind, keepdims=False), tree
+  )
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Returns c tanh(x / c), or `x` itself without a cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def norm(config: RotaryConfig, **kwargs: Any) -> layers.LayerNorm:
+  """Returns the norm of a configuration."""
+  return layers.LayerNorm(
+    config.dtype, config.norm_epsilon, config.norm_unit_offset, **kwargs
+  )
+
+
+def embed(config: RotaryConfig, weights: str, **kwargs: Any) -> layers.Embed:
+  """Returns the token embedding of a configuration.
+
+  A head's logits, and embeddings that are scaled, begin with variance 1.
+  """
+  small = config.scale_embedding or config.logits_via_embedding
+  stddev = config.emb_dim**-0.5 if small else 1.0
+  return projections.embed(config, weights, stddev=stddev, **kwargs)
+
+
+def embedded(
+  config: RotaryConfig, table: layers.Embed, tokens: jax.Array
+) -> jax.Array:
+  """Looks up int32 tokens `[B, T]`; returns `[B, T, D]`, scaled if need be."""
+  x = table(tokens)
+  if config.scale_embedding:
+    # Rounded first, as the published models were trained.
+    x = x * jnp.sqrt(jnp.float32(config.emb_dim)).astype(x.dtype)
+  return x
+
+
+class GroupedAttention(nn.Module):
+  """Attention whose key heads are shared by groups of query heads.
+
+  The cache is that of `layers.Attention`, with G heads. It is as long as the rows
+  in windowed layers too, whose mask leaves out what lies before the window.
+
+  Attributes:
+    config: sizes.
+    weights: type of the kernels, see `projections`.
+    prefill: create the cache from these T positions.
+    decode_length: length of the self-attention cache, for the call that creates it
+      without `prefill`.
+  """
+
+  config: RotaryConfig
+  weights: str = "float32"
+  prefill: bool = False
+  decode_length: int | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: jax.Array,
+    mask: jax.Array,
+    rotation: Rotation | None,
+    *,
+    memory: jax.Array | None = None,
+    decode_index: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends from `queries` to `memory`.
+
+    Args:
+      queries: `[B, T, D]`.
+      mask: bool `[b, T, S]`.
+      rotation: of the positions `[b, T, K / 2]`; None for cross-attention.
+      memory: `[B, S, D']` for cross-attention, None for self-attention.
+      decode_index: int32, the position that is decoded (T is 1): a scalar, or
+        `[B]` with one per row. None for attention over whole sequences.
+
+    Returns:
+      `[B, T, D]`.
+    """
+    config = self.config
+    query = self._heads("query", config.num_heads, queries, rotation)
+    source = queries if memory is None else memory
+    key, value = (
+      self._remembered(name, source, rotation, memory, decode_index)
+      for name in ("key", "value")
+    )
+    out = grouped_attention(
+      query,
+      key,
+      value,
+      mask,
+      scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
+      softcap=config.attention_softcap,
+    )
+    return layers.Dense(
+      queries.shape[-1],
+      ("joined_kv", "embed"),
+      config.dtype,
+      _NORMAL,
+      self.weights,
+      name="out",
+    )(out.reshape(*queries.shape[:-1], config.num_heads * config.head_dim))
+
+  def _heads(self, name, heads, x, rotation):
+    """Projects `[B, T, D]` to `[B, heads, T, K]`."""
+    config = self.config
+    y = layers.Dense(
+      heads * config.head_dim,
+      ("embed", "joined_kv"),
+      config.dtype,
+      _NORMAL,
+      self.weights,
+      config.qkv_bias,
+      name=name,
+    )(x)
+    y = y.reshape(*x.shape[:-1], heads, config.head_dim)
+    y = partitioning.constrain(y, "batch", "length", "heads", "kv")
+    if name != "value":
+      if config.qk_norm:
+        y = norm(config, axis="kv", name=f"{name}_norm")(y)
+      if rotation is not None:
+        y = rotate(y, rotation)
+    return jnp.swapaxes(y, 1, 2)
+
+  def _remembered(self, name, source, rotation, memory, index):
+    """Returns keys or values `[B, G, S, K]`, those of the cache in decoding."""
+    cached = f"cached_{name}"
+    make = lambda: self._heads(name, self.config.num_kv_heads, source, rotation)
+    if index is None:
+      now = make()
+      if self.prefill:
+        self.variable("cache", cached, lambda: now).value = now
+      return now
+    if memory is not None:
+      return self.variable("cache", cached, make).value
+    is_new = not self.has_variable("cache", cached)
+    config = self.config
+    shape = source.shape[0], config.num_kv_heads, self.decode_length
+    kept = self.variable(
+      "cache",
+      cached,
+      lambda: jnp.zeros((*shape, config.head_dim), config.dtype),
+    )
+    if not is_new and index.ndim:
+      # Not a scatter, see `layers.Attention`.
+      here = jnp.arange(kept.value.shape[2])[None] == index[:, None]
+      kept.value = jnp.where(here[:, None, :, None], make(), kept.value)
+    elif not is_new:
+      kept.value = jax.lax.dynamic_update_slice(
+        kept.value, make(), (0, 0, index, 0)
+      )
+    return kept.value
+
+
+def grouped_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Computes softmax(cap(scale · query keyᵀ)) value; the softmax is float32.
+
+  Query head h reads key head h // (H / G).
+
+  Args:
+    query: `[B, H, T, K]`.
+    key: `[B, G, S, K]`.
+    value: `[B, G, S, K]`.
+    mask: bool `[b, T, S]`, b being B or 1.
+    scale: factor of the logits.
+    softcap: see `soft_cap`.
+
+  Returns:
+    `[B, T, H, K]` in the query's type.
+  """
+  rows, heads, length, width = query.shape
+  groups = key.shape[1]
+  query = query.reshape(rows, groups, heads // groups, length, width)
+  logits = jnp.einsum("bgrtk,bgsk->bgrts", query, key).astype(jnp.float32)
+  logits = soft_cap(logits * scale, softcap)
+  logits = jnp.where(mask[:, None, None], logits, layers.MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+  out = jnp.einsum("bgrts,bgsk->btgrk", weights, value)
+  return out.reshape(rows, length, heads, width)

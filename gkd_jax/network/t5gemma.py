@@ -1,0 +1,198 @@
+"""T5Gemma: an encoder and a decoder of Gemma 2's layers, with T5's call.
+
+Reference: T5Gemma (arXiv 2504.06225).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gkd_jax.network import layers, rotary, rotary_stacks
+
+
+@dataclasses.dataclass(frozen=True)
+class T5GemmaConfig:
+  """Sizes and options of both sides, which may have different widths.
+
+  Attributes:
+    encoder: of the encoder.
+    decoder: of the decoder, whose head may be its own embedding.
+  """
+
+  encoder: rotary.RotaryConfig
+  decoder: rotary.RotaryConfig
+
+  def __post_init__(self):
+    for name in ("vocab_size", "dtype", "remat_policy", "dropout_rate"):
+      sides = getattr(self.encoder, name), getattr(self.decoder, name)
+      if sides[0] != sides[1]:
+        raise ValueError(
+          f"expected one {name} for encoder and decoder, got {sides[0]} and"
+          f" {sides[1]}; set network.T5GemmaConfig"
+        )
+
+  @property
+  def vocab_size(self) -> int:
+    """V."""
+    return self.decoder.vocab_size
+
+  @property
+  def emb_dim(self) -> int:
+    """D of the decoder, which the head reads."""
+    return self.decoder.emb_dim
+
+  @property
+  def dtype(self) -> Any:
+    """Of activations."""
+    return self.decoder.dtype
+
+  @property
+  def dropout_rate(self) -> float:
+    """Of both sides."""
+    return self.decoder.dropout_rate
+
+  @property
+  def remat_policy(self) -> str:
+    """Of both sides."""
+    return self.decoder.remat_policy
+
+  @property
+  def logits_via_embedding(self) -> bool:
+    """Whether the head is the decoder's embedding."""
+    return self.decoder.logits_via_embedding
+
+  @property
+  def final_softcap(self) -> float | None:
+    """Of the decoder's logits."""
+    return self.decoder.final_softcap
+
+
+class T5Gemma(nn.Module):
+  """An encoder-decoder of rotary layers with the call of `t5.Transformer`.
+
+  Attributes:
+    config: sizes.
+    scan_layers: see `layer_loops`.
+    weights: type of the matrices, see `projections`.
+  """
+
+  config: T5GemmaConfig
+  scan_layers: bool = False
+  weights: str = "float32"
+
+  def setup(self):
+    config, options = self.config, (self.scan_layers, self.weights)
+    self.token_embedder = rotary.embed(config.decoder, self.weights)
+    self.encoder = rotary_stacks.RotaryEncoder(config.encoder, *options)
+    self.decoder = rotary_stacks.RotaryDecoder(
+      config.decoder, self.token_embedder, *options
+    )
+
+  def encode(
+    self,
+    encoder_input_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    enable_dropout: bool = True,
+    encoder_input_mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Encodes the inputs; see `t5.Transformer.encode`."""
+    if encoder_input_mask is None:
+      encoder_input_mask = encoder_input_tokens
+    mask = (encoder_input_mask > 0)[:, None]
+    if encoder_segment_ids is not None:
+      mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
+    return self.encoder(
+      encoder_input_tokens, mask, deterministic=not enable_dropout
+    )
+
+  def decode(
+    self,
+    encoded: jax.Array,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+    return_hidden: bool = False,
+  ) -> jax.Array:
+    """Computes logits of the decoder; see `t5.Transformer.decode`.
+
+    Targets are not read: behind a row's end nothing is seen by what comes before.
+    Positions are by default places in the row.
+
+    Raises:
+      ValueError: packed inputs together with `decode`.
+    """
+    del decoder_target_tokens
+    if decode and encoder_segment_ids is not None:
+      raise ValueError(
+        "expected unpacked inputs for decoding, got encoder_segment_ids;"
+        " set packing off in the evaluation's feature converter"
+      )
+    places = jnp.arange(decoder_input_tokens.shape[1])
+    mask = (places[:, None] >= places[None, :])[None]
+    cross_mask = (encoder_input_tokens > 0)[:, None]
+    if decoder_segment_ids is not None and not decode:
+      mask = mask & _same_segment(decoder_segment_ids, decoder_segment_ids)
+      cross_mask = cross_mask & _same_segment(
+        decoder_segment_ids, encoder_segment_ids
+      )
+    return self.decoder(
+      decoder_input_tokens,
+      mask,
+      places[None] if decoder_positions is None else decoder_positions,
+      encoded,
+      cross_mask,
+      deterministic=not enable_dropout,
+      decode=decode,
+      max_decode_length=max_decode_length,
+      return_hidden=return_hidden,
+    )
+
+  def __call__(
+    self,
+    encoder_input_tokens: jax.Array,
+    decoder_input_tokens: jax.Array,
+    decoder_target_tokens: jax.Array,
+    encoder_segment_ids: jax.Array | None = None,
+    decoder_segment_ids: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    decoder_positions: jax.Array | None = None,
+    *,
+    enable_dropout: bool = True,
+    decode: bool = False,
+    max_decode_length: int | None = None,
+  ) -> jax.Array:
+    """Encodes and decodes; see `encode` and `decode` for the arguments.
+
+    Returns:
+      float32 logits `[B, T, V]`.
+    """
+    del encoder_positions
+    encoded = self.encode(
+      encoder_input_tokens, encoder_segment_ids, enable_dropout
+    )
+    return self.decode(
+      encoded,
+      encoder_input_tokens,
+      decoder_input_tokens,
+      decoder_target_tokens,
+      encoder_segment_ids,
+      decoder_segment_ids,
+      decoder_positions,
+      enable_dropout,
+      decode,
+      max_decode_length,
+    )
+
+
+def _same_segment(rows, columns):
+  """Returns `layers.same_segment` as `[B, T, S]`."""
+  return layers.same_segment(rows, columns)[:, 0]

@@ -1,0 +1,206 @@
+"""Tiny models of Hugging Face's families, and what transformers computes of them."""
+
+import functools
+import json
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from gkd_jax import checkpoints, decoding, models, network
+from gkd_jax.checkpoints import huggingface
+from gkd_jax.network import layers, rotary_stacks
+
+FOLDERS = pathlib.Path(__file__).parents[1] / "golden" / "hf"
+
+
+def numbers(name):
+  """The arrays of `golden.npz`."""
+  with np.load(FOLDERS / name / "golden.npz") as file:
+    return dict(file)
+
+
+def config_json(name, file="config.json"):
+  return json.loads((FOLDERS / name / file).read_text())
+
+
+@functools.cache
+def causal_results(name):
+  """What the decoder-only model in a folder computes, in one program."""
+  config, params = checkpoints.load_model(FOLDERS / name)
+  model = models.DecoderOnlyModel(network.CausalTransformer(config))
+  return _results(name, model, params, _causal)
+
+
+@functools.cache
+def encoder_decoder_results(name, module):
+  """What the encoder-decoder in a folder computes, in one program."""
+  config, params = checkpoints.load_model(FOLDERS / name)
+  model = models.EncoderDecoderModel(module(config))
+  return _results(name, model, params, _encoder_decoder)
+
+
+def _results(name, model, params, compute):
+  expected = numbers(name)
+  got = jax.jit(functools.partial(compute, model))(params, expected)
+  table = huggingface.name_table(model.config)
+  gradient = traverse_util.flatten_dict(got.pop("gradient"), sep="/")
+  got["gradient"] = {
+    table[ours][0]: x.T if table[ours][1] else x for ours, x in gradient.items()
+  }
+  return types.SimpleNamespace(
+    model=model, params=params, expected=expected, **jax.tree.map(np.array, got)
+  )
+
+
+def _causal(model, params, given):
+  """Rows padded on the right, then on the left, go through the network together."""
+  sides = lambda a, b: jnp.concatenate([given[a], given[b]])
+  tokens = sides("input_ids", "left_input_ids")
+  places = jnp.broadcast_to(
+    jnp.arange(tokens.shape[1]), given["input_ids"].shape
+  )
+
+  def loss_of(params):
+    logits, kept = model.module.apply(
+      {"params": params},
+      tokens,
+      tokens,
+      sides("attention_mask", "left_attention_mask"),
+      jnp.concatenate([places, given["left_position_ids"]]),
+      enable_dropout=False,
+      capture_intermediates=lambda module, _: isinstance(
+        module, rotary_stacks.RotaryLayer | layers.LayerNorm
+      ),
+      mutable=["intermediates"],
+    )
+    right, left = jnp.split(logits, 2)
+    loss, log_probs = _loss(right, given)
+    decoder = kept["intermediates"]["decoder"]
+    results = {
+      "logits": right,
+      "left_logits": left,
+      "log_probs": log_probs,
+      "hidden": jnp.split(decoder["decoder_norm"]["__call__"][0], 2)[0],
+      "layers": [
+        decoder[f"layers_{i}"]["__call__"][0]
+        for i in range(model.config.num_layers)
+      ],
+    }
+    return loss, results
+
+  gradient, results = jax.grad(loss_of, has_aux=True)(params)
+  greedy = _greedy(model, params, given)
+  return results | {
+    "gradient": gradient,
+    "greedy": greedy.tokens,
+    "greedy_log_probs": greedy.log_probs,
+  }
+
+
+def _loss(logits, given):
+  """The mean over targets, and their log-probs."""
+  picked = jnp.take_along_axis(
+    jax.nn.log_softmax(logits), given["targets"][..., None], axis=2
+  )
+  log_probs = picked[..., 0] * given["target_mask"]
+  return -jnp.sum(log_probs) / jnp.sum(given["target_mask"]), log_probs
+
+
+def _greedy(model, params, given):
+  """Decodes with the cache from prompts whose first word is read first."""
+  tokens, length = given["input_ids"], given["greedy_no_eos"].shape[1]
+  room = ((0, 0), (0, length))
+  batch = {
+    "decoder_input_tokens": jnp.pad(tokens, room),
+    "decoder_causal_attention": jnp.pad(given["attention_mask"], room),
+  }
+  return _decode(model, params, (), batch, length)
+
+
+def _decode(model, params, encoded, batch, length, **options):
+  step, cache, rows = model.start_decoding(params, encoded, batch)
+  rows.pop("row_axes")
+  return decoding.sample(
+    step,
+    cache,
+    None,
+    batch_size=len(batch["decoder_input_tokens"]),
+    max_decode_length=length,
+    temperature=0.0,
+    eos_id=-1,
+    **rows | options,
+  )
+
+
+def _encoder_decoder(model, params, given):
+  batch = {
+    "encoder_input_tokens": given["input_ids"],
+    "decoder_input_tokens": given["decoder_input_ids"],
+    "decoder_target_tokens": jnp.maximum(given["labels"], 0),
+  }
+
+  def loss_of(params):
+    encoded = model.encode(params, batch)
+    hidden = model.decoder_hidden(params, encoded, batch)
+    logits = model.decoder_logits(params, encoded, batch)
+    loss, log_probs = _loss(logits, given)
+    return loss, {
+      "encoded": encoded,
+      "hidden": hidden,
+      "logits": logits,
+      "log_probs": log_probs,
+    }
+
+  gradient, results = jax.grad(loss_of, has_aux=True)(params)
+  length = given["greedy_no_eos"].shape[1]
+  start = jnp.full(len(given["input_ids"]), given["decoder_start_token_id"])
+  decoded = {
+    **batch,
+    "decoder_input_tokens": jnp.zeros((len(start), length), jnp.int32),
+  }
+  greedy = _decode(
+    model,
+    params,
+    results["encoded"],
+    decoded,
+    length,
+    start_tokens=start.astype(jnp.int32),
+  )
+  return results | {
+    "gradient": gradient,
+    "greedy": greedy.tokens,
+    "greedy_log_probs": greedy.log_probs,
+  }
+
+
+def check_gradients(got):
+  """Compares the gradients of a few parameters."""
+  expected = {
+    k.removeprefix("grad/"): v
+    for k, v in got.expected.items()
+    if k.startswith("grad/")
+  }
+  assert len(expected) >= 3
+  for key, value in expected.items():
+    np.testing.assert_allclose(
+      got.gradient[key],
+      value,
+      rtol=0,
+      atol=1e-4 * np.abs(value).max(),
+      err_msg=key,
+    )
+
+
+def check_greedy(got):
+  """Compares greedy outputs that do not end."""
+  np.testing.assert_array_equal(got.greedy, got.expected["greedy_no_eos"])
+  np.testing.assert_allclose(
+    got.greedy_log_probs,
+    got.expected["greedy_no_eos_log_probs"],
+    rtol=0,
+    atol=1e-4,
+  )
