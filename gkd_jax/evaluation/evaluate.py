@@ -308,8 +308,8 @@ def random_streams(
   if "row_ids" not in inspect.signature(model.decode_fn).parameters:
     return {}, jax.random.fold_in(key, row_ids[0])
   # Each of several decodes, of which the best is kept, has its own stream.
-  options = model.default_decoder_params | dict(options or {})
-  decodes = int(options.get("num_decodes", 1))
+  merged = {**model.default_decoder_params, **(options or {})}
+  decodes = int(merged.get("num_decodes", 1))
   rows = row_ids[:, None] * decodes + jnp.arange(decodes)[None]
   return {"row_ids": rows.reshape(-1)}, key
 
