@@ -90,9 +90,8 @@ class T5Gemma(t5.Transformer):
     encoder_input_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes the inputs; see `t5.Transformer.encode`."""
-    if encoder_input_mask is None:
-      encoder_input_mask = encoder_input_tokens
-    mask = (encoder_input_mask > 0)[:, None]
+    tokens, mask = encoder_input_tokens, encoder_input_mask
+    mask = ((tokens if mask is None else mask) > 0)[:, None]
     if encoder_segment_ids is not None:
       mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
