@@ -58,6 +58,7 @@ def number(
   none: bool = False,
   schedule: bool = False,
   what: str = "a number",
+  where: str = "",
 ) -> None:
   """Checks a finite number.
 
@@ -73,27 +74,37 @@ def number(
     most: largest allowed.
     below: allowed numbers are smaller.
     none: whether None is allowed.
-    schedule: whether a function of the step is allowed; it is not called.
+    schedule: whether a function of the step is allowed. It is not called; of
+      those of `schedules` the ends are checked.
     what: the number is, such as "a temperature".
+    where: what else the message says of the value, such as " at step 3".
 
   Raises:
     ValueError: it is none, or outside of the range.
   """
-  if (none and value is None) or (schedule and callable(value)):
+  if none and value is None:
     return
-  fits = (
-    _is_a(numbers.Real, value)
-    and math.isfinite(value)
-    and (least is None or value >= least)
-    and (above is None or value > above)
-    and (most is None or value <= most)
-    and (below is None or value < below)
-  )
-  if not fits:
-    expected = what + _range(least, above, most, below)
-    if schedule and not _is_a(numbers.Real, value):
-      expected += ", or a schedule"
-    refuse(expected + _or_none(none), value, setting)
+
+  def fits(x):
+    return (
+      _is_a(numbers.Real, x)
+      and math.isfinite(x)
+      and (least is None or x >= least)
+      and (above is None or x > above)
+      and (most is None or x <= most)
+      and (below is None or x < below)
+    )
+
+  values = [value]
+  if schedule and callable(value):
+    values = getattr(value, "ends", ())
+    where = ", which the schedule reaches"
+  for x in values:
+    if not fits(x):
+      expected = what + _range(least, above, most, below)
+      if schedule and not _is_a(numbers.Real, x):
+        expected += ", or a schedule"
+      refuse(expected + _or_none(none), x, setting, where)
 
 
 def boolean(value: Any, setting: str) -> None:
@@ -212,18 +223,19 @@ def nearest(name: Any, known: Iterable[str]) -> list[str]:
   return difflib.get_close_matches(str(name), [*known], cutoff=0.5)
 
 
-def refuse(expected: str, value: Any, setting: str) -> None:
+def refuse(expected: str, value: Any, setting: str, where: str = "") -> None:
   """Raises the ValueError of a setting.
 
   Args:
     expected: what would be right.
     value: what was given.
     setting: its name.
+    where: what else is said of the value, such as " at step 3".
 
   Raises:
     ValueError: always.
   """
-  raise ValueError(f"expected {expected}, got {value!r}; set {setting}")
+  raise ValueError(f"expected {expected}, got {value!r}{where}; set {setting}")
 
 
 def _is_a(kind, value):

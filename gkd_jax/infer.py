@@ -1,12 +1,12 @@
 """Decodes and evaluates from a checkpoint: `gkd infer` and `gkd eval`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from gkd_jax import (
   checkpoints,
@@ -16,8 +16,13 @@ from gkd_jax import (
   files,
   partitioning,
 )
-from gkd_jax.evaluation import evaluate, measurements, teacher_data
-from gkd_jax.tasks import text_metrics
+from gkd_jax.evaluation import (
+  evaluate,
+  measurements,
+  teacher_data,
+  teacher_records,
+)
+from gkd_jax.tasks import example_statistics, text_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +117,11 @@ def infer(
 
   Args:
     settings: what to decode.
-    output_path: file of JSON lines `{"inputs", "prediction", "score", "ended"}`:
-      texts decoded by the vocabulary, the log-prob of the output in nats, summed
-      over its tokens, and whether it has EOS or was cut. With `shards`, the prefix of their paths.
+    output_path: file of JSON lines
+      `{"task", "inputs", "prediction", "score", "ended"}`: the task's name, texts
+      decoded by the vocabulary, the log-prob of the output in nats, summed over
+      its tokens, and whether it has EOS or was cut. With `shards`, the prefix of
+      their paths.
     shards: write TFRecord shards to train on instead (see `teacher_data`); an
       interrupted call is continued by the next.
 
@@ -147,10 +154,15 @@ def infer(
     )
     print(f"outputs for {total:,} examples are in {output_path}", flush=True)
     return
-  results = _Decoder(settings).predict(settings.seed)
   rows = [
-    {"inputs": text, "prediction": output, "score": score, "ended": ended}
-    for result in results.values()
+    {
+      "task": name,
+      "inputs": text,
+      "prediction": output,
+      "score": score,
+      "ended": ended,
+    }
+    for name, result in _Decoder(settings).predict().items()
     for text, output, score, ended in zip(
       result.inputs, result.outputs, result.scores, result.ended, strict=True
     )
@@ -171,14 +183,18 @@ def evaluate_checkpoint(
   """Decodes a split and scores it with the task's metrics.
 
   Writes into `eval_output_dir`:
-    metrics.json: the returned metrics.
-    predictions.jsonl: for each example input, target and prediction as the
-      metrics receive them, the log-prob of the prediction in nats, and
+    predictions.jsonl: for each example its task, input, target and prediction as
+      the metrics receive them, the log-prob of the prediction in nats, and
       `statistics`, the terms that the example adds to each metric (read by
       `compare`). With several samples the first one is the prediction,
       `samples` has all, and the statistics are their means, so that runs with
       different numbers of samples can be compared.
+    evaluation.json: what was evaluated.
+    metrics.json: the returned metrics; null for what is not finite.
     by_position.json: with `instruments`, see `measurements.measure`.
+
+  The predictions are written before anything is computed from them. A metric
+  that raises costs its own value.
 
   Args:
     settings: what to decode.
@@ -195,7 +211,8 @@ def evaluate_checkpoint(
     Name to value: the task's metrics, and the other measurements asked for.
 
   Raises:
-    ValueError: if a setting is wrong.
+    ValueError: if a setting is wrong, or, when all else is written, if a metric
+      function raised.
   """
   checks.path(eval_output_dir, "EVAL_OUTPUT_DIR")
   files.check_folder(eval_output_dir, "EVAL_OUTPUT_DIR")
@@ -203,37 +220,73 @@ def evaluate_checkpoint(
   checks.boolean(instruments, "infer.evaluate_checkpoint.instruments")
   checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
   settings = settings.fitted(teacher_checkpoint_path if instruments else None)
-  model, seed = settings.model, settings.seed
+  teacher_records.check_num_samples(
+    settings.model.student, num_samples, settings.temperature
+  )
+  folder = files.absolute(eval_output_dir)
   decoder = _Decoder(settings)
-  samples = [
-    decoder.predict(x) for x in (seed, *_more_seeds(seed, num_samples))
-  ]
-  scores, rows = _scores_and_rows(decoder.evaluator, samples)
-  tables = None
+  samples = [decoder.predict(number) for number in range(num_samples)]
+  rows = _rows(samples)
+  _write(folder / "predictions.jsonl", rows)
+  values, scores = _scores(decoder.evaluator, samples)
+  about = {
+    "mixture_or_task_name": settings.mixture_or_task_name,
+    "mixture_or_task_module": settings.mixture_or_task_module,
+    "split": settings.split,
+    "metrics": list(values.numbers),
+  }
+  _write(folder / "evaluation.json", about)
+  _write(folder / "metrics.json", scores)
+  _add_statistics(rows, decoder.evaluator, samples)
+  _write(folder / "predictions.jsonl", rows)
   if instruments:
-    teacher_params = None
-    if model.teacher is not None:
-      teacher_params = measurements.load_teacher(
-        model, teacher_checkpoint_path, decoder.mesh
-      )
-    measured, tables = measurements.measure(
-      decoder.evaluator,
-      decoder.mesh,
-      model,
-      decoder.params,
-      teacher_params,
-      seed=seed,
-    )
+    measured, tables = _measure(decoder, settings, teacher_checkpoint_path)
     scores |= measured
-  if jax.process_index() == 0:
-    folder = files.absolute(eval_output_dir)
-    files.write_json_lines(folder / "predictions.jsonl", rows)
-    if tables is not None:
-      files.write_json(folder / "by_position.json", tables, indent=None)
-    files.write_json(folder / "metrics.json", scores, indent=None)
+    _write(folder / "by_position.json", tables)
+    _write(folder / "metrics.json", scores)
+  for line in values.problems():
+    print(line, flush=True)
   shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
   print(f"{len(rows):,} examples of {settings.split}: {shown}", flush=True)
+  if values.failed:
+    raise ValueError(
+      f"expected values of all metrics, got none of {', '.join(values.failed)};"
+      f" set metric_fns of {settings.mixture_or_task_name} (outputs and other"
+      f" metrics are in {folder})"
+    )
   return scores
+
+
+def _write(path, value):
+  """Writes JSON, or a line for each of several values, from one process."""
+  if jax.process_index():
+    return
+  if path.suffix == ".jsonl":
+    files.write_json_lines(path, map(_finite, value))
+  else:
+    files.write_json(path, _finite(value), indent=None)
+
+
+def _finite(values):
+  """Returns a dictionary with None for numbers that JSON does not know."""
+  is_bad = lambda x: isinstance(x, float) and not math.isfinite(x)
+  return {k: None if is_bad(v) else v for k, v in values.items()}
+
+
+def _measure(decoder, settings, teacher_checkpoint_path):
+  model, teacher_params = settings.model, None
+  if model.teacher is not None:
+    teacher_params = measurements.load_teacher(
+      model, teacher_checkpoint_path, decoder.mesh
+    )
+  return measurements.measure(
+    decoder.evaluator,
+    decoder.mesh,
+    model,
+    decoder.params,
+    teacher_params,
+    seed=settings.seed,
+  )
 
 
 class _Decoder:
@@ -257,53 +310,68 @@ class _Decoder:
       settings.load_params(), partitioning.replicated(self.mesh)
     )
 
-  def predict(self, seed: int) -> Mapping[str, evaluate.Predictions]:
+    if not self.evaluator.num_examples:
+      raise ValueError(
+        f"expected examples in the split {settings.split!r} of"
+        f" {settings.mixture_or_task_name}, got none; set EVAL_SPLIT"
+      )
+
+  def predict(
+    self, sample_number: int = 0
+  ) -> Mapping[str, evaluate.Predictions]:
     temperature = self._settings.temperature
     return self.evaluator.predict(
       self._settings.model.student,
       self.params,
-      seed=seed,
+      seed=self._settings.seed,
+      sample_number=sample_number,
       decoder_params={"temperature": temperature} if temperature else None,
     )
 
 
-def _more_seeds(seed: int, number: int) -> list[int]:
-  """Returns the seeds of the second to the last sample."""
-  return [
-    int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-    for i in range(1, number)
-  ]
-
-
-def _scores_and_rows(evaluator, samples):
-  """Returns the metrics, and the rows of `predictions.jsonl`."""
-  pooled = {
-    name: evaluate.pool([sample[name] for sample in samples])
-    for name in samples[0]
-  }
-  scores = evaluator.score(pooled)
-  statistics = [evaluator.example_statistics(sample) for sample in samples]
+def _rows(samples):
+  """Returns the rows of `predictions.jsonl`, without statistics."""
   rows = []
   for name, first in samples[0].items():
     of_task = [sample[name] for sample in samples]
-    if len(samples) > 1:
-      outputs = list(zip(*(s.outputs for s in of_task), strict=True))
-      prefix = f"{name}/" if len(pooled) > 1 else ""
-      for key, value in text_metrics.self_bleu(outputs).items():
-        scores[prefix + key] = value
     for i, text in enumerate(first.inputs):
       row = {
+        "task": name,
         "inputs": text,
         "target": first.targets[i],
         "prediction": first.predictions[i],
         "score": first.scores[i],
       }
+      if first.target_scores:
+        row["target_score"] = first.target_scores[i]
       if len(samples) > 1:
         row["samples"] = [s.predictions[i] for s in of_task]
-      parts = [of_sample[len(rows)] for of_sample in statistics]
-      row["statistics"] = {
-        key: np.mean([part[key] for part in parts], axis=0).tolist()
-        for key in parts[0]
-      }
       rows.append(row)
-  return scores, rows
+  return rows
+
+
+def _scores(evaluator, samples):
+  """Returns `MetricValues` over all samples, and their numbers with Self-BLEU."""
+  pooled = {
+    name: evaluate.pool([sample[name] for sample in samples])
+    for name in samples[0]
+  }
+  values = evaluator.values(pooled)
+  scores = dict(values.numbers)
+  if len(samples) > 1:
+    for name in pooled:
+      outputs = zip(*(sample[name].outputs for sample in samples), strict=True)
+      diversity = text_metrics.self_bleu(list(outputs))
+      scores |= {evaluator.prefix(name) + k: v for k, v in diversity.items()}
+  return values, scores
+
+
+def _add_statistics(rows, evaluator, samples):
+  """Adds to each row the mean statistics of its samples."""
+  statistics = [evaluator.example_statistics(sample) for sample in samples]
+  for row, parts in zip(rows, zip(*statistics, strict=True), strict=True):
+    row["statistics"] = {
+      key: example_statistics.mean_of([part[key] for part in parts])
+      for key in parts[0]
+      if all(key in part for part in parts)
+    }

@@ -68,6 +68,13 @@ def _sentence(error: Exception) -> str | None:
       f"expected a file or folder that can be used, got {error.filename!r}"
       f" ({error.strerror}); set another path, or its rights"
     )
+  text = str(error).partition("\n")[0]
+  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
+    return (
+      f"expected programs that fit into the devices' memory, got {text}; set"
+      " NUM_MICROBATCHES, LOSS_CHUNK_SIZE, SHARD_PARAMS_OVER_DATA or what else"
+      " docs/settings.md names, and try it with `gkd precompile`"
+    )
   if not isinstance(error, ValueError | ImportError | FloatingPointError):
     return None
   # Gin adds what it was building.

@@ -14,6 +14,7 @@ paper (tables A.1-A.4).
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def constant(value: float) -> types.Schedule:
     del step
     return np.float32(value)
 
-  return schedule
+  return _between(schedule, [value])
 
 
 def piecewise_linear(
@@ -94,7 +95,7 @@ def piecewise_linear(
     value = (1 - weight) * xp.take(values, after - 1)
     return (value + weight * xp.take(values, after)).astype(xp.float32)
 
-  return schedule
+  return _between(schedule, [value for _, value in points])
 
 
 def linear(start: float, end: float, steps: int) -> types.Schedule:
@@ -139,7 +140,7 @@ def cosine(start: float, end: float, steps: int) -> types.Schedule:
       xp.float32
     )
 
-  return schedule
+  return _between(schedule, [start, end])
 
 
 def warmup_cooldown(
@@ -184,6 +185,11 @@ def as_schedule(value: float | types.Schedule) -> types.Schedule:
   return constant(value)
 
 
+def at(value: float | types.Schedule, step: int | jax.Array) -> Any:
+  """Returns a schedule's value at `step`, and a number as it is."""
+  return value(step) if callable(value) else value
+
+
 def host_value(schedule: float | types.Schedule, step: int) -> float:
   """Returns the value at `step` as a Python float.
 
@@ -197,6 +203,12 @@ def host_value(schedule: float | types.Schedule, step: int) -> float:
     ValueError: if `schedule` is neither a number nor callable.
   """
   return float(as_schedule(schedule)(step))
+
+
+def _between(schedule, values):
+  """Returns the schedule, which says its smallest and its largest value."""
+  schedule.ends = min(values), max(values)
+  return schedule
 
 
 def _check_finite(name, value):

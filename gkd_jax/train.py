@@ -76,6 +76,9 @@ def train(
   task = data.load_task(
     dataset.mixture_or_task_name, dataset.mixture_or_task_module
   )
+  evaluation = dataclasses.replace(
+    evaluation, split=_eval_split(task, evaluation)
+  )
   stated = _stated_tokens(
     model, model_dir, initial_checkpoint_path, teacher_checkpoint_path
   )
@@ -91,7 +94,17 @@ def train(
   # Of an iterator of its own: the run's stays where it is.
   batch = preflight.draw(examples())
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
+  evaluations = run_evaluations.RunEvaluations(
+    model,
+    teacher_params,
+    task=task,
+    dataset=dataset,
+    settings=evaluation,
+    mesh=run.mesh,
+    best_metric=checkpoints.best_metric,
+  )
   found = preflight.table(run, model, dataset, teacher_params, batch)
+  found += evaluations.table()
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
@@ -108,7 +121,7 @@ def train(
         same_asked=initial_checkpoint_path == teacher_checkpoint_path,
       )
       found += rows
-  print(preflight.text(found, warnings), flush=True)
+  print(preflight.text(found, evaluations.warnings + warnings), flush=True)
   if dry_run:
     return {}
   batches = training.RolloutBatches(
@@ -150,16 +163,6 @@ def train(
       ) as log,
       training.Profiler(model_dir, logging.profile_steps) as profiler,
     ):
-      evaluations = run_evaluations.RunEvaluations(
-        model,
-        teacher_params,
-        log,
-        task=task,
-        dataset=dataset,
-        settings=evaluation,
-        mesh=run.mesh,
-        best_metric=checkpoints.best_metric,
-      )
       with training.StopSignal() as stop:
         for step in range(start, train_steps):
           source = model.source_of_step(seed, step)
@@ -191,13 +194,13 @@ def train(
             log.say(messages.interrupted(model_dir, done))
             raise training.Stopped(stop.number)
           if done % evaluation.period == 0 and not last:
-            scores = evaluations.at(done, state.params)
+            scores = evaluations.at(done, state.params, log)
             recorded = checkpointer.record(done, scores)
             if not recorded and checkpointer.is_best(scores):
               save(done, state, metrics=scores)
-      scores = evaluations.at(train_steps, state.params)
+      scores = evaluations.at(train_steps, state.params, log)
       checkpointer.record(train_steps, scores)
-      evaluations.final(state.params, seed)
+      evaluations.final(state.params, seed, log)
       log.say(messages.finished(model_dir, train_steps, evaluations.failed))
     return scores
 
@@ -221,9 +224,30 @@ def _is_finished(model_dir, step, train_steps, evaluation):
   final = files.absolute(model_dir) / "final.json"
   return step > train_steps or (
     step == train_steps
-    and checkpoint_files.saved_metrics(model_dir, step)
+    and (
+      not evaluation.split or checkpoint_files.saved_metrics(model_dir, step)
+    )
     and (not evaluation.final_split or final.exists())
   )
+
+
+def _eval_split(task, evaluation):
+  """Returns the split of the evaluations, None for none; checks all splits."""
+  split = evaluation.split
+  # The default, which a task need not have; another one is meant.
+  if split == "validation" and not data.has_split(task, split):
+    print(
+      f"no evaluation: {task.name} has no split {split!r}; set EVAL_SPLIT",
+      flush=True,
+    )
+    split = None
+  for setting, wanted in (
+    ("EVAL_SPLIT", split),
+    ("FINAL_EVAL_SPLIT", evaluation.final_split),
+  ):
+    if wanted is not None:
+      data.tasks_with_split(task, wanted, setting=setting)
+  return split
 
 
 def _examples(model, task, dataset, mesh, seed, model_dir, start):

@@ -334,17 +334,19 @@ class Reward(Protocol):
     outputs: Sequence[str],
     examples: Sequence[Mapping[str, Any]],
     /,
-  ) -> Sequence[float]:
+  ) -> Sequence[float | None]:
     """Judges each output.
 
     Args:
       inputs: B decoded inputs.
       outputs: B decoded outputs; one input may come several times.
       examples: B examples, at least `inputs` and `targets`, decoded; a task
-        without references has an empty text there.
+        without references has an empty text there. `ended` is whether the
+        output has ended, and was not cut at its longest length.
 
     Returns:
-      `[B]` floats, the higher the better.
+      `[B]` floats, the higher the better. None or NaN for an output that cannot
+      be judged, which is then not reinforced.
     """
     ...
 

@@ -17,11 +17,11 @@ Tasks registered here: `bbh` with T5's vocabulary, `bbh_bytes` with bytes.
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import seqio
 
-from gkd_jax.tasks import few_shot, sources, vocabularies
+from gkd_jax.tasks import few_shot, sources
 
 FOLDER = "$BBH_DIR"
 _SUBTASKS = """
@@ -54,32 +54,28 @@ def read(path: str) -> list[dict[str, str]]:
   Raises:
     ValueError: If it has another form.
   """
-  with open(path, encoding="utf-8") as text:
-    try:
-      examples = json.load(text)["examples"]
-      return [
-        {k: str(e[k]).strip() for k in ("input", "target")} for e in examples
-      ]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
-        "expected an object whose 'examples' have 'input' and 'target', got "
-        f"another form in {path} ({error!r}); set the variable BBH_DIR"
-      ) from error
+  try:
+    examples = json.loads(sources.read_text(path))["examples"]
+    return [
+      {k: str(e[k]).strip() for k in ("input", "target")} for e in examples
+    ]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      "expected an object whose 'examples' have 'input' and 'target', got "
+      f"another form in {path} ({error!r}); set the variable BBH_DIR"
+    ) from error
 
 
-def load_columns(
+def load_questions(
   split: str, *, folder: str, subtasks: Sequence[str], num_shots: int
-) -> sources.Columns:
-  """The columns of `few_shot.join_shots`, subtask after subtask.
+) -> Iterator[few_shot.Question]:
+  """The questions, subtask after subtask.
 
   Raises:
     ValueError: If a file is missing or has another form, or has no more
       examples than the worked ones.
   """
   del split  # There is one.
-  names = few_shot.shot_names(num_shots)
-  keys = ("header", "question", "targets", "group", *names)
-  columns: dict[str, list[str]] = {key: [] for key in keys}
   for subtask in subtasks:
     path = few_shot.find_file(folder, f"{subtask}.json", setting="BBH_DIR")
     examples = read(path)
@@ -88,14 +84,18 @@ def load_columns(
         f"expected more than {num_shots} examples, got {len(examples)} in "
         f"{path}; set the variable BBH_DIR or num_shots"
       )
+    shots = [
+      f"Q: {shot['input']}\nA: {shot['target']}\n\n"
+      for shot in examples[:num_shots]
+    ]
     for example in examples[num_shots:]:
-      columns["header"].append("")
-      columns["question"].append(f"Q: {example['input']}\nA:")
-      columns["targets"].append(example["target"])
-      columns["group"].append(task_of(subtask))
-      for name, shot in zip(names, examples, strict=False):
-        columns[name].append(f"Q: {shot['input']}\nA: {shot['target']}\n\n")
-  return columns
+      yield few_shot.Question(
+        header="",
+        question=f"Q: {example['input']}\nA:",
+        targets=example["target"],
+        group=task_of(subtask),
+        shots=shots,
+      )
 
 
 def add_bbh_task(
@@ -106,30 +106,23 @@ def add_bbh_task(
   num_shots: int = NUM_SHOTS,
   vocabulary: seqio.Vocabulary | None = None,
 ) -> seqio.Task:
-  """Registers the task under a name; no file is read yet.
+  """Registers the task; see `few_shot.add_task`.
 
   Args:
     name: The name of the task.
     folder: Of the benchmark; `~` and `$VARIABLE` are expanded when it is read.
     subtasks: Those that are averaged; the file of each must be there.
-    num_shots: Worked examples before each question, fewer where the length of
-      the inputs does not hold them all.
+    num_shots: Worked examples before each question.
     vocabulary: Of inputs and targets; None for T5's SentencePiece.
-
-  Returns:
-    The task. Its metrics are those of `few_shot.grouped_exact_match`.
-
-  Raises:
-    ValueError: If the name is taken.
   """
-  load = functools.partial(
-    load_columns, folder=folder, subtasks=subtasks, num_shots=num_shots
-  )
   return few_shot.add_task(
     name,
-    sources.ColumnsDataSource(load, splits=("test",)),
+    functools.partial(
+      load_questions, folder=folder, subtasks=subtasks, num_shots=num_shots
+    ),
+    splits=("test",),
     num_shots=num_shots,
-    vocabulary=vocabulary or vocabularies.t5_vocabulary(),
+    vocabulary=vocabulary,
   )
 
 

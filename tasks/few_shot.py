@@ -1,13 +1,18 @@
 """Few-shot evaluation: prompts that fit, and the mean over groups of examples."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import preprocessors
+from gkd_jax.tasks import (
+  example_statistics,
+  preprocessors,
+  sources,
+  text_tasks,
+)
 
 
 def shot_names(num_shots: int) -> tuple[str, ...]:
@@ -17,6 +22,24 @@ def shot_names(num_shots: int) -> tuple[str, ...]:
   ('shot_0', 'shot_1')
   """
   return tuple(f"shot_{i}" for i in range(num_shots))
+
+
+class Question(NamedTuple):
+  """A question of a benchmark, with its worked examples.
+
+  Attributes:
+    header: What stands before all.
+    question: Up to where the answer goes.
+    targets: The answer.
+    group: Over which the metric is averaged.
+    shots: The worked examples, `num_shots` of them.
+  """
+
+  header: str
+  question: str
+  targets: str
+  group: str
+  shots: Sequence[str]
 
 
 def join_shots(
@@ -33,7 +56,7 @@ def join_shots(
   end, as any input.
 
   Args:
-    dataset: Texts `header`, `question`, `targets`, `group`, and `shot_names`.
+    dataset: The texts of `Question`, shots under `shot_names`.
     sequence_length: The length of `inputs` in tokens; None for no limit.
     output_features: Of the task; the vocabulary of `inputs` counts tokens.
     num_shots: The most worked examples.
@@ -78,6 +101,13 @@ def grouped_target(
   return group, preprocessors.whole_target(output, example, is_target)
 
 
+def _in_group(target: tuple[str, str], prediction: str):
+  group, answer = target
+  hit = [100.0 * (prediction.strip() == answer.strip()), 1.0]
+  return {"accuracy": {group: hit}, f"accuracy/{group}": hit}
+
+
+@example_statistics.declare(_in_group)
 def grouped_exact_match(
   targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, float]:
@@ -139,17 +169,28 @@ def find_file(folder: str, *parts: str, setting: str) -> str:
 
 def add_task(
   name: str,
-  source: seqio.DataSource,
+  load_questions: Callable[[str], Iterable[Question]],
   *,
+  splits: Sequence[str],
   num_shots: int,
-  vocabulary: seqio.Vocabulary,
+  vocabulary: seqio.Vocabulary | None,
 ) -> seqio.Task:
-  """Registers a few-shot task over a source with the columns of `join_shots`.
+  """Registers a few-shot task under a name; no file is read yet.
+
+  Args:
+    name: The name of the task.
+    load_questions: From the name of a split to its questions.
+    splits: The names of the splits.
+    num_shots: Worked examples before each question, fewer where the length of
+      the inputs does not hold them all.
+    vocabulary: Of inputs and targets; None for T5's SentencePiece.
+
+  Returns:
+    The task. Its metrics are those of `grouped_exact_match`.
 
   Raises:
     ValueError: If the name is taken.
   """
-  feature = seqio.Feature(vocabulary)
 
   # seqio gives lengths and features to parameters of these names.
   def joined(dataset, sequence_length, output_features):
@@ -157,15 +198,27 @@ def add_task(
       dataset, sequence_length, output_features, num_shots=num_shots
     )
 
-  return seqio.TaskRegistry.add(
+  return text_tasks.add(
     name,
-    source=source,
-    preprocessors=[
-      joined,
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={"inputs": feature, "targets": feature},
+    sources.ColumnsDataSource(
+      lambda split: _columns(load_questions(split), num_shots), splits=splits
+    ),
+    [joined],
+    [grouped_exact_match],
+    vocabulary=vocabulary,
     postprocess_fn=grouped_target,
-    metric_fns=[grouped_exact_match],
   )
+
+
+def _columns(
+  questions: Iterable[Question], num_shots: int
+) -> dict[str, list[str]]:
+  """The columns that `join_shots` reads."""
+  columns: dict[str, list[str]] = {}
+  names = shot_names(num_shots)
+  for question in questions:
+    texts = question._asdict()
+    texts |= zip(names, texts.pop("shots"), strict=True)
+    for name, text in texts.items():
+      columns.setdefault(name, []).append(text)
+  return columns

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import preprocessors, text_metrics, vocabularies
+from gkd_jax.tasks import text_metrics, text_tasks
 
 MAX_TRAIN_EXAMPLES = 30_000
 MAX_RATE = 3_000.0
@@ -301,21 +301,15 @@ def add_flan_task(
   Raises:
     ValueError: If the name is taken.
   """
-  feature = seqio.Feature(vocabulary or vocabularies.t5_vocabulary())
   train = f"train[:{max_train_examples}]" if source.large else "train"
-  return seqio.TaskRegistry.add(
+  return text_tasks.add(
     name,
-    source=seqio.TfdsDataSource(
+    seqio.TfdsDataSource(
       source.data, splits={"train": train, "validation": "validation"}
     ),
-    preprocessors=[
-      functools.partial(instruct, source=source),
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={"inputs": feature, "targets": feature},
-    postprocess_fn=preprocessors.whole_target,
-    metric_fns=[text_metrics.rouge if source.summary else exact_match],
+    [functools.partial(instruct, source=source)],
+    [text_metrics.rouge if source.summary else exact_match],
+    vocabulary=vocabulary,
   )
 
 

@@ -14,7 +14,7 @@ bytes, which needs no vocabulary file.
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import calculator, preprocessors, vocabularies
+from gkd_jax.tasks import calculator, text_tasks
 
 # Question and worked answer of Wei et al. (2022), appendix G, the first four.
 EXEMPLARS = (
@@ -98,25 +98,20 @@ def add_gsm8k_task(
   Raises:
     ValueError: If the name is taken.
   """
-  feature = seqio.Feature(vocabulary or vocabularies.t5_vocabulary())
-  return seqio.TaskRegistry.add(
+  source = seqio.TfdsDataSource(
+    "gsm8k:1.0.0",
+    splits={
+      "train": "train[:94%]",
+      "validation": "train[94%:]",
+      "test": "test",
+    },
+  )
+  return text_tasks.add(
     name,
-    source=seqio.TfdsDataSource(
-      "gsm8k:1.0.0",
-      splits={
-        "train": "train[:94%]",
-        "validation": "train[94%:]",
-        "test": "test",
-      },
-    ),
-    preprocessors=[
-      chain_of_thought,
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={"inputs": feature, "targets": feature},
-    postprocess_fn=preprocessors.whole_target,
-    metric_fns=[calculator.final_number_accuracy],
+    source,
+    [chain_of_thought],
+    [calculator.final_number_accuracy],
+    vocabulary=vocabulary,
   )
 
 

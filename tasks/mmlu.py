@@ -13,11 +13,12 @@ Tasks registered here: `mmlu` with T5's vocabulary, `mmlu_bytes` with bytes.
 
 import csv
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 
 import seqio
 
-from gkd_jax.tasks import few_shot, sources, vocabularies
+from gkd_jax.tasks import few_shot, sources
 
 FOLDER = "$MMLU_DIR"
 _SUBJECTS = """
@@ -77,8 +78,8 @@ def read(path: str) -> list[list[str]]:
   Raises:
     ValueError: If a line has another form.
   """
-  with open(path, encoding="utf-8", newline="") as lines:
-    rows = [row for row in csv.reader(lines) if row]
+  lines = io.StringIO(sources.read_text(path), newline="")
+  rows = [row for row in csv.reader(lines) if row]
   for number, row in enumerate(rows, start=1):
     if len(row) != 6 or row[5] not in tuple(_LETTERS):
       raise ValueError(
@@ -88,35 +89,33 @@ def read(path: str) -> list[list[str]]:
   return rows
 
 
-def load_columns(
+def load_questions(
   split: str, *, folder: str, subjects: Sequence[str], num_shots: int
-) -> sources.Columns:
-  """The columns of `few_shot.join_shots` for a split, subject after subject.
+) -> Iterator[few_shot.Question]:
+  """The questions of a split, subject after subject.
 
   Raises:
     ValueError: If a subject's file is missing, a line has another form, or
       there are too few worked examples.
   """
-  names = few_shot.shot_names(num_shots)
-  keys = ("header", "question", "targets", "group", *names)
-  columns: dict[str, list[str]] = {key: [] for key in keys}
   find = functools.partial(few_shot.find_file, folder, setting="MMLU_DIR")
   for subject in subjects:
-    shots = read(find("dev", f"{subject}_dev.csv"))
-    if len(shots) < num_shots:
+    worked = read(find("dev", f"{subject}_dev.csv"))
+    if len(worked) < num_shots:
       raise ValueError(
-        f"expected {num_shots} worked examples of {subject}, got {len(shots)};"
+        f"expected {num_shots} worked examples of {subject}, got {len(worked)};"
         " set the variable MMLU_DIR or num_shots"
       )
+    shots = [f"{question(row)} {row[5]}\n\n" for row in worked[:num_shots]]
     kind = _FILES[split]
     for row in read(find(kind, f"{subject}_{kind}.csv")):
-      columns["header"].append(header(subject))
-      columns["question"].append(question(row))
-      columns["targets"].append(row[5])
-      columns["group"].append(subject)
-      for name, shot in zip(names, shots, strict=False):
-        columns[name].append(f"{question(shot)} {shot[5]}\n\n")
-  return columns
+      yield few_shot.Question(
+        header=header(subject),
+        question=question(row),
+        targets=row[5],
+        group=subject,
+        shots=shots,
+      )
 
 
 def add_mmlu_task(
@@ -127,30 +126,23 @@ def add_mmlu_task(
   num_shots: int = NUM_SHOTS,
   vocabulary: seqio.Vocabulary | None = None,
 ) -> seqio.Task:
-  """Registers the task under a name; no file is read yet.
+  """Registers the task; see `few_shot.add_task`.
 
   Args:
     name: The name of the task.
     folder: Of the benchmark; `~` and `$VARIABLE` are expanded when it is read.
     subjects: Those that are averaged; the file of each must be there.
-    num_shots: Worked examples before each question, fewer where the length of
-      the inputs does not hold them all.
+    num_shots: Worked examples before each question.
     vocabulary: Of inputs and targets; None for T5's SentencePiece.
-
-  Returns:
-    The task. Its metrics are those of `few_shot.grouped_exact_match`.
-
-  Raises:
-    ValueError: If the name is taken.
   """
-  load = functools.partial(
-    load_columns, folder=folder, subjects=subjects, num_shots=num_shots
-  )
   return few_shot.add_task(
     name,
-    sources.ColumnsDataSource(load, splits=tuple(_FILES)),
+    functools.partial(
+      load_questions, folder=folder, subjects=subjects, num_shots=num_shots
+    ),
+    splits=tuple(_FILES),
     num_shots=num_shots,
-    vocabulary=vocabulary or vocabularies.t5_vocabulary(),
+    vocabulary=vocabulary,
   )
 
 

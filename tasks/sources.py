@@ -9,6 +9,27 @@ import tensorflow as tf
 Columns = Mapping[str, Sequence[str]]
 
 
+def read_text(path: str) -> str:
+  """The text of a file, with U+FFFD in place of bytes that are not UTF-8.
+
+  Prints the lines that have such bytes.
+  """
+  with tf.io.gfile.GFile(path, "rb") as file:
+    content = file.read()
+  try:
+    return content.decode()
+  except UnicodeDecodeError:
+    text = content.decode(errors="replace")
+    pairs = zip(text.split("\n"), content.split(b"\n"), strict=True)
+    bad = [
+      str(number)
+      for number, (line, raw) in enumerate(pairs, start=1)
+      if line.encode() != raw
+    ]
+    print(f"not UTF-8, read with U+FFFD: line {', '.join(bad)} of {path}")
+    return text
+
+
 class ColumnsDataSource(seqio.DataSource):
   """Examples held as columns of strings, read when first asked for.
 

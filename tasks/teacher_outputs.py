@@ -9,6 +9,7 @@ did not end it, and a student must not learn to end there.
 """
 
 import functools
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,26 +28,25 @@ def _read(
   # The last two arguments make a file that was written anew be read anew.
   del modified_ns, size
   inputs, targets, ended = [], [], []
-  with tf.io.gfile.GFile(path) as lines:
-    for number, line in enumerate(lines, start=1):
-      try:
-        row = json.loads(line)
-        pair = row["inputs"], row["prediction"]
-        # Files of before say nothing of it.
-        whole = row.get("ended", True)
-      except (ValueError, KeyError, TypeError):
-        pair, whole = (None, None), True
-      if not all(isinstance(text, str) for text in pair) or whole not in (0, 1):
-        raise ValueError(
-          "expected lines of JSON with the texts 'inputs' and 'prediction', and"
-          " 'ended' true or false, "
-          f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
-          "a file that `gkd infer` wrote"
-        )
-      if whole or not drop_cut:
-        inputs.append(pair[0])
-        targets.append(pair[1])
-        ended.append(bool(whole))
+  for number, line in enumerate(io.StringIO(sources.read_text(path)), start=1):
+    try:
+      row = json.loads(line)
+      pair = row["inputs"], row["prediction"]
+      # Files of before say nothing of it.
+      whole = row.get("ended", True)
+    except (ValueError, KeyError, TypeError):
+      pair, whole = (None, None), True
+    if not all(isinstance(text, str) for text in pair) or whole not in (0, 1):
+      raise ValueError(
+        "expected lines of JSON with the texts 'inputs' and 'prediction', and"
+        " 'ended' true or false, "
+        f"got {line.strip()[:80]!r} in line {number} of {path}; set path to "
+        "a file that `gkd infer` wrote"
+      )
+    if whole or not drop_cut:
+      inputs.append(pair[0])
+      targets.append(pair[1])
+      ended.append(bool(whole))
   if not inputs:
     raise ValueError(
       f"expected at least one line in {path}, got none"
@@ -182,7 +182,7 @@ def without_eos_where_cut(
   Returns:
     The dataset without `ended`.
   """
-  if "ended" not in dataset.element_spec:
+  if "ended" not in set(dataset.element_spec):
     return dataset
   eos_id = output_features["targets"].vocabulary.eos_id
 

@@ -7,6 +7,8 @@ in the same order of examples, and return a dictionary of floats.
 import re
 from collections.abc import Sequence
 
+from gkd_jax.tasks import example_statistics
+
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
   """The least number of insertions, deletions and substitutions, a to b.
@@ -33,6 +35,15 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
   return row[-1]
 
 
+def _phoneme_errors(references: Sequence[str], prediction: str):
+  distance, length = count_phoneme_errors(references, prediction)
+  return {
+    "per": [100.0 * distance, float(length)],
+    "wer": [100.0 * (distance > 0), 1.0],
+  }
+
+
+@example_statistics.declare(_phoneme_errors)
 def phoneme_error_rates(
   targets: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
@@ -110,6 +121,15 @@ def _check_pairs(targets: Sequence, predictions: Sequence) -> None:
 _STEP = re.compile(r"(-?\d+)([-+])(\d+)=(-?\d+)")
 
 
+def _chain(target: str, prediction: str):
+  is_right, valid, steps = check_chain(target, prediction)
+  return {
+    "answer_accuracy": [100.0 * is_right, 1.0],
+    "valid_steps": [100.0 * valid, float(steps)],
+  }
+
+
+@example_statistics.declare(_chain)
 def chain_accuracy(
   targets: Sequence[str], predictions: Sequence[str]
 ) -> dict[str, float]:
@@ -197,7 +217,10 @@ def rouge(
   *,
   use_stemmer: bool = False,
 ) -> dict[str, float]:
-  """ROUGE-1, ROUGE-2 and ROUGE-L, mean F-measures (Lin 2004).
+  """ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum, mean F-measures (Lin 2004).
+
+  ROUGE-Lsum compares summaries sentence by sentence: a line break ends a
+  sentence, and as in the T5 tasks so does a full stop between spaces.
 
   Args:
     targets: The reference summaries.
@@ -206,7 +229,7 @@ def rouge(
       numbers with and without are not comparable.
 
   Returns:
-    `rouge1`, `rouge2` and `rougeL`, in percent.
+    `rouge1`, `rouge2`, `rougeL` and `rougeLsum`, in percent.
 
   Raises:
     ValueError: If the two differ in length or are empty.
@@ -214,10 +237,10 @@ def rouge(
   from rouge_score import rouge_scorer
 
   _check_pairs(targets, predictions)
-  names = ["rouge1", "rouge2", "rougeL"]
+  names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
   scorer = rouge_scorer.RougeScorer(names, use_stemmer=use_stemmer)
   scores = [
-    scorer.score(target, prediction)
+    scorer.score(_sentences(target), _sentences(prediction))
     for target, prediction in zip(targets, predictions, strict=True)
   ]
   return {
@@ -226,6 +249,12 @@ def rouge(
   }
 
 
+def _sentences(summary: str) -> str:
+  """One sentence in a line."""
+  return summary.replace(" . ", " .\n")
+
+
+@example_statistics.declare(example_statistics.bleu)
 def bleu(
   targets: Sequence[str], predictions: Sequence[str]
 ) -> dict[str, float]:
@@ -250,6 +279,7 @@ def bleu(
   return {"bleu": score.score}
 
 
+@example_statistics.declare(example_statistics.chrf)
 def chrf(
   targets: Sequence[str], predictions: Sequence[str]
 ) -> dict[str, float]:

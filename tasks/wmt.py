@@ -12,7 +12,7 @@ import functools
 
 import seqio
 
-from gkd_jax.tasks import preprocessors, text_metrics, vocabularies
+from gkd_jax.tasks import preprocessors, text_metrics, text_tasks
 
 PREFIX = "translate English to German: "
 
@@ -32,23 +32,18 @@ def add_wmt_task(
   Raises:
     ValueError: If the name is taken.
   """
-  feature = seqio.Feature(vocabulary or vocabularies.t5_vocabulary())
-  return seqio.TaskRegistry.add(
+  pair = functools.partial(
+    preprocessors.prefixed_pair,
+    inputs_key="en",
+    targets_key="de",
+    prefix=PREFIX,
+  )
+  return text_tasks.add(
     name,
-    source=seqio.TfdsDataSource("wmt_t2t_translate/de-en:1.0.0"),
-    preprocessors=[
-      functools.partial(
-        preprocessors.prefixed_pair,
-        inputs_key="en",
-        targets_key="de",
-        prefix=PREFIX,
-      ),
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={"inputs": feature, "targets": feature},
-    postprocess_fn=preprocessors.whole_target,
-    metric_fns=[text_metrics.bleu, text_metrics.chrf],
+    seqio.TfdsDataSource("wmt_t2t_translate/de-en:1.0.0"),
+    [pair],
+    [text_metrics.bleu, text_metrics.chrf],
+    vocabulary=vocabulary,
   )
 
 

@@ -13,7 +13,7 @@ import functools
 
 import seqio
 
-from gkd_jax.tasks import preprocessors, text_metrics, vocabularies
+from gkd_jax.tasks import preprocessors, text_metrics, text_tasks
 
 # The paper does not print its prefix; this is the one that T5 was trained on.
 PREFIX = "summarize: "
@@ -29,28 +29,23 @@ def add_xsum_task(
     vocabulary: Of inputs and targets; None for T5's SentencePiece.
 
   Returns:
-    The task. Its metrics are `rouge1`, `rouge2` and `rougeL`, in percent.
+    The task. Its metrics are those of `text_metrics.rouge`, in percent.
 
   Raises:
     ValueError: If the name is taken.
   """
-  feature = seqio.Feature(vocabulary or vocabularies.t5_vocabulary())
-  return seqio.TaskRegistry.add(
+  pair = functools.partial(
+    preprocessors.prefixed_pair,
+    inputs_key="document",
+    targets_key="summary",
+    prefix=PREFIX,
+  )
+  return text_tasks.add(
     name,
-    source=seqio.TfdsDataSource("xsum:1.1.0"),
-    preprocessors=[
-      functools.partial(
-        preprocessors.prefixed_pair,
-        inputs_key="document",
-        targets_key="summary",
-        prefix=PREFIX,
-      ),
-      seqio.preprocessors.tokenize,
-      seqio.preprocessors.append_eos,
-    ],
-    output_features={"inputs": feature, "targets": feature},
-    postprocess_fn=preprocessors.whole_target,
-    metric_fns=[text_metrics.rouge],
+    seqio.TfdsDataSource("xsum:1.1.0"),
+    [pair],
+    [text_metrics.rouge],
+    vocabulary=vocabulary,
   )
 
 

@@ -39,6 +39,8 @@ class Metric:
     self.values = []
 
   def __call__(self, targets, predictions):
+    if len(targets) == 2:
+      return {"error": 1.0}  # tried before the first step
     value = self.values.pop(0) if self.values else 1.0
     if isinstance(value, Exception):
       raise value

@@ -11,6 +11,7 @@ module that imports it.
 """
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,9 +24,9 @@ from clu import metrics as clu_metrics
 from gkd_jax import checkpoints, models, types
 
 try:
-  from t5x import decoding, partitioning, utils
   from t5x import metrics as t5x_metrics
   from t5x import models as t5x_models
+  from t5x import partitioning, utils
   from t5x import trainer as t5x_trainer
 except ModuleNotFoundError as error:
   raise ImportError(
@@ -107,17 +108,10 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
   Args:
     module: the student's network, with T5X's call.
-    input_vocabulary: seqio vocabulary.
     output_vocabulary: seqio vocabulary; its EOS ends the student's samples.
-    optimizer_def: T5X's.
     teacher_module: the teacher's network, with T5X's call.
-    decode_fn: of the evaluation; training samples with our `decoding.sample`.
-    feature_converter_cls: see T5X.
-    label_smoothing: of the cross-entropy in the evaluation.
-    z_loss: of the cross-entropy in the evaluation.
-    loss_normalizing_factor: of the cross-entropy in the evaluation.
-    default_decoder_params: see T5X.
-    **gkd_options: of `models.GKDModel`: `divergence`, `beta`,
+    **options: of T5X's model, whose decoding and loss serve the evaluation
+      alone; and of `models.GKDModel`: `divergence`, `beta`,
       `student_data_fraction` and the rest.
 
   Raises:
@@ -126,33 +120,19 @@ class GKDEncoderDecoderModel(t5x_models.EncoderDecoderModel):
 
   def __init__(
     self,
+    *,
     module: Any,
-    input_vocabulary: Any,
     output_vocabulary: Any,
-    optimizer_def: Any,
     teacher_module: Any,
-    decode_fn: Callable = decoding.beam_search,
-    feature_converter_cls: Callable | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    loss_normalizing_factor: Any = None,
-    default_decoder_params: Any = None,
-    **gkd_options,
+    **options: Any,
   ):
+    names = inspect.signature(t5x_models.EncoderDecoderModel).parameters
+    of_t5x = {k: v for k, v in options.items() if k in names}
     super().__init__(
-      module=module,
-      input_vocabulary=input_vocabulary,
-      output_vocabulary=output_vocabulary,
-      optimizer_def=optimizer_def,
-      decode_fn=decode_fn,
-      feature_converter_cls=feature_converter_cls,
-      label_smoothing=label_smoothing,
-      z_loss=z_loss,
-      loss_normalizing_factor=loss_normalizing_factor,
-      default_decoder_params=default_decoder_params,
+      module=module, output_vocabulary=output_vocabulary, **of_t5x
     )
     self.teacher = Network(teacher_module, output_vocabulary=output_vocabulary)
-    self._gkd_options = gkd_options
+    self._gkd_options = {k: v for k, v in options.items() if k not in names}
     self.gkd  # noqa: B018  wrong settings are met here, not in the first step
 
   @property
@@ -192,19 +172,13 @@ class GKDTrainer(t5x_trainer.Trainer):
 
   Args:
     model: a `GKDEncoderDecoderModel`.
-    train_state: T5X's.
     partitioner: T5X's.
-    eval_names: T5X's.
-    summary_dir: T5X's.
-    train_state_axes: T5X's.
-    rng: not read by the step, which derives its keys from (seed, step).
-    learning_rate_fn: step -> rate.
-    num_microbatches: parts of a batch; None or 1 for the whole.
-    weight_metrics_computer: T5X's.
     teacher_checkpoint_path: anything that `checkpoints.load_params` reads.
     seed: of the coin of λ, of samples and of dropout.
     teacher_partitioner: partitioner whose rules say how the teacher lies on
       the mesh; the student's by default.
+    **trainer_options: of T5X's trainer. Its `rng` is not read by the step, which
+      derives its keys from (seed, step).
 
   Raises:
     ValueError: another model, no seed, or as `checkpoints.load_placed`.
@@ -212,20 +186,13 @@ class GKDTrainer(t5x_trainer.Trainer):
 
   def __init__(
     self,
-    model: GKDEncoderDecoderModel,
-    train_state: Any,
-    partitioner: partitioning.BasePartitioner,
-    eval_names: Any,
-    summary_dir: str | None,
-    train_state_axes: Any,
-    rng: jax.Array,
-    learning_rate_fn: Callable,
-    num_microbatches: int | None,
-    weight_metrics_computer: Any = None,
     *,
+    model: GKDEncoderDecoderModel,
+    partitioner: partitioning.BasePartitioner,
     teacher_checkpoint_path: str,
     seed: int,
     teacher_partitioner: partitioning.BasePartitioner | None = None,
+    **trainer_options: Any,
   ):
     if not isinstance(model, GKDEncoderDecoderModel):
       raise ValueError(
@@ -237,18 +204,7 @@ class GKDTrainer(t5x_trainer.Trainer):
         "expected a whole number that the coin of λ is drawn from, got"
         f" {seed!r}; set RANDOM_SEED"
       )
-    super().__init__(
-      model=model,
-      train_state=train_state,
-      partitioner=partitioner,
-      eval_names=eval_names,
-      summary_dir=summary_dir,
-      train_state_axes=train_state_axes,
-      rng=rng,
-      learning_rate_fn=learning_rate_fn,
-      num_microbatches=num_microbatches,
-      weight_metrics_computer=weight_metrics_computer,
-    )
+    super().__init__(model=model, partitioner=partitioner, **trainer_options)
     self._seed = seed
     self._host_step = 0
     self._step = functools.cache(self._partition)

@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from etils import epath
 
 from gkd_jax import types
@@ -205,6 +206,11 @@ def open_folder(
     {
       "missing": [name for name in wanted if name not in theirs],
       "unmapped": [name for name in theirs if not is_known(name)],
+      "quantized": [
+        f"{table[ours][0]} of {x.dtype}"
+        for ours, x in found.items()
+        if not jnp.issubdtype(x.dtype, jnp.floating)
+      ],
       "duplicated with other values": _different(theirs, embedding, copies),
       "wrong shape": [
         f"{table[ours][0]} (expected {_theirs(shapes[ours], table[ours])}, got"

@@ -150,6 +150,11 @@ def open_file(
       name: _stored(file, name, entry, start, setting)
       for name, entry in header.items()
     }
+  except NotImplementedError as error:
+    raise ValueError(
+      f"expected weights of {', '.join(_DTYPES)}, got {error} in"
+      f" {os.fspath(file)}; set {setting} to weights that are not quantized"
+    ) from error
   except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
     raise _damaged(file, f"{type(error).__name__}: {error}", setting) from error
   return arrays
@@ -244,6 +249,8 @@ def _read_header(file: epath.Path) -> tuple[dict[str, Any], int]:
   end = 0
   for name, entry in sorted(header.items(), key=lambda x: x[1]["data_offsets"]):
     begin, until = entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:  # such as F8_E4M3
+      raise NotImplementedError(f"{name} of {entry['dtype']}")
     need = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
     if begin != end or until - begin != need:
       raise ValueError(

@@ -91,7 +91,7 @@ def of_command(
     others = [file for file in command.run_files if file not in names]
     lines += [
       "",
-      "A text needs its quotes: --gin.MODEL_DIR='\"/runs/a\"'. Other files to"
+      "A text needs its quotes: --gin.NAME='\"text\"'. Other files to"
       f" start from: {', '.join(others)}; `gkd {name} --gin_file=FILE --help`"
       " lists the settings of any file.",
     ]

@@ -5,7 +5,7 @@ identity: what a position belongs to: settings, fingerprints of the sources.
 positions: a reader of one shard; its position counts rows.
 shards: which shards of the data each process reads.
 errors: those of seqio, TFDS and TensorFlow, as sentences.
-feature_converters: seqio's, with stored top-k log-probs or with 0 as a token.
+feature_converters: seqio's: prompts alone, stored top-k log-probs, 0 as a token.
 vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 """
 
@@ -19,10 +19,13 @@ with epy.lazy_api_imports(globals()):
     distilled_task,
     feature_converter,
     feature_lengths,
+    has_split,
     load_task,
+    tasks_with_split,
     try_saving,
   )
   from gkd_jax.data.vocabularies import (
     fitted,
     special_tokens,
+    target_vocabulary,
   )

@@ -1,5 +1,6 @@
 """Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -62,7 +63,48 @@ def load_task(
       f"expected a seqio task or mixture such as {', '.join(near)}, got"
       f" {name!r}; set {setting} or MIXTURE_OR_TASK_MODULE"
     )
-  return seqio.get_mixture_or_task(name)
+  task = seqio.get_mixture_or_task(name)
+  for sub in seqio.get_subtasks(task):
+    _allow_prompts(sub)
+  return task
+
+
+def _allow_prompts(task):
+  """Lets examples lack targets: on-policy training and decoding read none."""
+  feature = task.output_features.get("targets")
+  if feature is not None and feature.required:
+    task.output_features["targets"] = dataclasses.replace(
+      feature, required=False
+    )
+
+
+def has_split(task: Any, split: str) -> bool:
+  """Returns whether a task, or a task of a mixture, has a split."""
+  return any(split in sub.splits for sub in seqio.get_subtasks(task))
+
+
+def tasks_with_split(
+  task: Any, split: str, *, setting: str = "EVAL_SPLIT"
+) -> list[seqio.Task]:
+  """Returns the tasks of a task or mixture that have a split.
+
+  Args:
+    task: from `load_task`.
+    split: name of the split.
+    setting: what it is set with, for errors.
+
+  Raises:
+    ValueError: if none has it.
+  """
+  tasks = seqio.get_subtasks(task)
+  found = [sub for sub in tasks if split in sub.splits]
+  if not found:
+    known = sorted({name for sub in tasks for name in sub.splits})
+    raise ValueError(
+      f"expected a split of {known} of {task.name}, got {split!r};"
+      f" set {setting}"
+    )
+  return found
 
 
 def distilled_task(
@@ -113,6 +155,7 @@ def feature_converter(
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
+  cls = feature_converters.for_prompts(cls)
   start = special_tokens.start
   if not special_tokens.zero_is_padding:
     return feature_converters.ZeroIsToken(cls(pack=pack, bos_id=start + 1))

@@ -1,10 +1,11 @@
-"""seqio feature converters: with stored top-k log-probs, or with 0 as a token.
+"""seqio feature converters: prompts alone, stored top-k log-probs, 0 as a token.
 
 The log-probs of a target token are at the position where the student predicts it:
 the token's own in an encoder-decoder, after the prompt in a decoder-only model.
 Names of these are `TopK` and that of seqio's converter.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,30 @@ import tensorflow as tf
 from gkd_jax import types
 
 _INPUTS = "encoder_input_tokens"
+
+
+@functools.cache
+def for_prompts(cls: type) -> type:
+  """Returns a class like a converter's that takes prompts without targets.
+
+  Their targets are empty, and a batch has no loss weights for them.
+
+  Args:
+    cls: a subclass of `seqio.FeatureConverter`.
+  """
+
+  class Converter(cls):
+    def __call__(
+      self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+      if "targets" not in set(ds.element_spec):
+        empty = {"targets": tf.zeros([0], tf.int32)}
+        ds = ds.map(lambda example: example | empty)
+      return super().__call__(ds, task_feature_lengths)
+
+  return Converter
+
+
 # Features of a batch beside the model's own.
 _TOP_K = {
   types.TOP_K_IDS: tf.int32,

@@ -18,7 +18,19 @@ def special_tokens(task: Any) -> types.SpecialTokens:
     if name in ("inputs", "targets")
   }
   zero_is_padding = all(tokens.zero_is_padding for tokens in of.values())
-  return of["targets"]._replace(zero_is_padding=zero_is_padding)
+  return types.SpecialTokens.of(target_vocabulary(task))._replace(
+    zero_is_padding=zero_is_padding
+  )
+
+
+def target_vocabulary(task: Any) -> Any:
+  """Returns the vocabulary of outputs; that of inputs for prompts alone.
+
+  Args:
+    task: a seqio task or mixture.
+  """
+  features = task.output_features
+  return features["targets" if "targets" in features else "inputs"].vocabulary
 
 
 def text(

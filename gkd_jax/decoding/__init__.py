@@ -1,6 +1,7 @@
 """Loops over a decode step, `types.TokensToLogits`; they do not know the model.
 
-sampling: `sample`, with temperature, top-k, top-p and a random stream per row.
+sampling: `sample`, with a random stream per row.
+distributions: temperature, top-k, top-p; log-probs of what was sampled.
 beams: `beam_search`, with T5X's scores and tie rules.
 loops: the loops of sampling: all rows at once, or continuous batching in slots.
 rows: the batch axes of a cache, repeated rows, calls of a decode function.
@@ -11,6 +12,10 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
   from gkd_jax.decoding.beams import (
     beam_search,
+  )
+  from gkd_jax.decoding.distributions import (
+    sampling_log_probs,
+    sampling_logits,
   )
   from gkd_jax.decoding.loops import (
     is_eos,
@@ -24,6 +29,4 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.decoding.sampling import (
     SampleResult,
     sample,
-    sampling_log_probs,
-    sampling_logits,
   )

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from gkd_jax import kernels, losses, types
-from gkd_jax.decoding import loops
+from gkd_jax import kernels, types
+from gkd_jax.decoding import distributions, loops
 
 # Tokens per group in `_two_stage_categorical`. Vocabularies are padded to multiples.
 _MEMBERS = 128
@@ -105,11 +104,11 @@ def sample(
   """
   _check_settings(key, max_decode_length, temperature, top_k, top_p)
   _check_slots(slots, row_axes)
-  if _is_static(temperature) and temperature == 0:
+  if distributions.is_static(temperature) and temperature == 0:
     key, temperature, top_k, top_p = None, 1.0, 0, 1.0
 
   def draw(logits, row_keys, position):
-    logits = sampling_logits(
+    logits = distributions.sampling_logits(
       logits,
       temperature=temperature,
       top_k=top_k,
@@ -140,114 +139,6 @@ def sample(
     ),
   )
   return SampleResult(tokens, log_probs)
-
-
-def sampling_logits(
-  logits: jax.Array,
-  *,
-  temperature: float | jax.Array = 1.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  suppress_ids: Sequence[int] = (),
-  keep: jax.Array | None = None,
-) -> jax.Array:
-  """Returns the logits of the distribution that `sample` draws from.
-
-  Args:
-    logits: `[..., V]` in any float type.
-    temperature: `[]` above 0, see `sample`.
-    top_k: see `filter_logits`.
-    top_p: see `filter_logits`.
-    suppress_ids: tokens to remove before everything else.
-    keep: see `filter_logits`.
-
-  Returns:
-    `[..., V]` float32, -inf where the probability is 0; not normalized.
-
-  Raises:
-    ValueError: `suppress_ids` has an id outside 0..V-1, or all ids.
-  """
-  logits = logits.astype(jnp.float32)
-  if suppress_ids:
-    allowed = np.ones(logits.shape[-1], bool)
-    outside = [i for i in suppress_ids if not 0 <= i < allowed.size]
-    allowed[[i for i in suppress_ids if i not in outside]] = False
-    if outside or not allowed.any():
-      raise ValueError(
-        f"expected suppress_ids within 0..{allowed.size - 1} and not all of"
-        f" them, got {tuple(suppress_ids)}; set suppress_ids"
-      )
-    allowed = allowed.reshape((1,) * (logits.ndim - 1) + allowed.shape)
-    logits = jnp.where(allowed, logits, -jnp.inf)
-  # With the maximum at 0, a small temperature sends the other logits to -inf and
-  # never makes inf - inf.
-  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-  smallest = float(jnp.finfo(jnp.float32).tiny)
-  if not _is_static(temperature):
-    temperature = lax.stop_gradient(temperature).astype(jnp.float32)
-    temperature = jnp.where(
-      temperature < 0, jnp.nan, jnp.maximum(temperature, smallest)
-    )
-    logits = logits / temperature
-  elif temperature != 1:
-    logits = logits / max(float(temperature), smallest)
-  return filter_logits(logits, top_k=top_k, top_p=top_p, keep=keep)
-
-
-def filter_logits(
-  logits: jax.Array,
-  *,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  keep: jax.Array | None = None,
-) -> jax.Array:
-  """Removes unlikely tokens: top-k first, then top-p on what is left.
-
-  Both filters keep all tokens that tie with the least likely kept one, so that
-  the result does not depend on the order of the vocabulary; more than k tokens
-  can remain.
-
-  >>> logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
-  >>> jnp.isfinite(filter_logits(logits, top_k=3)).tolist()
-  [True, True, True, False]
-  >>> jnp.isfinite(filter_logits(logits, top_k=3, top_p=0.7)).tolist()
-  [True, True, False, False]
-
-  Args:
-    logits: `[..., V]` float32.
-    top_k: keep the k largest; 0, or V and above, keeps all.
-    top_p: with tokens in order of falling probability, keep each whose
-      predecessors have less probability than this in all (softmax over what
-      top-k kept); 1.0 keeps all.
-    keep: `[...]` int32, a token of each position that is not removed.
-
-  Returns:
-    `[..., V]` float32, removed tokens at -inf. Without filters nothing is sorted.
-  """
-  given = logits
-  vocab_size = logits.shape[-1]
-  count = top_k if 0 < top_k < vocab_size else vocab_size
-  if count == vocab_size and top_p == 1:
-    return logits
-  ranked = lax.top_k(logits, count)[0]  # [..., k], largest first
-  threshold = ranked[..., -1:]
-  if count < vocab_size:
-    logits = jnp.where(logits < threshold, -jnp.inf, logits)
-  if top_p < 1:
-    # `ranked` may miss ties of its last entry. They have that entry's value, so
-    # they change the normalizer (over `logits`) but not the threshold.
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    mass = jnp.exp(ranked - total)
-    mass_before = jnp.cumsum(mass, axis=-1) - mass
-    threshold = jnp.min(
-      jnp.where(mass_before < top_p, ranked, jnp.inf), axis=-1, keepdims=True
-    )
-    logits = jnp.where(logits < threshold, -jnp.inf, logits)
-  if keep is not None:
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    is_kept = ids == jnp.expand_dims(keep, -1)
-    logits = jnp.where(is_kept, given, logits)
-  return logits
 
 
 def sequence_weights(
@@ -298,17 +189,13 @@ def shift_right(tokens: jax.Array, start: int = 0) -> jax.Array:
   return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=start)[:, :-1]
 
 
-def _is_static(value) -> bool:
-  return not isinstance(value, jax.Array)  # known while tracing
-
-
 def _check_settings(key, max_decode_length, temperature, top_k, top_p):
   if max_decode_length < 1:
     raise ValueError(
       f"expected a decode length of at least 1, got {max_decode_length}; "
       "set max_decode_length"
     )
-  if _is_static(temperature) and not temperature >= 0:
+  if distributions.is_static(temperature) and not temperature >= 0:
     raise ValueError(
       f"expected a temperature of at least 0, got {temperature}; "
       "set temperature"
@@ -321,7 +208,7 @@ def _check_settings(key, max_decode_length, temperature, top_k, top_p):
     raise ValueError(
       f"expected top_p in (0, 1], got {top_p}; set top_p (1.0 keeps all)"
     )
-  is_greedy = _is_static(temperature) and temperature == 0
+  is_greedy = distributions.is_static(temperature) and temperature == 0
   if key is None and not is_greedy:
     raise ValueError(
       f"expected a random key at temperature {temperature}, got None; set key"
@@ -363,15 +250,23 @@ def _per_row(
   active = filled("active", active, full(True))
   row_lengths = filled("row_lengths", row_lengths, full(max_decode_length))
   return {
-    "row_keys": None if key is None else _fold_in_rows(key, row_ids),
+    "row_keys": None if key is None else row_keys(key, row_ids),
     "start_tokens": start_tokens.astype(jnp.int32),
     "row_lengths": row_lengths,
     "active": active.astype(bool) & (row_lengths >= 1),
   }
 
 
-def _fold_in_rows(key, row_ids):
-  """Returns one threefry key per row, `[B]` keys."""
+def row_keys(key: jax.Array, row_ids: jax.Array) -> jax.Array:
+  """Returns a random key per row, which does not depend on the other rows.
+
+  Args:
+    key: of any kind.
+    row_ids: `[B]` integer.
+
+  Returns:
+    `[B]` threefry keys.
+  """
   if jax.random.key_impl(key) != "threefry2x32":
     # Under vmap the hardware generators draw the whole batch from the first key,
     # and a row's sample would depend on the other rows.
@@ -438,35 +333,3 @@ def _two_stage_categorical(logits, keys):
   drawn = jnp.take_along_axis(logits, member, axis=1)[:, 0]
   log_probs = drawn - jnp.log(jnp.sum(mass, axis=-1))
   return (member * groups + group)[:, 0], log_probs
-
-
-def sampling_log_probs(
-  logits: jax.Array,
-  weights: jax.Array | None = None,
-  *,
-  num_real_tokens: int | None = None,
-  **settings: Any,
-) -> jax.Array:
-  """Returns differentiable log-probs of the sampling distribution.
-
-  Temperature, filters and suppressed tokens are part of it. Where the tokens
-  have been sampled already, give them as `keep`: which tokens top-k and top-p
-  remove jumps with the last bit of a logit, and the program that sampled them
-  rounded in another way.
-
-  Args:
-    logits: `[..., V]`, vocabulary padding included.
-    weights: `[...]`; where it is 0, all logits count as equal.
-    num_real_tokens: token ids from here on are never sampled.
-    **settings: see `sampling_logits`.
-
-  Returns:
-    `[..., V]` float32, nats, -inf for tokens that are never sampled.
-  """
-  logits = logits.astype(jnp.float32)
-  if weights is not None:
-    logits = jnp.where(weights[..., None] > 0, logits, 0.0)
-  logits = losses.mask_vocab_padding(
-    logits, num_real_tokens, fill_value=-jnp.inf
-  )
-  return jax.nn.log_softmax(sampling_logits(logits, **settings))

@@ -3,26 +3,32 @@
 Both resample examples with `scipy.stats`. Each example has a row of statistics,
 and the metric is a function of their sums over examples. That is exact for
 corpus metrics such as error rates (errors and symbols) or BLEU (n-gram counts),
-which are not means over examples. A mean has a score and a 1 as statistics.
+which are not means over examples. A mean has a score and a 1 as statistics. A
+metric function that nothing of the kind is known of is called itself on the
+resampled examples.
 
 Sources: percentile bootstrap (Efron 1979; Koehn 2004 for pairs) and paired
 approximate randomisation (Riezler and Maxwell 2005), as in sacrebleu.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats as scipy_stats
 
-from gkd_jax import files
+from gkd_jax.evaluation import eval_folders
 from gkd_jax.tasks import example_statistics
 
 Metric = Callable[[np.ndarray], np.ndarray]
 """Sums of statistics `[R, K]` to values `[R]`."""
-# Statistics gathered at a time, which bounds the memory.
+Values = Callable[[np.ndarray], np.ndarray]
+"""Numbers of examples `[R, n]` to the metric's values on these, `[R]`."""
+# How often an example was drawn, for a number of resamples at a time, which
+# bounds the memory.
 _BATCH_NUMBERS = 4_000_000
+# Of a metric function that is called on each resample.
+_FUNCTION_RESAMPLES = 1_000
 
 
 class Interval(NamedTuple):
@@ -41,23 +47,20 @@ class PairedResult(NamedTuple):
     low: lower end of its paired bootstrap interval.
     high: upper end.
     p_value: two-sided, for the hypothesis that the runs do not differ.
+    resampled: what was resampled, in words; empty if it is not known.
   """
 
   difference: float
   low: float
   high: float
   p_value: float
-
-
-def ratio(sums: np.ndarray) -> np.ndarray:
-  """Returns the first sum over the second, `[R, 2]` to `[R]`."""
-  return sums[:, 0] / sums[:, 1]
+  resampled: str = ""
 
 
 def bootstrap_interval(
   scores: np.ndarray,
   *,
-  metric: Metric = ratio,
+  metric: Metric = example_statistics.ratio,
   level: float = 0.95,
   num_resamples: int = 10_000,
   seed: int = 0,
@@ -84,21 +87,15 @@ def bootstrap_interval(
   """
   stats = _statistics("scores", scores)
   _check_settings(level, num_resamples)
-  value, found = _bootstrap(
-    lambda rows: _of_rows(metric, stats, rows),
-    stats,
-    level,
-    num_resamples,
-    seed,
-  )
-  return Interval(value, *map(float, found.confidence_interval))
+  values = _of_sums(metric, stats)
+  return _interval(values, len(stats), level, num_resamples, seed)
 
 
 def paired_test(
   a: np.ndarray,
   b: np.ndarray,
   *,
-  metric: Metric = ratio,
+  metric: Metric = example_statistics.ratio,
   level: float = 0.95,
   num_resamples: int = 10_000,
   seed: int = 0,
@@ -136,72 +133,89 @@ def paired_test(
       f" {a.shape} and {b.shape}; set the folders of two evaluations of one split"
     )
   _check_settings(level, num_resamples)
-  both = np.concatenate([a, b])
+  values = _of_sums(metric, np.concatenate([a, b]))
+  return _paired(values, len(a), level, num_resamples, seed)
+
+
+def _interval(values: Values, n, level, num_resamples, seed) -> Interval:
+  """Returns the interval of n examples; see `bootstrap_interval`."""
+  rows = np.arange(n)
+  found = _bootstrap(values, n, num_resamples, seed)
+  return Interval(float(values(rows)), *_ends(found, level))
+
+
+def _paired(values: Values, n, level, num_resamples, seed) -> PairedResult:
+  """Returns the test of the examples from n on against those before n."""
 
   def difference(rows_a, rows_b):
-    return _of_rows(metric, both, rows_b) - _of_rows(metric, both, rows_a)
+    return values(rows_b) - values(rows_a)
 
-  seen, found = _bootstrap(
-    lambda rows: difference(rows, rows + len(a)), a, level, num_resamples, seed
+  rows = np.arange(n)
+  found = _bootstrap(
+    lambda rows: difference(rows, rows + n), n, num_resamples, seed
   )
   swapped = scipy_stats.permutation_test(
-    (np.arange(len(a)), np.arange(len(a), 2 * len(a))),
+    (rows, rows + n),
     lambda x, y, axis: _size(difference(x, y)),
     permutation_type="samples",
     vectorized=True,
     n_resamples=num_resamples,
-    batch=_batch(both),
+    batch=_batch(2 * n),
     alternative="greater",
     rng=np.random.default_rng([seed, 1]),  # not the bootstrap's numbers
   )
-  low, high = found.confidence_interval
-  return PairedResult(seen, float(low), float(high), float(swapped.pvalue))
+  return PairedResult(
+    float(difference(rows, rows + n)),
+    *_ends(found, level),
+    float(swapped.pvalue),
+  )
 
 
-def _bootstrap(
-  value_of: Callable[[np.ndarray], np.ndarray],
-  stats: np.ndarray,
-  level: float,
-  num_resamples: int,
-  seed: int,
-) -> tuple[float, Any]:
-  """Returns the value of all examples, and scipy's percentile bootstrap.
-
-  Args:
-    value_of: from numbers of examples `[..., n]` to values `[...]`.
-    stats: `[n, K]`.
-    level: of confidence.
-    num_resamples: see `bootstrap_interval`.
-    seed: of the draws.
-  """
-  rows = np.arange(len(stats))
-  found = scipy_stats.bootstrap(
-    (rows,),
-    lambda drawn, axis: value_of(drawn),
+def _bootstrap(values: Values, n, num_resamples, seed) -> np.ndarray:
+  """Returns the values of the resamples, as scipy draws them."""
+  return scipy_stats.bootstrap(
+    (np.arange(n),),
+    lambda drawn, axis: values(drawn),
     method="percentile",
     vectorized=True,
-    confidence_level=level,
     n_resamples=num_resamples,
-    batch=_batch(stats),
+    batch=_batch(2 * n),
     rng=np.random.default_rng([seed, 0]),
-  )
-  return float(value_of(rows)), found
+  ).bootstrap_distribution
 
 
-def _of_rows(metric: Metric, stats: np.ndarray, rows: np.ndarray) -> np.ndarray:
-  """Returns the metric `[...]` of the examples `rows`, `[..., n]`."""
-  sums = stats[rows].sum(axis=-2)
-  return metric(sums.reshape(-1, sums.shape[-1])).reshape(sums.shape[:-1])
+def _ends(found: np.ndarray, level: float) -> tuple[float, float]:
+  """Returns the percentiles, of the resamples on which the metric is defined."""
+  outside = 50 * (1 - level)
+  low, high = np.nanpercentile(found, [outside, 100 - outside])
+  return float(low), float(high)
+
+
+def _of_sums(metric: Metric, stats: np.ndarray) -> Values:
+  """Returns the metric of examples by the sums of their statistics `[n, K]`."""
+
+  def values(rows):
+    flat = rows.reshape(-1, rows.shape[-1])
+    # How often each resample has each example.
+    starts = len(stats) * np.arange(len(flat))[:, None]
+    counts = np.bincount(
+      (flat + starts).ravel(), minlength=len(flat) * len(stats)
+    )
+    counts = counts.reshape(len(flat), len(stats)).astype(np.float64)
+    return metric(counts @ stats).reshape(rows.shape[:-1])
+
+  return values
 
 
 def _size(difference: np.ndarray | float) -> np.ndarray:
   # Sums in another order differ in their last digits, but are the same size.
-  return np.round(np.abs(difference), 9)
+  # Where the metric is undefined, the difference counts as large.
+  return np.nan_to_num(np.round(np.abs(difference), 9), nan=np.inf)
 
 
-def _batch(stats: np.ndarray) -> int:
+def _batch(examples: int) -> int:
   """Resamples at a time."""
-  return max(1, _BATCH_NUMBERS // stats.size)
+  return max(1, _BATCH_NUMBERS // examples)
 
 
 def _statistics(name: str, values: np.ndarray) -> np.ndarray:
@@ -240,47 +254,13 @@ class Comparison(NamedTuple):
   paired: PairedResult
 
 
-def read_statistics(folder: str) -> tuple[list[str], dict[str, np.ndarray]]:
-  """Reads the statistics of each example that `gkd eval` wrote.
-
-  Args:
-    folder: EVAL_OUTPUT_DIR of an evaluation.
-
-  Returns:
-    The inputs, and metric name to statistics `[n, K]` of n examples; see
-    `example_statistics`. In a mixture these are the examples of the metric's
-    task.
-
-  Raises:
-    ValueError: if there is no `predictions.jsonl` with statistics.
-  """
-  path = os.path.join(folder, "predictions.jsonl")
-  if not files.absolute(path).exists():
-    raise ValueError(
-      f"expected an evaluation with predictions.jsonl, got {folder!r}; set"
-      " the EVAL_OUTPUT_DIR of `gkd eval`"
-    )
-  rows: list[dict[str, Any]] = files.read_json_lines(path)
-  if not rows or any("statistics" not in row for row in rows):
-    raise ValueError(
-      f"expected statistics of every example in {path!r}, got lines without;"
-      " run `gkd eval` again"
-    )
-  names = dict.fromkeys(name for row in rows for name in row["statistics"])
-  tables = {
-    name: np.array(
-      [r["statistics"][name] for r in rows if name in r["statistics"]],
-      np.float64,
-    )
-    for name in names
-  }
-  return [row["inputs"] for row in rows], tables
-
-
 def compare(
   folder_a: str, folder_b: str, metric: str | None = None, **options: Any
 ) -> dict[str, Comparison]:
   """Compares two evaluations of the same examples.
+
+  The values are those of `gkd eval`. A metric that cannot be resampled is left
+  out with a line, unless it is asked for.
 
   Args:
     folder_a: EVAL_OUTPUT_DIR of the first.
@@ -292,10 +272,11 @@ def compare(
     Metric name to comparison.
 
   Raises:
-    ValueError: if the inputs differ, or there is no such metric.
+    ValueError: if the inputs differ, there is no such metric, or it cannot be
+      resampled.
   """
-  inputs_a, tables_a = read_statistics(folder_a)
-  inputs_b, tables_b = read_statistics(folder_b)
+  a, b = eval_folders.read(folder_a), eval_folders.read(folder_b)
+  inputs_a, inputs_b = ([r["inputs"] for r in x.rows] for x in (a, b))
   if inputs_a != inputs_b:
     raise ValueError(
       "expected two evaluations of the same examples, got"
@@ -303,18 +284,84 @@ def compare(
       f" the same order in {folder_a!r} and {folder_b!r}; set EVAL_SPLIT and"
       " EVAL_NUM_EXAMPLES alike"
     )
-  names = [metric] if metric else [n for n in tables_a if n in tables_b]
+  if metric is not None:
+    for run in (a, b):
+      if metric not in run.names():
+        raise ValueError(
+          f"expected a metric of {', '.join(sorted(run.names()))} in"
+          f" {run.folder!r}, got {metric!r}; set metric"
+        )
+    return {metric: _compare(a, b, metric, **options)}
   results = {}
-  for name in names:
-    a = _of_metric(tables_a, name, folder_a)
-    b = _of_metric(tables_b, name, folder_b)
-    combine = example_statistics.metric_of(a)
-    results[name] = Comparison(
-      bootstrap_interval(a, metric=combine, **options),
-      bootstrap_interval(b, metric=combine, **options),
-      paired_test(a, b, metric=combine, **options),
-    )
+  for name in dict.fromkeys([*a.names(), *b.names()]):
+    try:
+      if name not in a.names() or name not in b.names():
+        raise ValueError("expected a metric of both evaluations")
+      results[name] = _compare(a, b, name, **options)
+    except ValueError as error:
+      print(f"left out: {name}: {error}", flush=True)
   return results
+
+
+def _compare(
+  a: eval_folders.Evaluation,
+  b: eval_folders.Evaluation,
+  name: str,
+  level: float = 0.95,
+  num_resamples: int = 10_000,
+  seed: int = 0,
+) -> Comparison:
+  """Compares one metric by its statistics, or by its function."""
+  _check_settings(level, num_resamples)
+  for run in (a, b):
+    if run.metrics.get(name, 0.0) is None:
+      raise ValueError(f"expected a finite value, got none in {run.folder!r}")
+  found = _of_statistics(a, b, name)
+  if found is None:
+    # Not at the top: it imports TensorFlow.
+    from gkd_jax.evaluation import metric_functions
+
+    num_resamples = min(num_resamples, _FUNCTION_RESAMPLES)
+    of_both, n = metric_functions.of_evaluations(a, b, name)
+    of_a, of_b = of_both, lambda rows: of_both(rows + n)
+    resampled = f"examples, {num_resamples:,} calls of the metric"
+  else:
+    of_a, of_b, of_both, n, resampled = found
+  if n < 2:
+    raise ValueError(f"expected at least 2 examples, got {n}")
+  settings = (n, level, num_resamples, seed)
+  first = _with_value(_interval(of_a, *settings), a.metrics.get(name))
+  second = _with_value(_interval(of_b, *settings), b.metrics.get(name))
+  paired = _paired(of_both, *settings)
+  paired = paired._replace(
+    difference=second.value - first.value, resampled=resampled
+  )
+  return Comparison(first, second, paired)
+
+
+def _with_value(interval, value):
+  return interval if value is None else interval._replace(value=value)
+
+
+def _of_statistics(a, b, name):
+  """Returns `Values` of A, of B and of both, their number, and what they are.
+
+  None if a run has no statistics of the metric, or they differ in form.
+  """
+  tables = a.statistics(name), b.statistics(name)
+  if None in tables:
+    return None
+  (of_a, form), (of_b, form_b) = tables
+  if {form, form_b} == {"mean", "ratio"}:
+    form = form_b = "ratio"  # one run's denominators are all 1
+  if form != form_b or of_a.shape != of_b.shape:
+    return None
+  resampled, metric = example_statistics.FORMS[form]
+  both = [of_a, of_b]
+  if a.num_samples() != b.num_samples():  # an example of each weighs alike
+    both = [of_a / a.num_samples(), of_b / b.num_samples()]
+  values = [_of_sums(metric, x) for x in (of_a, of_b, np.concatenate(both))]
+  return *values, len(of_a), resampled
 
 
 def report(folders: Sequence[str]) -> str:
@@ -333,7 +380,9 @@ def report(folders: Sequence[str]) -> str:
 
 def table(results: dict[str, Comparison]) -> str:
   """Formats comparisons, a line for each metric: 95 % intervals, and p."""
-  lines = [f"{'':26}{'A':>22}{'B':>22}{'B - A':>23}{'p':>8}"]
+  lines = [
+    f"{'':26}{'A':>22}{'B':>22}{'B - A':>23}{'p':>8}  resampled for interval, p"
+  ]
   for name, (a, b, paired) in results.items():
     cells = "".join(
       f"{v:8.2f} [{lo:.2f}, {hi:.2f}]".rjust(22) for v, lo, hi in (a, b)
@@ -341,14 +390,7 @@ def table(results: dict[str, Comparison]) -> str:
     change = (
       f"{paired.difference:+8.2f} [{paired.low:+.2f}, {paired.high:+.2f}]"
     )
-    lines.append(f"{name:26}{cells}{change:>23}{paired.p_value:8.4f}")
-  return "\n".join(lines)
-
-
-def _of_metric(tables, name, folder):
-  if name not in tables:
-    raise ValueError(
-      f"expected a metric of {', '.join(sorted(tables))} in {folder!r}, got"
-      f" {name!r}; set metric"
+    lines.append(
+      f"{name:26}{cells}{change:>23}{paired.p_value:8.4f}  {paired.resampled}"
     )
-  return tables[name]
+  return "\n".join(lines)

@@ -1,44 +1,29 @@
 """Decodes a split of a task and scores it with the task's metrics."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import seqio
 
 from gkd_jax import data, partitioning, types
 from gkd_jax.data import vocabularies
+from gkd_jax.evaluation import metric_values
 from gkd_jax.tasks import example_statistics
 
-
-class Predictions(NamedTuple):
-  """Examples and outputs of one task, in the order of the split.
-
-  Attributes:
-    inputs: decoded inputs.
-    outputs: decoded outputs.
-    scores: log-prob of each output in nats, summed over tokens.
-    targets: targets for the metrics.
-    predictions: postprocessed outputs, the predictions for the metrics.
-    target_scores: log-prob of each target in nats, summed over tokens; empty
-      unless a metric of the task needs it.
-    ended: whether each output has EOS, or was cut.
-  """
-
-  inputs: list[str]
-  outputs: list[str]
-  scores: list[float]
-  targets: list[Any]
-  predictions: list[Any]
-  target_scores: list[float]
-  ended: Sequence[bool] = ()
+Predictions = metric_values.Predictions
 
 
 class Evaluator:
   """Decodes and scores one split of a task or mixture.
+
+  Tasks of a mixture that lack the split, and tasks without an example in it, are
+  left out with a line each.
 
   Args:
     task: from `data.load_task`.
@@ -70,12 +55,12 @@ class Evaluator:
     self._mesh = mesh
     self._batch_size = batch_size
     self._tasks = {}
+    subtasks = data.tasks_with_split(task, split)
+    self._is_mixture = len(seqio.get_subtasks(task)) > 1
     for sub in seqio.get_subtasks(task):
-      if split not in sub.splits:
-        raise ValueError(
-          f"expected a split of {sorted(sub.splits)} of {sub.name}, got"
-          f" {split!r}; set EVAL_SPLIT"
-        )
+      if sub not in subtasks:
+        _say(f"left out: {sub.name} has no split {split!r}")
+        continue
       _check_metrics(sub)
       dataset = sub.get_dataset(
         sequence_length=dict(lengths),
@@ -88,10 +73,23 @@ class Evaluator:
       convert = data.feature_converter(converter, False, special_tokens)
       converted = convert(dataset, dict(lengths))
       examples = list(dataset.as_numpy_iterator())
+      if not examples:
+        _say(f"left out: {sub.name} has no example in {split!r}")
+        continue
+      where = f"{split!r} of {sub.name}"
+      examples = [_in_utf8(e, i, where) for i, e in enumerate(examples)]
       features = list(converted.as_numpy_iterator())
-      names = features[0] if features else ()
-      stacked = {k: np.stack([f[k] for f in features]) for k in names}
+      stacked = {k: np.stack([f[k] for f in features]) for k in features[0]}
       self._tasks[sub.name] = sub, examples, stacked
+
+  def prefix(self, name: str) -> str:
+    """Returns what stands before the names of a task's metrics."""
+    return f"{name}/" if self._is_mixture else ""
+
+  @property
+  def num_examples(self) -> int:
+    """The number of examples of all tasks."""
+    return sum(len(examples) for _, examples, _ in self._tasks.values())
 
   def predict(
     self,
@@ -100,15 +98,20 @@ class Evaluator:
     *,
     limit: int | None = None,
     seed: int = 0,
+    sample_number: int = 0,
     decoder_params: Mapping[str, Any] | None = None,
   ) -> dict[str, Predictions]:
     """Decodes all tasks, greedily unless `decoder_params` differ.
+
+    The random numbers of an output depend only on seed, sample number and place
+    of the example in its task's split, as those of `teacher_records`.
 
     Args:
       model: with T5X's protocol.
       params: its parameters, on the mesh.
       limit: number of examples of each task, from the first; None for all.
       seed: of sampling.
+      sample_number: of several samples of each input.
       decoder_params: options of the model's `decode_fn`.
 
     Returns:
@@ -116,21 +119,21 @@ class Evaluator:
     """
     options = tuple(sorted((decoder_params or {}).items()))
     decode = _compiled_predict(model, options, self._mesh)
+    key = jax.random.fold_in(jax.random.key(seed), sample_number)
     results = {}
     for name, (task, examples, features) in self._tasks.items():
       count = len(examples) if limit is None else min(limit, len(examples))
       examples = examples[:count]
       tokens, scores, lengths, ended = self._run(
-        decode, params, features, count, seed
+        decode, params, features, count, key
       )
       target_scores = []
       if task.score_metric_fns:
         (target_scores,) = self._run(
           _compiled_score(model, self._mesh), params, features, count, None
         )
-      inputs, targets = (
-        task.output_features[k].vocabulary for k in ("inputs", "targets")
-      )
+      inputs = task.output_features["inputs"].vocabulary
+      targets = data.target_vocabulary(task)
       outputs = [
         vocabularies.text(targets, row[:length], model.special_tokens)
         for row, length in zip(tokens, lengths, strict=True)
@@ -140,40 +143,91 @@ class Evaluator:
         outputs,
         [float(s) for s in scores],
         [_target(task, e) for e in examples],
-        [
-          _postprocess(task, text, e, False)
-          for text, e in zip(outputs, examples, strict=True)
-        ],
+        _predictions(task, outputs, examples),
         [float(s) for s in target_scores],
         [bool(e) for e in ended],
       )
     return results
 
-  def _run(self, compiled, params, features, count, seed):
+  def _run(self, compiled, params, features, count, key):
     """Returns the results of `compiled` for the first `count` rows."""
     features = {k: v[:count] for k, v in features.items()}
     size = min(self._batch_size, count)
     parts = []
     for start, batch in batches(features, size, self._mesh):
-      key = None
-      if seed is not None:
-        key = jax.random.fold_in(jax.random.key(seed), start)
-      parts.append(jax.tree.map(np.asarray, compiled(params, batch, key)))
+      outputs = compiled(params, batch, key, start)
+      parts.append(jax.tree.map(np.asarray, outputs))
     return [np.concatenate(x)[:count] for x in zip(*parts, strict=True)]
 
   def batches(self) -> Iterator[tuple[int, Mapping[str, jax.Array]]]:
     """Yields the batches of all tasks; see `batches`."""
     first = 0
     for _, examples, features in self._tasks.values():
-      if examples:
-        size = min(self._batch_size, len(examples))
-        for start, batch in batches(features, size, self._mesh):
-          yield first + start, batch
-        first += len(examples)
+      size = min(self._batch_size, len(examples))
+      for start, batch in batches(features, size, self._mesh):
+        yield first + start, batch
+      first += len(examples)
+
+  def values(
+    self, results: Mapping[str, Predictions]
+  ) -> metric_values.MetricValues:
+    """Computes the metrics of all tasks; of a mixture, with the task as prefix.
+
+    Args:
+      results: from `predict`.
+
+    Raises:
+      ValueError: if two metric functions of a task return the same name.
+    """
+    values = metric_values.MetricValues({}, {}, {}, {})
+    for name, result in results.items():
+      of_task = metric_values.of_task(self._tasks[name][0], result)
+      values = values.joined(of_task, self.prefix(name))
+    return values
+
+  def try_metrics(self, num_rows: int = 2) -> metric_values.MetricValues:
+    """Computes the metrics of a few references as if they had been decoded.
+
+    Decodes nothing, so that what is wrong with a metric is found in no time.
+
+    Args:
+      num_rows: of each task, from the first.
+
+    Raises:
+      ValueError: as `values`.
+    """
+    results = {}
+    for name, (task, examples, _) in self._tasks.items():
+      rows = examples[:num_rows]
+      vocabulary = data.target_vocabulary(task)
+      texts = [
+        vocabulary.decode(e["targets"].tolist()) if "targets" in e else ""
+        for e in rows
+      ]
+      results[name] = Predictions(
+        texts,
+        texts,
+        [0.0] * len(rows),
+        [_target(task, e) for e in rows],
+        _predictions(task, texts, rows),
+        [0.0] * len(rows),
+      )
+    return self.values(results)
+
+  def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
+    """Returns the metrics that are numbers; prints a line for each other one.
+
+    Args:
+      results: from `predict`.
+    """
+    values = self.values(results)
+    for line in values.problems():
+      _say(line)
+    return values.numbers
 
   def example_statistics(
     self, results: Mapping[str, Predictions]
-  ) -> list[dict[str, list[float]]]:
+  ) -> list[dict[str, example_statistics.Statistics]]:
     """Returns the terms that each example adds to the tasks' metrics.
 
     Args:
@@ -181,41 +235,21 @@ class Evaluator:
 
     Returns:
       For each example, in the order of `results`, metric name (as in `score`) to
-      `example_statistics.of_example`.
+      `example_statistics.of_examples`, as far as the functions have these.
     """
     rows = []
     for name, result in results.items():
-      prefix = f"{name}/" if len(results) > 1 else ""
-      functions = self._tasks[name][0].predict_metric_fns
-      for pair in zip(result.targets, result.predictions, strict=True):
-        parts: dict[str, list[float]] = {}
-        for function in functions:
-          parts |= example_statistics.of_example(function, *pair)
-        rows.append({prefix + key: part for key, part in parts.items()})
+      prefix = self.prefix(name)
+      parts: list[dict[str, Any]] = [{} for _ in result.inputs]
+      for call in metric_values.calls(self._tasks[name][0], result):
+        try:
+          found = example_statistics.of_examples(*call)
+        except Exception:
+          continue  # it is undefined on one example
+        for part, new in zip(parts, found, strict=True):
+          part |= {prefix + key: value for key, value in new.items()}
+      rows += parts
     return rows
-
-  def score(self, results: Mapping[str, Predictions]) -> dict[str, float]:
-    """Computes the tasks' metrics; of several tasks, with the task as prefix."""
-    metrics = {}
-    for name, result in results.items():
-      task = self._tasks[name][0]
-      scored = [
-        *(
-          f(result.targets, result.predictions) for f in task.predict_metric_fns
-        ),
-        *(
-          f(result.targets, result.target_scores) for f in task.score_metric_fns
-        ),
-        *(
-          f(result.targets, result.predictions, {"scores": result.scores})
-          for f in task.predict_with_aux_metric_fns
-        ),
-      ]
-      prefix = f"{name}/" if len(results) > 1 else ""
-      for values in scored:
-        for key, value in values.items():
-          metrics[prefix + key] = float(getattr(value, "value", value))
-    return metrics
 
 
 def pool(samples: Sequence[Predictions]) -> Predictions:
@@ -251,11 +285,42 @@ def batches(
     yield start, batch
 
 
+def random_streams(
+  model: Any,
+  row_ids: jax.Array,
+  key: jax.Array,
+  options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], jax.Array]:
+  """Names the random streams of rows by their places in the split.
+
+  An output then depends neither on the batch size nor on devices or processes.
+  A `decode_fn` that does not take `row_ids` gets a key for each batch.
+
+  Args:
+    model: with T5X's protocol.
+    row_ids: `[B]`, the rows' places in the split.
+    key: of all rows.
+    options: of `decode_fn`, over the model's own.
+
+  Returns:
+    Further options of `decode_fn`, and its key.
+  """
+  if "row_ids" not in inspect.signature(model.decode_fn).parameters:
+    return {}, jax.random.fold_in(key, row_ids[0])
+  # Each of several decodes, of which the best is kept, has its own stream.
+  merged = {**model.default_decoder_params, **(options or {})}
+  decodes = int(merged.get("num_decodes", 1))
+  rows = row_ids[:, None] * decodes + jnp.arange(decodes)[None]
+  return {"row_ids": rows.reshape(-1)}, key
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
-  def predict(params, batch, key):
+  def predict(params, batch, key, start):
+    rows = start + jnp.arange(len(next(iter(batch.values()))))
+    streams, key = random_streams(model, rows, key, dict(options))
     tokens, aux = model.predict_batch_with_aux(
-      params, batch, key, decoder_params=dict(options)
+      params, batch, key, decoder_params=dict(options) | streams
     )
     return tokens, aux["scores"], aux["lengths"], aux["ended"]
 
@@ -268,7 +333,7 @@ def _compiled_predict(model, options: Sequence[tuple[str, Any]], mesh):
 @functools.lru_cache(maxsize=4)
 def _compiled_score(model, mesh):
   return partitioning.jit(
-    lambda params, batch, key: (model.score_batch(params, batch),),
+    lambda params, batch, key, start: (model.score_batch(params, batch),),
     mesh,
     out_shardings=partitioning.replicated(mesh),
   )
@@ -284,11 +349,42 @@ def _check_metrics(task):
     )
 
 
+def _in_utf8(example, number, where):
+  """Returns an example with U+FFFD in place of bytes that are not UTF-8."""
+  fixed = {}
+  for name, value in example.items():
+    if isinstance(value, bytes):
+      text = value.decode(errors="replace").encode()
+      if text != value:
+        fixed[name] = text
+  if fixed:
+    names = ", ".join(sorted(fixed))
+    _say(f"not UTF-8, read with U+FFFD: {names} of row {number} in {where}")
+  return example | fixed
+
+
+def _say(line):
+  if jax.process_index() == 0:
+    print(line, flush=True)
+
+
+def _predictions(task, outputs, examples):
+  return [
+    _postprocess(task, text, e, False)
+    for text, e in zip(outputs, examples, strict=True)
+  ]
+
+
 def _target(task, example):
-  """Returns the target for the metrics: as in seqio, the untokenized text."""
+  """Returns the target for the metrics: as in seqio, the untokenized text.
+
+  None if the example has none.
+  """
   text = example.get("targets_pretokenized")
   if isinstance(text, bytes):
     text = text.decode()
+  if text is None and "targets" not in example:
+    return None
   if text is None:
     text = task.output_features["targets"].vocabulary.decode(
       example["targets"].tolist()

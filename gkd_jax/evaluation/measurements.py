@@ -161,8 +161,11 @@ def _compare(
 ) -> dict[str, jax.Array]:
   """Returns sums by position `[T]` of `token_divergences`, and counts."""
   real = model.student.num_real_tokens
+  teacher_logits, student_logits = losses.of_one_size(
+    model.teacher.logits(teacher_params, batch), student_logits, real
+  )
   p = losses.log_probs(
-    model.teacher.logits(teacher_params, batch),
+    teacher_logits,
     temperature=model.teacher_temperature,
     num_real_tokens=real,
   )

@@ -6,28 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from gkd_jax.checkpoints import parameters
-from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation import evaluate, metric_values
 
 
 class RunEvaluations:
-  """Evaluations of a run's student, with the run's log.
+  """Evaluations of a run's student.
+
+  The metrics are tried on two references of each task, so that what is wrong with
+  them is known before the first step.
 
   Args:
     model: see `train.train`.
     teacher_params: the teacher's parameters.
-    log: `training.TrainLog`.
     task: from `data.load_task`.
     dataset: `training.DatasetConfig`.
     settings: `training.EvalConfig`.
     mesh: see `partitioning.make_mesh`.
     best_metric: metric that an evaluation must have, or None.
+
+  Attributes:
+    warnings: a line for each metric without a value on the references.
+    failed: evaluations that failed so far.
+
+  Raises:
+    ValueError: two metrics have one name, or none has that of `best_metric`.
   """
 
   def __init__(
     self,
     model: Any,
     teacher_params: Any,
-    log: Any,
     *,
     task: Any,
     dataset: Any,
@@ -36,7 +44,7 @@ class RunEvaluations:
     best_metric: str | None = None,
   ):
     self._model, self._teacher_params = model, teacher_params
-    self._log, self._settings = log, settings
+    self._settings = settings
     self._make = lambda **kwargs: evaluate.Evaluator(
       task,
       dataset.task_feature_lengths,
@@ -47,39 +55,74 @@ class RunEvaluations:
       use_cached=dataset.use_cached,
       **kwargs,
     )
-    self._periodic = self._make(num_examples=settings.num_examples)
+    self._periodic = None
+    if settings.split is not None:
+      periodic = self._make(
+        split=settings.split, num_examples=settings.num_examples
+      )
+      # Of a split without an example, the evaluator has said so.
+      self._periodic = periodic if periodic.num_examples else None
     self._best_metric = best_metric
+    self.warnings: list[str] = []
     self.failed = 0
+    self._metrics: list[str] = []
+    if self._periodic is not None:
+      values = self._periodic.try_metrics()
+      metric_values.check_best_metric(best_metric, values)
+      self.warnings = [f"on two references, {x}" for x in values.problems()]
+      self._metrics = [*values.numbers]
 
-  def at(self, step: int, params: Any) -> dict[str, float]:
-    """Returns the scores of the student's greedy outputs, {} if that fails.
+  def table(self) -> list[tuple[str, str]]:
+    """Returns what is evaluated, as `training.preflight.table`."""
+    if self._periodic is None:
+      return []
+    return [
+      (
+        "evaluation",
+        f"{self._periodic.num_examples:,} examples of"
+        f" {self._settings.split!r}, by {', '.join(self._metrics) or 'nothing'}",
+      )
+    ]
 
-    Logs the scores and five outputs, or the error and how many there were.
+  def at(self, step: int, params: Any, log: Any) -> dict[str, float]:
+    """Returns the scores of the student's greedy outputs, {} if there are none.
+
+    Logs the scores and five outputs. An error, of the evaluation or of one of
+    its metrics, is logged and counted.
 
     Args:
       step: steps done.
       params: the student's.
+      log: `training.TrainLog`.
 
     Raises:
       Exception: whatever fails, with `EVAL_ERRORS_STOP`.
     """
-    try:
-      return self._evaluate(step, params)
-    except Exception as error:
-      if self._settings.errors_stop:
-        raise
-      if os.environ.get("GKD_TRACEBACK"):
-        traceback.print_exc()
-      self.failed += 1
-      self._log.failed_evaluation(step, _in_words(error), self.failed)
+    if self._periodic is None:
       return {}
+    scores: dict[str, float] = {}
+    try:
+      errors = self._evaluate(self._periodic, step, params, log, scores)
+    except Exception as error:
+      errors = [error]
+    if not errors:
+      return scores
+    if self._settings.errors_stop:
+      raise errors[0]
+    if os.environ.get("GKD_TRACEBACK"):
+      traceback.print_exception(errors[0])
+    self.failed += 1
+    words = "; ".join(map(_in_words, errors))
+    log.failed_evaluation(step, words, self.failed)
+    return scores
 
-  def final(self, params: Any, seed: int) -> None:
+  def final(self, params: Any, seed: int, log: Any) -> None:
     """Scores all of `final_split`, greedy and sampled at temperature 1.
 
     Args:
       params: the student's.
       seed: of sampling.
+      log: `training.TrainLog`.
     """
     split = self._settings.final_split
     if not split:
@@ -97,17 +140,17 @@ class RunEvaluations:
         decoder_params={"temperature": temperature},
       )
       result[name] = evaluator.score(outputs)
-    self._log.final(result)
+    log.final(result)
 
-  def _evaluate(self, step, params) -> dict[str, float]:
+  def _evaluate(self, evaluator, step, params, log, scores):
+    """Fills in the scores, and returns the errors of metrics without values."""
     model = self._model
-    results = self._periodic.predict(model.student, params)
-    scores = self._periodic.score(results)
+    results = evaluator.predict(model.student, params)
+    values = evaluator.values(results)
+    scores |= values.numbers
     teacher: Mapping[str, evaluate.Predictions] = {}
     if model.teacher is not None:
-      teacher = self._periodic.predict(
-        model.teacher, self._teacher_params, limit=5
-      )
+      teacher = evaluator.predict(model.teacher, self._teacher_params, limit=5)
     examples = []
     for name, result in results.items():
       for i in range(min(5, len(result.inputs))):
@@ -119,13 +162,11 @@ class RunEvaluations:
             "student": result.predictions[i],
           }
         )
-    self._log.evaluation(step, scores, examples)
-    if self._best_metric not in (None, *scores):
-      raise ValueError(
-        f"expected the metric {self._best_metric!r} to choose the best"
-        f" checkpoint by, got {sorted(scores)}; set BEST_METRIC"
-      )
-    return scores
+    log.evaluation(step, scores, examples, values.texts)
+    for name, reason in values.left_out.items():
+      log.say(f"left out: {name}: {reason}")
+    metric_values.check_best_metric(self._best_metric, values)
+    return [*values.failed.values()]
 
 
 def _in_words(error: Exception) -> str:

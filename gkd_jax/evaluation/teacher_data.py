@@ -179,14 +179,7 @@ def _check(model, task, split, shards, temperature):
       f"expected TOP_K of at most {size}, the number of tokens, got"
       f" {shards.top_k}; set TOP_K"
     )
-  if shards.num_samples > 1 and not teacher_records.is_stochastic(
-    model, temperature
-  ):
-    raise ValueError(
-      f"expected one output for each input without sampling, got"
-      f" {shards.num_samples} at temperature {temperature};"
-      " set SAMPLING_TEMPERATURE, or NUM_SAMPLES = 1"
-    )
+  teacher_records.check_num_samples(model, shards.num_samples, temperature)
 
 
 def _name(decode_fn):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import seqio
 
-from gkd_jax import checks, losses, models, partitioning
+from gkd_jax import checks, data, losses, models, partitioning
 from gkd_jax.data import vocabularies
 from gkd_jax.evaluation import evaluate
 
@@ -83,6 +83,25 @@ def is_stochastic(model: Any, temperature: float) -> bool:
   return bool(temperature or options.get("temperature", default))
 
 
+def check_num_samples(model: Any, number: int, temperature: float) -> None:
+  """Refuses several outputs of an input where all of them are equal.
+
+  Args:
+    model: with T5X's protocol.
+    number: outputs of each input.
+    temperature: see `records`.
+
+  Raises:
+    ValueError: if there are several, and decoding is not random.
+  """
+  if number > 1 and not is_stochastic(model, temperature):
+    raise ValueError(
+      f"expected one output for each input without sampling, got {number} at"
+      f" temperature {temperature}; set SAMPLING_TEMPERATURE, or"
+      " NUM_SAMPLES = 1"
+    )
+
+
 def records(
   model: Any,
   params: Any,
@@ -141,12 +160,15 @@ def records(
 
 def _record(task, example, row, shards, special_tokens):
   """Returns the record of one output; `row` is its row of `_compiled`."""
-  targets = example["targets"]
   if shards.targets == OUTPUTS:
     targets = row["tokens"][: row["length"]]
+  else:
+    targets = example["targets"]
   record = {"score": row["score"], "ended": int(row["ended"])}
-  for name, ids in (("inputs", example["inputs"]), ("targets", targets)):
-    vocabulary = task.output_features[name].vocabulary
+  for name, ids, vocabulary in (
+    ("inputs", example["inputs"], task.output_features["inputs"].vocabulary),
+    ("targets", targets, data.target_vocabulary(task)),
+  ):
     # A vocabulary without text decodes to numbers.
     text = str(vocabularies.text(vocabulary, ids, special_tokens))
     record |= {name: ids, f"{name}_pretokenized": text}
@@ -216,15 +238,9 @@ def _decoding(model, temperature, indices, key):
   `indices` `[B]` are those of the examples. PAD is not sampled, as in
   on-policy training.
   """
-  parameters = inspect.signature(model.decode_fn).parameters
-  defaults = model.default_decoder_params
   options: dict[str, Any] = {"temperature": temperature} if temperature else {}
-  if "suppress_ids" in parameters:
-    others = tuple(defaults.get("suppress_ids", ()))
+  if "suppress_ids" in inspect.signature(model.decode_fn).parameters:
+    others = tuple(model.default_decoder_params.get("suppress_ids", ()))
     options["suppress_ids"] = (*model.special_tokens.never_sampled, *others)
-  if "row_ids" not in parameters:
-    return options, jax.random.fold_in(key, indices[0])
-  # Each of several decodes, of which the best is kept, has its own stream.
-  decodes = int(defaults.get("num_decodes", 1))
-  rows = indices[:, None] * decodes + jnp.arange(decodes)[None]
-  return options | {"row_ids": rows.reshape(-1)}, key
+  streams, key = evaluate.random_streams(model, indices, key)
+  return options | streams, key

@@ -133,9 +133,8 @@ def has_begun(cell: sweeps.Cell, output: str) -> bool:
 
 def is_finished(cell: sweeps.Cell, output: str) -> bool:
   """Whether the cell's last file exists, whoever ran it."""
-  return os.path.exists(
-    os.path.join(output, cell.name, cell.done or "done.json")
-  )
+  done = cell.done or "done.json"
+  return os.path.exists(os.path.join(output, cell.name, done))
 
 
 def commands(
@@ -270,11 +269,14 @@ def _next_cell(waiting, cells, failed, output) -> sweeps.Cell | None:
 
 
 def _say_outcome(cell, error, output):
-  print(
-    f"{time.strftime('%H:%M:%S')} {cell.name}:"
-    f" {error.splitlines()[0] if error else _scores(cell, output)}",
-    flush=True,
-  )
+  """Prints the error's first line, or the greedy scores of a finished cell."""
+  if error:
+    text = error.splitlines()[0]
+  else:
+    row = run_folders.read_cell(os.path.join(output, cell.name))
+    scores = {k: v for k, v in row.items() if k.startswith("greedy/")}
+    text = " ".join(["finished", *(f"{k} {v:.2f}" for k, v in scores.items())])
+  print(f"{time.strftime('%H:%M:%S')} {cell.name}: {text}", flush=True)
 
 
 def _start(cell, output, cores, command) -> _Running:
@@ -354,13 +356,6 @@ def _outcome(item: _Running, output: str) -> str | None:
     if cell.done == "final.json":
       reason += "; set FINAL_EVAL_SPLIT"
   return f"{reason}\n{_tail(os.path.join(folder, 'log.txt'))}"
-
-
-def _scores(cell, output):
-  """Returns the greedy scores of a finished cell as text."""
-  row = run_folders.read_cell(os.path.join(output, cell.name))
-  shown = [f"{k} {v:.2f}" for k, v in row.items() if k.startswith("greedy/")]
-  return " ".join(["finished", *shown])
 
 
 def _tail(path):

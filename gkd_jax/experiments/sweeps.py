@@ -200,7 +200,8 @@ def cells(
     )
   _check_different(made.values())
   # Seed by seed, so that an interrupted sweep has comparable cells.
-  order = sorted(made, key=lambda k: (_before(made[k].seed), k))
+  of_seed = lambda cell: -1 if cell.seed is None else cell.seed
+  order = sorted(made, key=lambda k: (of_seed(made[k]), k))
   return [made[k] for k in order]
 
 
@@ -212,17 +213,14 @@ def gin_value(value: Any) -> str:
   """
   if not isinstance(value, str):
     return repr(value)
-  if value[:1] in tuple("@%([\"'") or _is_dict(value):
+  is_dict = value.startswith("{") and not _REFERENCE.match(value)
+  if is_dict or value[:1] in tuple("@%([\"'"):
     return value
   try:
     ast.literal_eval(value)
   except (ValueError, SyntaxError):
     return repr(value)
   return value
-
-
-def _is_dict(text):
-  return text.startswith("{") and not _REFERENCE.match(text)
 
 
 def _cell(definition, stage, table, axes, point, seed, made, bindings):
@@ -354,10 +352,6 @@ def _seeds(value) -> list[int | None]:
       f"expected a number of seeds, a list or false, got {value!r}; set seeds"
     )
   return list(range(value))
-
-
-def _before(seed):
-  return -1 if seed is None else seed
 
 
 def _split(text: str) -> list[str]:

@@ -24,12 +24,12 @@ def attend(
   Args:
     plain: such as `network.layers.dot_product_attention`.
     query: `[B, H, T, K]`, scaled.
-    key: `[B, H, S, K]`.
+    key: `[B, H, S, K]`, in the query's type.
     value: `[B, H, S, K]`.
     bias: float32, broadcastable to `[B, H, T, S]`.
 
   Returns:
-    `[B, H, T, K]` in the query's type.
+    `[B, H, T, K]` in the values' type.
   """
   heads, length = math.prod(query.shape[:2]), query.shape[2] * key.shape[2]
   if heads > 1 and length >= _LONG:
@@ -47,8 +47,8 @@ def _attend_by_sum(query, key, value, bias):
   largest = jnp.max(logits, axis=-1, keepdims=True)
   weights = jnp.exp(logits - jax.lax.stop_gradient(largest))
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(query.dtype), value)
-  return (out / total).astype(query.dtype)
+  out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
+  return (out / total).astype(value.dtype)
 
 
 def _one_head_at_a_time(query, key, value, bias):

@@ -39,8 +39,10 @@ with epy.lazy_api_imports(globals()):
   )
   from gkd_jax.losses.vocabulary import (
     check_num_real_tokens,
+    check_sizes,
     check_temperatures,
     log_probs,
     mask_vocab_padding,
+    of_one_size,
     target_log_probs,
   )

@@ -105,7 +105,8 @@ def distillation_loss(
     length_normalization: "sequence" or "token", see `token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `token_weights`.
     num_real_tokens: R; token ids from R on are padding of the vocabulary.
-      Value, gradient and metrics are those of the first R logits. None: R = V.
+      Value, gradient and metrics are those of the first R logits, so that V may
+      differ between teacher and student. None: R = V.
 
   Returns:
     `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
@@ -119,11 +120,13 @@ def distillation_loss(
       `num_real_tokens` outside of 1..V, or an unknown name or length
       normalisation.
   """
+  teacher_logits, student_logits = vocabulary.of_one_size(
+    teacher_logits, student_logits, num_real_tokens
+  )
   if teacher_logits.shape != student_logits.shape:
     raise ValueError(
       "expected teacher and student logits of one shape, got"
-      f" {teacher_logits.shape} and {student_logits.shape}; set the same"
-      " vocab_size for TEACHER and STUDENT"
+      f" {teacher_logits.shape} and {student_logits.shape}"
     )
   _check_shape("weights", weights, student_logits.shape[:-1])
   if isinstance(divergence, str):

@@ -72,7 +72,8 @@ def fused_distillation_loss(
     student_hidden: `[B, T, D]`, what the head is multiplied with.
     student_head: `[D, V]`.
     teacher_hidden: `[B, T, D']`; the teacher may be wider.
-    teacher_head: `[D', V]` in any float type, or int8 with scales.
+    teacher_head: `[D', V]` in any float type, or int8 with scales; V may differ
+      from the student's where `num_real_tokens` is given.
     weights: `[B, T]`, 0 at padding.
     divergence: see `distillation.distillation_loss`.
     teacher_temperature: divides the teacher's logits.
@@ -92,9 +93,13 @@ def fused_distillation_loss(
     ValueError: as `distillation.distillation_loss`, a `chunk_size` below 1, or
       hidden states that do not fit their head.
   """
-  vocab_size = _check_shapes(
+  teacher_head, student_head = vocabulary.of_one_size(
+    teacher_head, student_head, num_real_tokens
+  )
+  _check_shapes(
     student_hidden, student_head, teacher_hidden, teacher_head, weights
   )
+  vocab_size = student_head.shape[1]
   _check_chunk_size(chunk_size)
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
   vocabulary.check_num_real_tokens(num_real_tokens, vocab_size)
@@ -346,16 +351,9 @@ def _check_chunk_size(chunk_size):
 def _check_shapes(
   student_hidden, student_head, teacher_hidden, teacher_head, weights
 ):
-  """Returns V; raises ValueError unless all shapes fit."""
+  """Raises ValueError unless all shapes fit."""
   if isinstance(teacher_head, types.Int8Matrix):
     teacher_head = teacher_head.values
-  sizes = teacher_head.shape[1], student_head.shape[1]
-  if sizes[0] != sizes[1]:
-    raise ValueError(
-      "expected heads of one vocabulary, got"
-      f" {sizes[0]} (teacher) and {sizes[1]} (student) columns; set the same"
-      " vocab_size for TEACHER and STUDENT"
-    )
   for name, hidden, head in (
     ("student", student_hidden, student_head),
     ("teacher", teacher_hidden, teacher_head),
@@ -366,4 +364,3 @@ def _check_shapes(
         f"expected {name}_hidden of shape {shape}, as weights and {name}_head"
         f" have it, got {hidden.shape}; set {name}_hidden"
       )
-  return sizes[0]

@@ -80,13 +80,15 @@ def whiten(rewards: jax.Array) -> jax.Array:
   [[-1.0, 1.0], [-1.0, 1.0]]
 
   Args:
-    rewards: any shape, of the whole batch.
+    rewards: any shape, of the whole batch; NaN where there is none, which stays
+      NaN and does not count.
   """
-  centred = rewards - jnp.mean(rewards)
-  deviation = jnp.sqrt(jnp.mean(jnp.square(centred)))
+  centred = rewards - jnp.nanmean(rewards)
+  deviation = jnp.sqrt(jnp.nanmean(jnp.square(centred)))
   # Equal rewards differ from their mean by rounding, which must not be scaled.
-  equal = deviation <= 1e-6 * jnp.max(jnp.abs(rewards))
-  return jnp.where(equal, 0.0, centred / jnp.where(equal, 1.0, deviation))
+  equal = deviation <= 1e-6 * jnp.nanmax(jnp.abs(rewards))
+  scaled = centred / jnp.where(equal, 1.0, deviation)
+  return jnp.where(equal & ~jnp.isnan(rewards), 0.0, scaled)
 
 
 def advantages(
@@ -106,13 +108,16 @@ def advantages(
   mean of their credits at the same t (their reward, once they have ended). With
   γ = 1 both credits are the same.
 
+  An output without a reward has no credit and counts in no baseline. Without
+  another output that has one, leave-one-out gives no credit.
+
   >>> r = jnp.array([[1.0, 0.0, 2.0]])
   >>> one = jnp.ones((1, 3, 1))
   >>> advantages(r, one, baseline="leave_one_out").ravel().tolist()
   [0.0, -1.5, 1.5]
 
   Args:
-    rewards: `[B, N]`, one for each output.
+    rewards: `[B, N]`, one for each output; NaN where there is none.
     weights: `[B, N, T]`, 1 at the tokens of an output.
     baseline: "leave_one_out" (N of at least 2), "running_mean" or "none".
     credit: "sequence" or "token".
@@ -128,6 +133,8 @@ def advantages(
   check_settings(baseline, credit, discount, rewards.shape[1])
   weights = (weights > 0).astype(jnp.float32)
   rewards = rewards.astype(jnp.float32)[:, :, None]
+  judged = jnp.isfinite(rewards)
+  rewards = jnp.where(judged, rewards, 0.0)
   returns = jnp.broadcast_to(rewards, weights.shape)
   if credit == "token":
     # Tokens after each one; 0 from the last one on, wherever it stands.
@@ -135,10 +142,12 @@ def advantages(
     returns = rewards * discount**after
   if baseline == "leave_one_out":
     others = jnp.sum(returns, axis=1, keepdims=True) - returns
-    returns = returns - others / (rewards.shape[1] - 1)
+    number = jnp.sum(judged, axis=1, keepdims=True) - 1
+    judged &= number > 0
+    returns = returns - others / jnp.maximum(number, 1)
   elif baseline == "running_mean":
     returns = returns - running_mean
-  return returns * weights
+  return jnp.where(judged, returns * weights, 0.0)
 
 
 def check_settings(

@@ -1,7 +1,11 @@
 """From logits to log-probs, with padding of the vocabulary masked."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from gkd_jax import types
 
 
 def mask_vocab_padding(
@@ -35,6 +39,57 @@ def mask_vocab_padding(
   check_num_real_tokens(num_real_tokens, logits.shape[-1])
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   return jnp.where(ids < num_real_tokens, logits, fill_value)
+
+
+def of_one_size(
+  teacher: jax.Array | types.Int8Matrix,
+  student: jax.Array,
+  num_real_tokens: int | None,
+) -> tuple[Any, jax.Array]:
+  """Cuts vocabularies of one tokenizer that are padded to different sizes.
+
+  Args:
+    teacher: `[..., V]` logits, or a head `[D, V]`.
+    student: `[..., V']`, likewise.
+    num_real_tokens: R, see `mask_vocab_padding`.
+
+  Returns:
+    Both, the larger one with the smaller one's number of columns.
+
+  Raises:
+    ValueError: they differ, and R is not known or larger than one of them.
+  """
+  is_int8 = isinstance(teacher, types.Int8Matrix)
+  columns = (teacher.values if is_int8 else teacher).shape[-1]
+  sizes = columns, student.shape[-1]
+  check_sizes(*sizes, num_real_tokens)
+  if sizes[0] == sizes[1]:
+    return teacher, student
+  cut = lambda x: x[..., : min(sizes)]
+  if is_int8:
+    return types.Int8Matrix(*map(cut, teacher)), cut(student)
+  return cut(teacher), cut(student)
+
+
+def check_sizes(
+  teacher_size: int, student_size: int, num_real_tokens: int | None
+) -> None:
+  """Raises a ValueError for two vocabularies that cannot be one.
+
+  Args:
+    teacher_size: V, padding included.
+    student_size: V', likewise; another one only where R is given.
+    num_real_tokens: R.
+  """
+  smaller = min(teacher_size, student_size)
+  known = num_real_tokens is not None and num_real_tokens <= smaller
+  if teacher_size != student_size and not known:
+    raise ValueError(
+      "expected teacher and student with one vocabulary, got vocab_size"
+      f" {teacher_size} (teacher) and {student_size} (student); set the same"
+      " vocab_size for TEACHER and STUDENT, or NUM_REAL_TOKENS where only their"
+      " padding differs"
+    )
 
 
 def scaled_logits(

@@ -8,7 +8,7 @@ gkd                  GKDModel: whose outputs, both models' scores, the divergenc
 rl_gkd               RLGKDModel: a reward and a divergence
 minillm              MiniLLMModel: the reverse KL of sequences
 stored_teacher       StoredTeacherModel: a teacher's stored top-k log-probs
-outputs              where outputs end, and metrics of those that were sampled
+outputs              outputs that are sampled: drawing, where they end, metrics
 random_keys          of a step: dropout, samples, coins
 length_buckets       a loss at the shortest length that a batch needs
 """

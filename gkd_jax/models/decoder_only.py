@@ -179,11 +179,11 @@ class DecoderOnlyModel(base_model.BaseTransformerModel):
     """See `types.TransformerModel.start_decoding`.
 
     All prompts go through the network together, once, and leave their keys and
-    values in the cache. The batch has `decoder_input_tokens` and
-    `decoder_causal_attention`, unpacked.
+    values in the cache. The batch has `decoder_input_tokens` and, if there are
+    prompts, `decoder_causal_attention`, unpacked.
 
     Raises:
-      ValueError: packed rows, or rows without a prompt's mask.
+      ValueError: packed rows.
     """
     del encoded
     make = lambda factor: self._prefill(
@@ -291,14 +291,11 @@ def _check_decode_fn(decode_fn):
 
 
 def _prompt_mask(batch):
-  """`decoder_causal_attention`, int32 `[B, T]`."""
-  if "decoder_causal_attention" not in batch:
-    raise ValueError(
-      "expected rows of a prompt and an output, got none with"
-      " decoder_causal_attention; set TASK_FEATURE_LENGTHS to the lengths of"
-      " 'inputs' and 'targets'"
-    )
-  return batch["decoder_causal_attention"]
+  """`decoder_causal_attention`, int32 `[B, T]`; rows of an output alone have none."""
+  if "decoder_causal_attention" in batch:
+    return batch["decoder_causal_attention"]
+  # One position more than the prompt, which is empty.
+  return jnp.zeros_like(batch["decoder_input_tokens"]).at[:, 0].set(1)
 
 
 def _prompt_lengths(batch):

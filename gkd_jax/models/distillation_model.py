@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import checks, divergences, types
+from gkd_jax import checks, divergences, losses, schedules, types
 from gkd_jax.models import base_model, length_buckets
 
 
@@ -22,7 +22,8 @@ class DistillationModel:
       forward and reverse KL by them, as the paper does.
     beta: β of "jsd" and "normalized_jsd": a number in [0, 1] or a schedule.
     skew_alpha: α of the skew KLs.
-    student_temperature: of the student's softmax in the loss.
+    student_temperature: of the student's softmax in the loss, a number or a
+      schedule.
     length_normalization: "sequence" (the paper's 1/L_y) or "token".
     output_buckets: ascending lengths; decoders and loss run at the first that
       holds the longest output of a (micro)batch, or at the full length where
@@ -46,7 +47,7 @@ class DistillationModel:
     *,
     beta: float | types.Schedule | None = None,
     skew_alpha: float = 0.1,
-    student_temperature: float = 1.0,
+    student_temperature: float | types.Schedule = 1.0,
     length_normalization: str = "sequence",
     output_buckets: Sequence[int] | None = None,
   ):
@@ -58,10 +59,9 @@ class DistillationModel:
     self.length_normalization = length_normalization
     check_model(student, "STUDENT_MODEL")
     checks.one_of(divergence, "DIVERGENCE", divergences.names())
-    checks.number(
-      beta, "BETA", least=0, most=1, none=True, schedule=True, what="β"
-    )
-    checks.number(
+    self._schedules: dict[str, tuple[types.Schedule, dict[str, Any]]] = {}
+    self.check_number(beta, "BETA", least=0, most=1, none=True, what="β")
+    self.check_number(
       student_temperature,
       "STUDENT_TEMPERATURE",
       above=0,
@@ -95,6 +95,24 @@ class DistillationModel:
     model._cut_to_buckets()
     return model
 
+  def check_number(self, value: Any, setting: str, **limits: Any) -> None:
+    """Checks a number as `checks.number`, and a schedule before every step too."""
+    checks.number(value, setting, schedule=True, **limits)
+    if callable(value):
+      self._schedules[setting] = value, limits
+      self._check_schedules(0)
+
+  def _check_schedules(self, step):
+    for setting, (schedule, limits) in self._schedules.items():
+      try:
+        value = schedules.host_value(schedule, step)
+      except TypeError as error:
+        raise ValueError(
+          "expected a function of the step, such as @schedules.linear() with its"
+          f" parentheses, got {schedule!r} ({error}); set {setting}"
+        ) from error
+      checks.number(value, setting, where=f" at step {step}", **limits)
+
   @property
   def config(self) -> Any:
     """The student's sizes."""
@@ -113,15 +131,21 @@ class DistillationModel:
   def source_of_step(self, seed: int, step: int) -> str:
     """Returns whose outputs a step trains on: "data", "student" or "mixed".
 
+    Called on the host before each step, it also checks the schedules' values.
+
     Args:
       seed: of the run.
       step: batches used so far.
+
+    Raises:
+      ValueError: a schedule left its range.
     """
-    del seed, step
+    del seed
+    self._check_schedules(step)
     return base_model.DATA
 
   def divergence_at(self, step: int | jax.Array) -> types.Divergence:
-    """Returns the divergence at a step; only β may depend on it.
+    """Returns the divergence at a step, on which β may depend.
 
     Args:
       step: `[]`.
@@ -137,8 +161,7 @@ class DistillationModel:
           " set BETA"
         )
       name = {"jsd": "generalized_jsd"}.get(self.divergence, self.divergence)
-      beta = self.beta(step) if callable(self.beta) else self.beta
-      return divergences.get(name, beta=beta)
+      return divergences.get(name, beta=schedules.at(self.beta, step))
     if self.beta is not None:
       raise ValueError(
         "expected no β for a divergence that has none, got BETA ="
@@ -237,12 +260,6 @@ def check_pair(
       f" {kinds[0]} (teacher) and {kinds[1]} (student); set STUDENT_MODEL or"
       " TEACHER_MODEL"
     )
-  sizes = teacher.config.vocab_size, student.config.vocab_size
-  if sizes[0] != sizes[1]:
-    raise ValueError(
-      "expected teacher and student with one vocabulary, got vocab_size"
-      f" {sizes[0]} (teacher) and {sizes[1]} (student); set TEACHER or STUDENT"
-    )
   special = teacher.special_tokens, student.special_tokens
   if special[0] != special[1]:
     raise ValueError(
@@ -255,3 +272,6 @@ def check_pair(
       "expected teacher and student with the same num_real_tokens, got"
       f" {real[0]} (teacher) and {real[1]} (student); set NUM_REAL_TOKENS"
     )
+  losses.check_sizes(
+    teacher.config.vocab_size, student.config.vocab_size, real[0]
+  )

@@ -33,6 +33,11 @@ class EncoderDecoderModel(base_model.BaseTransformerModel):
       input_types: feature name to dtype, int32 by default.
     """
     types_ = input_types or {}
+    if "encoder_input_tokens" not in input_shapes:
+      raise ValueError(
+        "expected lengths of 'inputs' and 'targets' for an encoder-decoder, got"
+        " none of 'inputs'; set TASK_FEATURE_LENGTHS"
+      )
     encoder, decoder = (
       jnp.ones(input_shapes[name], types_.get(name, jnp.int32))
       for name in ("encoder_input_tokens", "decoder_input_tokens")

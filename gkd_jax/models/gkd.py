@@ -33,9 +33,10 @@ class GKDModel(distillation_model.DistillationModel):
     skew_alpha: see there.
     student_data_granularity: "step": one coin per batch (algorithm 1).
       "example": one coin per row.
-    teacher_temperature: of the teacher's softmax (paper, tables A.1-A.4).
+    teacher_temperature: of the teacher's softmax (paper, tables A.1-A.4), a
+      number or a schedule.
     student_temperature: see there.
-    sampling_temperature: of the student's samples.
+    sampling_temperature: of the student's samples, a number or a schedule.
     sampling_top_k: keep the k likeliest tokens; 0 keeps all.
     sampling_top_p: keep the likeliest tokens up to this mass; 1.0 keeps all.
     decode_slots: rows that the student samples at a time, see `decoding.sample`;
@@ -61,9 +62,9 @@ class GKDModel(distillation_model.DistillationModel):
     beta: float | types.Schedule | None = None,
     skew_alpha: float = 0.1,
     student_data_granularity: str = "step",
-    teacher_temperature: float = 1.0,
-    student_temperature: float = 1.0,
-    sampling_temperature: float = 1.0,
+    teacher_temperature: float | types.Schedule = 1.0,
+    student_temperature: float | types.Schedule = 1.0,
+    sampling_temperature: float | types.Schedule = 1.0,
     sampling_top_k: int = 0,
     sampling_top_p: float = 1.0,
     decode_slots: int | None = None,
@@ -96,19 +97,24 @@ class GKDModel(distillation_model.DistillationModel):
     self._check_settings()
 
   def _check_settings(self):
-    checks.number(
+    self.check_number(
       self.student_data_fraction,
       "STUDENT_DATA_FRACTION",
       least=0,
       most=1,
-      schedule=True,
       what="λ",
     )
-    checks.number(
+    self.check_number(
       self.teacher_temperature,
       "TEACHER_TEMPERATURE",
       above=0,
       what="a teacher_temperature",
+    )
+    self.check_number(
+      self.sampling["temperature"],
+      "SAMPLING_TEMPERATURE",
+      least=0,
+      what="a temperature",
     )
     checks.one_of(
       self.student_data_granularity,
@@ -123,7 +129,9 @@ class GKDModel(distillation_model.DistillationModel):
         self.loss_chunk_size,
         "LOSS_CHUNK_SIZE",
       )
-    decoding.check_options(self.sampling)
+    decoding.check_options(
+      {k: v for k, v in self.sampling.items() if k != "temperature"}
+    )
 
   def with_special_tokens(self, special_tokens: types.SpecialTokens) -> Any:
     """See `DistillationModel.with_special_tokens`."""
@@ -157,14 +165,10 @@ class GKDModel(distillation_model.DistillationModel):
       step: batches used so far.
 
     Raises:
-      ValueError: a schedule left [0, 1].
+      ValueError: a schedule left its range.
     """
+    super().source_of_step(seed, step)
     fraction = schedules.host_value(self.student_data_fraction, step)
-    if not 0 <= fraction <= 1:
-      raise ValueError(
-        f"expected λ in [0, 1], got {fraction} at step {step};"
-        " set STUDENT_DATA_FRACTION"
-      )
     if fraction in (0, 1):
       return base_model.STUDENT if fraction else base_model.DATA
     if self.student_data_granularity == "example":
@@ -247,13 +251,17 @@ class GKDModel(distillation_model.DistillationModel):
   ) -> tuple[jax.Array, jax.Array]:
     """Returns the teacher's logits, without a gradient, and the student's.
 
-    Arguments as of `outputs_loss`; `[B, T, V]` each.
+    Arguments as of `outputs_loss`; `[B, T, V]` each, see `losses.of_one_size`.
     """
     with jax.named_scope("teacher"):
       teacher_logits = self.teacher.decoder_logits(*teacher, batch)
     with jax.named_scope("student"):
       student_logits = self.student.decoder_logits(*student, batch, dropout_key)
-    return jax.lax.stop_gradient(teacher_logits), student_logits
+    return losses.of_one_size(
+      jax.lax.stop_gradient(teacher_logits),
+      student_logits,
+      self.student.num_real_tokens,
+    )
 
   def divergence_loss(
     self,
@@ -295,8 +303,8 @@ class GKDModel(distillation_model.DistillationModel):
     return {
       "weights": self.student.loss_weights(batch),
       "divergence": self.divergence_at(step),
-      "teacher_temperature": self.teacher_temperature,
-      "student_temperature": self.student_temperature,
+      "teacher_temperature": schedules.at(self.teacher_temperature, step),
+      "student_temperature": schedules.at(self.student_temperature, step),
       "length_normalization": self.length_normalization,
       "segment_ids": batch.get("decoder_segment_ids"),
       "num_real_tokens": self.student.num_real_tokens,
@@ -337,6 +345,7 @@ class GKDModel(distillation_model.DistillationModel):
         keys.sample,
         row_ids=inputs.row_ids,
         chosen=chosen,
+        step=inputs.step,
         teacher_params=teacher_params,
       )
     # A row of padding alone (the last batch of a dataset) has no input.
@@ -354,7 +363,7 @@ class GKDModel(distillation_model.DistillationModel):
 
   def _coins(self, key, inputs):
     """Returns which rows are sampled, `[B]` bool, by a coin of each row's own."""
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(inputs.row_ids)
+    keys = sampling.row_keys(key, inputs.row_ids)
     coins = jax.vmap(jax.random.uniform)(keys)
     return coins < schedules.as_schedule(self.student_data_fraction)(
       inputs.step
@@ -369,6 +378,7 @@ class GKDModel(distillation_model.DistillationModel):
     *,
     row_ids: jax.Array | None = None,
     chosen: jax.Array | None = None,
+    step: int | jax.Array = 0,
     teacher_params: Any = None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples an output for each row, as training does.
@@ -380,6 +390,7 @@ class GKDModel(distillation_model.DistillationModel):
       key: random key.
       row_ids: `[B]`, see `decoding.sample`.
       chosen: `[B]` bool, rows that need a sample; None for all.
+      step: `[]`, for schedules.
       teacher_params: not read here; a subclass may mix the teacher in.
 
     Returns:
@@ -389,11 +400,11 @@ class GKDModel(distillation_model.DistillationModel):
     """
     del teacher_params
     model, slots = self.student, self.decode_slots
-    step, cache, rows = model.start_decoding(
+    decode_step, cache, rows = model.start_decoding(
       params, encoded, batch, slots=slots
     )
-    return draw_outputs(
-      step,
+    return outputs.draw(
+      decode_step,
       cache,
       key,
       batch,
@@ -402,13 +413,18 @@ class GKDModel(distillation_model.DistillationModel):
       active=chosen,
       slots=slots,
       **rows,
-      **self.sampling,
+      **self.sampling_at(step),
     )
+
+  def sampling_at(self, step: int | jax.Array) -> dict[str, Any]:
+    """Returns the options of `decoding.sample` at a step, `[]`."""
+    temperature = schedules.at(self.sampling["temperature"], step)
+    return self.sampling | {"temperature": temperature}
 
   def sample_batch(
     self, params: Any, batch: types.Batch, key: jax.Array
   ) -> jax.Array:
-    """Samples an output for each row, int32 `[B, T]`, as training does.
+    """Samples an output for each row, int32 `[B, T]`, as at step 0 of training.
 
     Args:
       params: the student's.
@@ -416,42 +432,6 @@ class GKDModel(distillation_model.DistillationModel):
       key: random key.
     """
     return self.draw(params, self.student.encode(params, batch), batch, key)[0]
-
-
-def draw_outputs(
-  step: types.TokensToLogits,
-  cache: types.PyTree,
-  key: jax.Array,
-  batch: types.Batch,
-  *,
-  eos_id: int | Sequence[int],
-  row_lengths: jax.Array | None = None,
-  **options: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Samples outputs of the batch's length; returns as `GKDModel.draw`.
-
-  Args:
-    step: scores the next token.
-    cache: before the first token.
-    key: random key.
-    batch: whose targets say B and T.
-    eos_id: see `decoding.sample`.
-    row_lengths: `[B]`, see `decoding.sample`.
-    **options: of `decoding.sample`.
-  """
-  batch_size, length = batch["decoder_target_tokens"].shape
-  tokens, log_probs = decoding.sample(
-    step,
-    cache,
-    key,
-    batch_size=batch_size,
-    max_decode_length=length,
-    eos_id=eos_id,
-    row_lengths=row_lengths,
-    **options,
-  )
-  weights = sampling.sequence_weights(tokens, eos_id, row_lengths=row_lengths)
-  return tokens, weights, log_probs
 
 
 def _sample_metrics(weights, ended, used, present):

@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 
-from gkd_jax import checks, decoding, losses, types
+from gkd_jax import checks, decoding, losses, schedules, types
 from gkd_jax.losses import policy_gradient
-from gkd_jax.models import gkd, rl_gkd
+from gkd_jax.models import gkd, outputs, rl_gkd
 
 
 class MiniLLMModel(gkd.GKDModel):
@@ -40,6 +40,7 @@ class MiniLLMModel(gkd.GKDModel):
     normalize_returns: see `losses.minillm_loss`.
     teacher_temperature: of p.
     sampling_temperature: of q, in sampling and in the loss.
+    decode_slots: see `GKDModel`.
     output_buckets: see `DistillationModel`.
 
   Raises:
@@ -54,8 +55,9 @@ class MiniLLMModel(gkd.GKDModel):
     teacher_mix: float = 0.2,
     importance: str = "token",
     normalize_returns: bool = True,
-    teacher_temperature: float = 1.0,
-    sampling_temperature: float = 1.0,
+    teacher_temperature: float | types.Schedule = 1.0,
+    sampling_temperature: float | types.Schedule = 1.0,
+    decode_slots: int | None = None,
     output_buckets: Sequence[int] | None = None,
   ):
     super().__init__(
@@ -65,6 +67,7 @@ class MiniLLMModel(gkd.GKDModel):
       teacher_temperature=teacher_temperature,
       student_temperature=sampling_temperature or 1.0,
       sampling_temperature=sampling_temperature,
+      decode_slots=decode_slots,
       output_buckets=output_buckets,
     )
     rl_gkd.check_on_policy(self)
@@ -77,18 +80,18 @@ class MiniLLMModel(gkd.GKDModel):
     checks.boolean(normalize_returns, "NORMALIZE_RETURNS")
     policy_gradient.check_importance(importance)
 
-  def _log_p(self, logits, weights=None):
-    return self._log_probs(logits, weights, self.teacher_temperature)
+  def _log_p(self, logits, step, weights=None):
+    return self._log_probs(logits, weights, self.teacher_temperature, step)
 
-  def _log_q(self, logits, weights=None):
-    return self._log_probs(logits, weights, self.sampling["temperature"])
+  def _log_q(self, logits, step, weights=None):
+    return self._log_probs(logits, weights, self.sampling["temperature"], step)
 
-  def _log_probs(self, logits, weights, temperature):
+  def _log_probs(self, logits, weights, temperature, step):
     return decoding.sampling_log_probs(
       logits,
       weights,
       num_real_tokens=self.student.num_real_tokens,
-      temperature=temperature,
+      temperature=schedules.at(temperature, step),
       suppress_ids=self.sampling["suppress_ids"],
     )
 
@@ -101,6 +104,7 @@ class MiniLLMModel(gkd.GKDModel):
     *,
     row_ids: jax.Array | None = None,
     chosen: jax.Array | None = None,
+    step: int | jax.Array = 0,
     teacher_params: Any = None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples as `GKDModel.draw`, each token from the mixture of both models.
@@ -109,27 +113,35 @@ class MiniLLMModel(gkd.GKDModel):
     """
     if teacher_params is None or self.teacher_mix == 0:
       return super().draw(
-        params, encoded, batch, key, row_ids=row_ids, chosen=chosen
+        params, encoded, batch, key, row_ids=row_ids, chosen=chosen, step=step
       )
-    teacher_step, teacher_cache, _ = self.teacher.start_decoding(
-      teacher_params, self.teacher.encode(teacher_params, batch), batch
+    slots = self.decode_slots
+    teacher_step, teacher_cache, teacher_rows = self.teacher.start_decoding(
+      teacher_params,
+      self.teacher.encode(teacher_params, batch),
+      batch,
+      slots=slots,
     )
     student_step, student_cache, rows = self.student.start_decoding(
-      params, encoded, batch
+      params, encoded, batch, slots=slots
     )
+    axes = teacher_rows["row_axes"], rows.pop("row_axes")
 
-    def step(tokens, caches):
+    def decode_step(tokens, caches):
       teacher_logits, teacher_cache = teacher_step(tokens, caches[0])
       student_logits, student_cache = student_step(tokens, caches[1])
+      teacher_logits, student_logits = losses.of_one_size(
+        teacher_logits, student_logits, self.student.num_real_tokens
+      )
       log_probs = policy_gradient.mixture(
-        self._log_p(teacher_logits),
-        self._log_q(student_logits),
+        self._log_p(teacher_logits, step),
+        self._log_q(student_logits, step),
         self.teacher_mix,
       )
       return log_probs, (teacher_cache, student_cache)
 
-    return gkd.draw_outputs(
-      step,
+    return outputs.draw(
+      decode_step,
       (teacher_cache, student_cache),
       key,
       batch,
@@ -137,6 +149,8 @@ class MiniLLMModel(gkd.GKDModel):
       row_ids=row_ids,
       active=chosen,
       suppress_ids=self.sampling["suppress_ids"],
+      slots=slots,
+      row_axes=axes if slots else None,
       **rows,
     )
 
@@ -154,8 +168,8 @@ class MiniLLMModel(gkd.GKDModel):
     teacher_logits, student_logits = logits
     weights = self.student.loss_weights(batch)
     loss, weight, more = losses.minillm_loss(
-      self._log_p(teacher_logits, weights),
-      self._log_q(student_logits, weights),
+      self._log_p(teacher_logits, step, weights),
+      self._log_q(student_logits, step, weights),
       batch["decoder_target_tokens"],
       weights,
       teacher_mix=self.teacher_mix,

@@ -1,12 +1,49 @@
-"""Where outputs end, and metrics of outputs that the student sampled."""
+"""Outputs that the student samples: drawing them, where they end, metrics."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import decoding, types
 from gkd_jax.decoding import sampling
+
+
+def draw(
+  step: types.TokensToLogits,
+  cache: types.PyTree,
+  key: jax.Array,
+  batch: types.Batch,
+  *,
+  eos_id: int | Sequence[int],
+  row_lengths: jax.Array | None = None,
+  **options: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Samples outputs of the batch's length; returns as `GKDModel.draw`.
+
+  Args:
+    step: scores the next token.
+    cache: before the first token.
+    key: random key.
+    batch: whose targets say B and T.
+    eos_id: see `decoding.sample`.
+    row_lengths: `[B]`, see `decoding.sample`.
+    **options: of `decoding.sample`.
+  """
+  batch_size, length = batch["decoder_target_tokens"].shape
+  tokens, log_probs = decoding.sample(
+    step,
+    cache,
+    key,
+    batch_size=batch_size,
+    max_decode_length=length,
+    eos_id=eos_id,
+    row_lengths=row_lengths,
+    **options,
+  )
+  weights = sampling.sequence_weights(tokens, eos_id, row_lengths=row_lengths)
+  return tokens, weights, log_probs
 
 
 def ends(

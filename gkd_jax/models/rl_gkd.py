@@ -38,6 +38,12 @@ class RLGKDModel(gkd.GKDModel):
     whiten_rewards: give the batch's rewards mean 0 and standard deviation 1
       before the baseline. Their scale then means nothing to α.
     baseline_decay: of "running_mean", per step.
+    max_missing_rewards: largest share of a batch's outputs for which the reward
+      may return None, NaN or an infinite number. These get no credit.
+    cut_outputs: what is trained on of an output that was cut, so that it has no
+      EOS: "keep" for all of it, or "leave_out" for nothing. Its reward counts
+      in the baseline of others.
+    cut_penalty: taken off the reward of an output that was cut.
     **gkd_settings: of `GKDModel`; λ is 1, which cannot be set to anything else.
 
   Raises:
@@ -57,6 +63,9 @@ class RLGKDModel(gkd.GKDModel):
     discount: float = 1.0,
     whiten_rewards: bool = False,
     baseline_decay: float = 0.9,
+    max_missing_rewards: float = 0.5,
+    cut_outputs: str = "keep",
+    cut_penalty: float = 0.0,
     **gkd_settings: Any,
   ):
     super().__init__(student, teacher, **gkd_settings)
@@ -69,6 +78,12 @@ class RLGKDModel(gkd.GKDModel):
     self.discount = discount
     self.whiten_rewards = whiten_rewards
     self.baseline_decay = baseline_decay
+    self.max_missing_rewards = max_missing_rewards
+    self.cut_outputs = cut_outputs
+    self.cut_penalty = cut_penalty
+    checks.number(max_missing_rewards, "MAX_MISSING_REWARDS", least=0, most=1)
+    checks.one_of(cut_outputs, "CUT_OUTPUTS", ("keep", "leave_out"))
+    checks.number(cut_penalty, "CUT_PENALTY", least=0)
     checks.number(alpha, "ALPHA", least=0, most=1, what="α")
     checks.whole(samples_per_prompt, "SAMPLES_PER_PROMPT")
     checks.number(baseline_decay, "BASELINE_DECAY", least=0, below=1)
@@ -81,6 +96,12 @@ class RLGKDModel(gkd.GKDModel):
         raise ValueError(
           f"expected a reward, a function of texts, got {reward!r}; set REWARD"
         )
+      if self.loss_chunk_size:
+        checks.refuse(
+          "None or 0, as a policy gradient needs whole logits",
+          self.loss_chunk_size,
+          "LOSS_CHUNK_SIZE",
+        )
 
   @property
   def needs_rewards(self) -> bool:
@@ -88,7 +109,11 @@ class RLGKDModel(gkd.GKDModel):
     return self.alpha != 1 or self.samples_per_prompt != 1
 
   def roll_out(
-    self, params: Any, batch: types.Batch, key: jax.Array
+    self,
+    params: Any,
+    batch: types.Batch,
+    key: jax.Array,
+    step: int | jax.Array = 0,
   ) -> dict[str, jax.Array]:
     """Samples N outputs of the student for each prompt, which is encoded once.
 
@@ -96,6 +121,7 @@ class RLGKDModel(gkd.GKDModel):
       params: the student's.
       batch: features `[B, ...]`; outputs in them are not read.
       key: of this step, the one that `train_loss` gets.
+      step: `[]`, for schedules.
 
     Returns:
       Features `[B N, ...]`: rows b N to b N + N - 1 are prompt b's.
@@ -104,8 +130,8 @@ class RLGKDModel(gkd.GKDModel):
     encoded = decoding.repeat_rows(self.student.encode(params, batch), n)
     prompts = decoding.repeat_rows(dict(batch), n)
     rows = jnp.arange(prompts["decoder_target_tokens"].shape[0])
-    # The step is read by schedules of λ alone, and here all rows are sampled.
-    inputs = types.StepInputs(base_model.STUDENT, jnp.int32(0), key, rows)
+    step = jnp.asarray(step, jnp.int32)
+    inputs = types.StepInputs(base_model.STUDENT, step, key, rows)
     return self.with_samples(params, encoded, prompts, inputs)[0]
 
   def train_loss(
@@ -148,17 +174,23 @@ class RLGKDModel(gkd.GKDModel):
     """Returns the mix of policy gradient and divergence, and its metrics."""
     if not self.needs_rewards:
       return super().outputs_loss(student, teacher, batch, step, dropout_key)
+    targets = batch["decoder_target_tokens"]
+    sampled = self.student.loss_weights(batch)
+    eos_id = self.student.special_tokens.eos_id
+    weights = sampled
+    if self.cut_outputs == "leave_out":
+      ended = outputs.has_eos(targets, sampled, eos_id)
+      weights = sampled * ended[:, None]
+      batch = {**batch, "decoder_loss_weights": weights}
     logits = self.both_logits(student, teacher, batch, dropout_key)
     divergence, metrics = self.divergence_loss(*logits, batch, step)
     weight = metrics["loss"][1]
-    weights = self.student.loss_weights(batch)
-    targets = batch["decoder_target_tokens"]
     log_probs = decoding.sampling_log_probs(
       logits[1],
       weights,
       num_real_tokens=self.student.num_real_tokens,
       keep=targets,
-      **self.sampling,
+      **self.sampling_at(step),
     )
     gradient, _, more = losses.policy_gradient_loss(
       losses.target_log_probs(log_probs, targets, weights),
@@ -167,15 +199,23 @@ class RLGKDModel(gkd.GKDModel):
       length_normalization=self.length_normalization,
     )
     loss = losses.rl_gkd_loss(gradient, divergence, self.alpha)
-    rows = jnp.any(weights > 0, axis=1).astype(jnp.float32)
-    eos_id = self.student.special_tokens.eos_id
-    metrics |= outputs.output_metrics(targets, weights, eos_id) | more
-    metrics |= {
+    metrics |= outputs.output_metrics(targets, sampled, eos_id) | more
+    metrics |= _reward_metrics(batch[types.REWARDS], sampled) | {
       "divergence": jax.lax.stop_gradient((divergence, weight)),
-      "reward": (jnp.sum(rows * batch[types.REWARDS]), jnp.sum(rows)),
       "loss": (loss, weight),
     }
     return loss, metrics
+
+
+def _reward_metrics(rewards, weights):
+  """Returns the mean reward of the outputs that have one, and the share without."""
+  present = jnp.any(weights > 0, axis=1)
+  judged = present & jnp.isfinite(rewards)
+  count = lambda rows: jnp.sum(rows.astype(jnp.float32))
+  return {
+    "reward": (jnp.sum(jnp.where(judged, rewards, 0.0)), count(judged)),
+    "missing_rewards": (count(present & ~judged), count(present)),
+  }
 
 
 def check_on_policy(model: gkd.GKDModel):
@@ -190,3 +230,9 @@ def check_on_policy(model: gkd.GKDModel):
       "expected outputs that are drawn, got a sampling temperature of 0;"
       " set SAMPLING_TEMPERATURE"
     )
+  model.check_number(
+    model.sampling["temperature"],
+    "SAMPLING_TEMPERATURE",
+    above=0,
+    what="a temperature",
+  )

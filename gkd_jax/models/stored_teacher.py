@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax import losses, types
+from gkd_jax import losses, schedules, types
 from gkd_jax.models import base_model, distillation_model, random_keys
 
 
@@ -83,7 +83,7 @@ class StoredTeacherModel(distillation_model.DistillationModel):
       self.student.decoder_logits(*student, batch, dropout_key),
       self.student.loss_weights(batch),
       divergence=self.divergence_at(step),
-      student_temperature=self.student_temperature,
+      student_temperature=schedules.at(self.student_temperature, step),
       length_normalization=self.length_normalization,
       num_real_tokens=self.student.num_real_tokens,
     )

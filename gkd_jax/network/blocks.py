@@ -265,16 +265,14 @@ class Decoder(nn.Module):
     index, bias = None, None
     if decode:
       index, positions = self._next_positions(max_decode_length)
+      if not self.bias_per_layer:
+        bias = layers.decode_bias(relative_positions(config), *positions)
     else:
       positions = (jnp.arange(tokens.shape[1]),) * 2
       bias = layers.mask_to_bias(mask)
-    if not self.bias_per_layer:
-      relative = relative_positions(config)
-      if decode:
-        bias = layers.decode_bias(relative, *positions)
-      else:
-        bias = bias + relative(*positions, bidirectional=False)
-    if prefill:
+      if not self.bias_per_layer:
+        bias += relative_positions(config)(*positions, bidirectional=False)
+    if prefill_lengths is not None:
       for name, value in (
         ("cache_index", prefill_lengths.astype(jnp.int32)),
         ("positions", jnp.arange(tokens.shape[1])),

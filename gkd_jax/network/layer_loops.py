@@ -27,12 +27,6 @@ REMAT_POLICIES = {
 }
 
 
-def layer_class(cls: Any, config: Any) -> Any:
-  """Returns a layer's class, rematerialised as the configuration says."""
-  policy = REMAT_POLICIES[config.remat_policy]
-  return nn.remat(cls, policy=policy) if policy else cls
-
-
 def apply(
   cls: Any,
   fields: Sequence[Any],
@@ -54,7 +48,8 @@ def apply(
     *shared: further arguments of all layers.
     of_layers: one number for each layer, or None.
   """
-  cls = layer_class(cls, fields[0])
+  policy = REMAT_POLICIES[fields[0].remat_policy]
+  cls = nn.remat(cls, policy=policy) if policy else cls
   if not scan:
     for i in range(length):
       own = () if of_layers is None else (of_layers[i],)

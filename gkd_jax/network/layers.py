@@ -67,21 +67,30 @@ def relative_position_bucket(
   Returns:
     int32 `[...]`, in [0, num_buckets).
   """
-  distance = -relative_position
-  offset = jnp.zeros_like(distance)
   if bidirectional:
     num_buckets //= 2
-    offset = jnp.where(distance < 0, num_buckets, 0)
-    distance = jnp.abs(distance)
-  else:
-    distance = jnp.maximum(distance, 0)
+  table = jnp.asarray(_buckets(num_buckets, max_distance))
+  distance = jnp.minimum(jnp.abs(relative_position), max_distance)
+  ahead = relative_position > 0
+  if bidirectional:
+    return jnp.take(table, distance) + jnp.where(ahead, num_buckets, 0)
+  return jnp.take(table, jnp.where(ahead, 0, distance))
+
+
+def _buckets(num_buckets, max_distance):
+  """Returns the bucket of each distance up to the largest, by the host.
+
+  A logarithm of the device that is off by its last bit would put distances on a
+  bucket's edge into the one before.
+  """
+  distance = np.arange(max_distance + 1)
   exact = num_buckets // 2
   # The epsilon keeps log(0) finite; that branch is not the one selected.
-  ratio = distance.astype(jnp.float32) / exact + np.finfo(np.float32).eps
+  ratio = distance.astype(np.float32) / exact + np.finfo(np.float32).eps
   scale = (num_buckets - exact) / np.log(max_distance / exact)
-  logarithmic = exact + (jnp.log(ratio) * scale).astype(jnp.int32)
-  logarithmic = jnp.minimum(logarithmic, num_buckets - 1)
-  return offset + jnp.where(distance < exact, distance, logarithmic)
+  logarithmic = exact + (np.log(ratio) * scale).astype(np.int32)
+  logarithmic = np.minimum(logarithmic, num_buckets - 1)
+  return np.where(distance < exact, distance, logarithmic).astype(np.int32)
 
 
 class RelativePositionBiases(nn.Module):
@@ -312,6 +321,8 @@ class Attention(nn.Module):
 
   def _attend(self, query, key, value, bias, deterministic):
     """`[B, H, T, K]` and twice `[B, H, S, K]` -> `[B, T, H, K]`."""
+    if getattr(self.config, "float32_attention_logits", False):
+      query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     if self.config.dropout_rate > 0 and not deterministic:
       drop = functools.partial(dropout(self.config), deterministic=False)
       out = dot_product_attention(query, key, value, bias, drop)
@@ -331,16 +342,16 @@ def dot_product_attention(
 
   Args:
     query: `[B, H, T, K]`, scaled.
-    key: `[B, H, S, K]`.
+    key: `[B, H, S, K]`, in the query's type.
     value: `[B, H, S, K]`.
     bias: float32, broadcastable to `[B, H, T, S]`.
     drop: dropout of the attention weights, or None.
 
   Returns:
-    `[B, H, T, K]` in the query's type.
+    `[B, H, T, K]` in the values' type.
   """
   logits = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32)
-  weights = jax.nn.softmax(logits + bias, axis=-1).astype(query.dtype)
+  weights = jax.nn.softmax(logits + bias, axis=-1).astype(value.dtype)
   if drop is not None:
     weights = drop(weights)
   return jnp.einsum("bhts,bhsk->bhtk", weights, value)

@@ -20,8 +20,8 @@ class T5Config(blocks.Config):
   Attributes:
     num_encoder_layers: number of encoder layers.
     num_decoder_layers: number of decoder layers.
-    float32_attention_logits: ignored, for T5X's gin files; the attention softmax
-      is always float32.
+    float32_attention_logits: compute attention logits, the products of queries
+      and keys, in float32 whatever the dtype; their softmax always is.
     relative_bias_per_layer: each layer has relative positions of its own (umT5);
       otherwise those of a side are shared.
   """

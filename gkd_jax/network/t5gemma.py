@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from gkd_jax.network import layers, rotary, rotary_stacks
+from gkd_jax.network import layers, rotary, rotary_stacks, t5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +69,10 @@ class T5GemmaConfig:
     return self.decoder.final_softcap
 
 
-class T5Gemma(nn.Module):
-  """An encoder-decoder of rotary layers with the call of `t5.Transformer`.
-
-  Attributes:
-    config: sizes.
-    scan_layers: see `layer_loops`.
-    weights: type of the matrices, see `projections`.
-  """
+class T5Gemma(t5.Transformer):
+  """An encoder-decoder of rotary layers with the call of `t5.Transformer`."""
 
   config: T5GemmaConfig
-  scan_layers: bool = False
-  weights: str = "float32"
 
   def setup(self):
     config, options = self.config, (self.scan_layers, self.weights)
@@ -99,9 +90,8 @@ class T5Gemma(nn.Module):
     encoder_input_mask: jax.Array | None = None,
   ) -> jax.Array:
     """Encodes the inputs; see `t5.Transformer.encode`."""
-    if encoder_input_mask is None:
-      encoder_input_mask = encoder_input_tokens
-    mask = (encoder_input_mask > 0)[:, None]
+    tokens, mask = encoder_input_tokens, encoder_input_mask
+    mask = ((tokens if mask is None else mask) > 0)[:, None]
     if encoder_segment_ids is not None:
       mask = mask & _same_segment(encoder_segment_ids, encoder_segment_ids)
     return self.encoder(
@@ -154,42 +144,6 @@ class T5Gemma(nn.Module):
       decode=decode,
       max_decode_length=max_decode_length,
       return_hidden=return_hidden,
-    )
-
-  def __call__(
-    self,
-    encoder_input_tokens: jax.Array,
-    decoder_input_tokens: jax.Array,
-    decoder_target_tokens: jax.Array,
-    encoder_segment_ids: jax.Array | None = None,
-    decoder_segment_ids: jax.Array | None = None,
-    encoder_positions: jax.Array | None = None,
-    decoder_positions: jax.Array | None = None,
-    *,
-    enable_dropout: bool = True,
-    decode: bool = False,
-    max_decode_length: int | None = None,
-  ) -> jax.Array:
-    """Encodes and decodes; see `encode` and `decode` for the arguments.
-
-    Returns:
-      float32 logits `[B, T, V]`.
-    """
-    del encoder_positions
-    encoded = self.encode(
-      encoder_input_tokens, encoder_segment_ids, enable_dropout
-    )
-    return self.decode(
-      encoded,
-      encoder_input_tokens,
-      decoder_input_tokens,
-      decoder_target_tokens,
-      encoder_segment_ids,
-      decoder_segment_ids,
-      decoder_positions,
-      enable_dropout,
-      decode,
-      max_decode_length,
     )
 
 

@@ -226,11 +226,22 @@ def input_shapes(
   """Returns the input shapes that parameters are initialized with.
 
   Args:
-    task_feature_lengths: seqio feature to length in tokens.
+    task_feature_lengths: seqio feature to length in tokens; a decoder-only model
+      needs no `inputs`.
+
+  Raises:
+    ValueError: there is no length of `targets`.
   """
+  if "targets" not in task_feature_lengths:
+    raise ValueError(
+      "expected the length of 'targets', got"
+      f" {dict(task_feature_lengths)}; set TASK_FEATURE_LENGTHS"
+    )
+  sides = {"encoder": "inputs", "decoder": "targets"}
   return {
-    "encoder_input_tokens": (1, task_feature_lengths["inputs"]),
-    "decoder_input_tokens": (1, task_feature_lengths["targets"]),
+    f"{side}_input_tokens": (1, task_feature_lengths[name])
+    for side, name in sides.items()
+    if name in task_feature_lengths
   }
 
 

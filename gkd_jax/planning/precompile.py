@@ -27,7 +27,7 @@ from gkd_jax.partitioning import meshes
 from gkd_jax.planning import program_files, program_report, topologies
 
 SAMPLING, TEACHER = "sampling", "teacher"
-PHASES = (SAMPLING, TEACHER, models.DATA, models.STUDENT, models.MIXED)
+# The phases and their titles.
 TITLES = {
   SAMPLING: "sampling by the student alone",
   TEACHER: "teacher alone, to logits",
@@ -67,7 +67,7 @@ def precompile(
     dataset: its lengths and batch size are used.
     partitioner: with the executor "jit".
     seed: see there.
-    phases: some of `PHASES`; by default those that the model has.
+    phases: some of `TITLES`; by default those that the model has.
     output_path: folder for `precompile.json`, rewritten after each phase, and
       the programs' texts. A program that is there already is counted, but not
       compiled again.

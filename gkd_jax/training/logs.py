@@ -23,6 +23,8 @@ from gkd_jax.training import progress, rollouts
 
 # Means over output tokens, of distillation and of SFT: their weights count these.
 _PER_TOKEN = ("top1_agreement", "accuracy")
+# A count of the whole run so far, whose newest value says all.
+_SKIPPED = "skipped_updates"
 
 
 def use_cache(folder: str | None = None) -> str:
@@ -85,6 +87,7 @@ class TrainLog:
     self._started = time.monotonic()
     self._pace = progress.Pace(start, total)
     self._begun = False
+    self._skipped: float | None = None
     self._restart()
     self._writes = jax.process_index() == 0
     self._bar = self._tensorboard = self._wandb = None
@@ -132,8 +135,7 @@ class TrainLog:
       self._begun = True
       self.say(first_step(metrics))
     self._pace.advance()
-    for name, pair in metrics.items():
-      self._pairs.setdefault(name, []).append(pair)
+    self._steps.append(metrics)
     self._on_policy += source != "data"
     # Other processes are taken to have as many input tokens as this one.
     self._rows += jax.process_count() * len(batch["decoder_target_tokens"])
@@ -144,20 +146,23 @@ class TrainLog:
   def write(self, step: int):
     """Writes the means of the metrics since the last call, and rates.
 
+    Steps whose update was skipped do not count in the means.
     `tokens_per_second` counts the input tokens and the output tokens that were
     trained on, whether of the data or of the student.
 
     Args:
       step: number of steps done.
     """
-    scalars = {}
-    outputs = 0.0
-    for name, pairs in self._pairs.items():
-      total, weight = np.sum(np.array(jax.device_get(pairs), np.float64), 0)
-      scalars[name] = float(total / weight) if weight else float("nan")
-      if name in _PER_TOKEN:
-        outputs = weight
+    window = jax.device_get(self._steps)
     self._pace.waited()
+    scalars = _means(window, self._skipped)
+    self._skipped = scalars.get(_SKIPPED)
+    outputs = sum(
+      float(metrics[name][1])
+      for metrics in window
+      for name in _PER_TOKEN
+      if name in metrics
+    )
     seconds = time.monotonic() - self._time
     steps = max(step - self._last, 1)
     scalars |= {
@@ -176,14 +181,17 @@ class TrainLog:
     step: int,
     scores: Mapping[str, float],
     examples: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, str] | None = None,
   ):
-    """Writes the scores of an evaluation, and decoded examples.
+    """Writes the scores of an evaluation, decoded examples, metrics as texts.
 
     The time since the last `write` is left out of the rates.
     """
     self._record(step, {f"eval/{k}": v for k, v in scores.items()})
     if self._tensorboard:
       self._tensorboard.text("examples", _markdown(examples), step)
+      for name, text in (texts or {}).items():
+        self._tensorboard.text(f"eval/{name}", text, step)
       self._tensorboard.flush()
       files.append_json_lines(
         self._dir / "examples.jsonl",
@@ -216,7 +224,7 @@ class TrainLog:
     self.say(f"final: {json.dumps(result)}")
 
   def _restart(self):
-    self._pairs: dict[str, list] = {}
+    self._steps: list[types.Metrics] = []
     self._on_policy = self._rows = self._tokens = 0
     self._time = time.monotonic()
 
@@ -246,6 +254,41 @@ class TrainLog:
       shown = " ".join(status)
       eta = progress.clock(self._pace.left())
       self.say(f"step {step}/{self._total} {shown} ETA {eta}")
+
+
+def _means(
+  window: Sequence[types.Metrics], skipped: float | None
+) -> dict[str, float]:
+  """Returns the mean of each metric over the steps that were not skipped.
+
+  Where all were, over the steps at which it is finite. NaN without any.
+
+  Args:
+    window: metrics of each step, on the host.
+    skipped: updates that were skipped before; None if that is not known.
+  """
+  used = []
+  for metrics in window:
+    count = float(metrics[_SKIPPED][0]) if _SKIPPED in metrics else skipped
+    used.append(skipped in (None, count))
+    skipped = count
+  means = {}
+  for name in dict.fromkeys(name for metrics in window for name in metrics):
+    pairs = np.array(
+      [
+        (*metrics[name], is_used)
+        for metrics, is_used in zip(window, used, strict=True)
+        if name in metrics
+      ],
+      np.float64,
+    )
+    finite = pairs[np.isfinite(pairs).all(axis=1)]
+    counted = finite[finite[:, 2] > 0] if finite[:, 2].any() else finite
+    total, weight, _ = counted.sum(axis=0)
+    means[name] = float(total / weight) if weight else float("nan")
+  if _SKIPPED in means:
+    means[_SKIPPED] = skipped
+  return means
 
 
 def _wandb_run(project: str, folder: epath.Path) -> Any:

@@ -69,6 +69,7 @@ def table(
       f" {weights.sum(axis=1).max()}",
     )
   )
+  rows.append(("tokens", _special(model.student.special_tokens)))
   return rows + _distributions(model)
 
 
@@ -94,6 +95,13 @@ def _size(params, state):
     f"{number:,} parameters, {partitioning.bytes_per_device(state):,} bytes per"
     " device"
   )
+
+
+def _special(tokens):
+  eos = " or ".join(map(str, tokens.eos)) or "none"
+  pad = "none" if tokens.pad is None else tokens.pad
+  zero = "" if tokens.zero_is_padding else "; 0 is a token of the data"
+  return f"EOS {eos}, PAD {pad}, decoders read {tokens.start} first{zero}"
 
 
 def _distributions(model):

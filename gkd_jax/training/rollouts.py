@@ -40,11 +40,14 @@ class RolloutBatches:
   ):
     self._iterator, self._model, self._seed = iterator, model, seed
     self._mesh = mesh
+    features = task.output_features
     self._vocabularies = {
-      name: task.output_features[name].vocabulary
-      for name in ("inputs", "targets")
-      if name in task.output_features
+      name: feature.vocabulary
+      for name, feature in features.items()
+      if name in ("inputs", "targets")
     }
+    # Prompts alone: outputs are of the same vocabulary.
+    self._vocabularies.setdefault("targets", self._vocabularies.get("inputs"))
     self.judged = model.needs_rewards
     if self.judged:
       self._roll_out = partitioning.jit(
@@ -78,39 +81,38 @@ class RolloutBatches:
     key = jax.random.fold_in(jax.random.key(self._seed), step)
     placed = partitioning.put_batch(batch, self._mesh)
     outputs = jax.tree.map(
-      partitioning.local_rows, self._roll_out(params, placed, key)
+      partitioning.local_rows,
+      self._roll_out(params, placed, key, np.int32(step)),
     )
     return outputs | self._judge(batch, outputs)
 
   def _judge(self, batch, outputs):
     """Returns rewards `[B N]` and advantages `[B N, T]` of this process's outputs."""
     n = self._model.samples_per_prompt
-    judged = self._model.reward(*self._texts(batch, outputs))
-    judged = np.asarray(judged, np.float32)
     weights = outputs["decoder_loss_weights"]
     rows, length = weights.shape
-    if judged.shape != (rows,):
-      raise ValueError(
-        f"expected one reward for each of {rows} outputs, got an array of shape"
-        f" {judged.shape}; set REWARD"
-      )
+    judged, ended = self.rewards(batch, outputs), self._ended(outputs)
     # Whitening and the running mean are of the whole batch.
     every, of_all = judged, weights
     if jax.process_count() > 1:
-      every, of_all = multihost_utils.process_allgather(
-        (judged, weights), tiled=True
+      every, of_all, ended = multihost_utils.process_allgather(
+        (judged, weights, ended), tiled=True
       )
+    # Rows of padding alone have no output, and nothing to judge.
+    present = of_all.any(axis=1)
+    self._check_missing(np.isnan(every), present)
     mean = self._mean.mean()
-    used = every.reshape(-1, n)
+    used = np.where(ended, every, every - self._model.cut_penalty)
+    used = np.where(present, used, np.nan).astype(np.float32).reshape(-1, n)
     if self._model.whiten_rewards:
       used = losses.whiten(used)
     advantages = self._advantages(
       used, of_all.reshape(-1, n, length), running_mean=mean
     )
-    batch_mean = float(np.mean(np.asarray(used, np.float64)))
-    if np.isfinite(batch_mean):  # else the step is skipped
+    used = np.asarray(used, np.float64)
+    if np.isfinite(used).any():
       decay = self._model.baseline_decay
-      self._mean = self._mean.updated(batch_mean, decay)
+      self._mean = self._mean.updated(float(np.nanmean(used)), decay)
     start = jax.process_index() * rows
     advantages = np.asarray(advantages).reshape(-1, length)
     return {
@@ -118,10 +120,43 @@ class RolloutBatches:
       types.ADVANTAGES: advantages[start : start + rows],
     }
 
+  def rewards(
+    self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+  ) -> np.ndarray:
+    """Returns the reward of each output, `[B N]` float32; NaN where there is none.
+
+    Args:
+      batch: features `[B, ...]` of the prompts and references.
+      outputs: features `[B N, ...]`, N outputs for each prompt.
+
+    Raises:
+      ValueError: the reward did not return a number or None for each output.
+    """
+    rewards = self._model.reward(*self._texts(batch, outputs))
+    return _numbers(rewards, len(outputs["decoder_target_tokens"]))
+
+  def _check_missing(self, missing, present):
+    """Raises a ValueError if too many outputs of a batch have no reward."""
+    most = self._model.max_missing_rewards
+    share = np.mean(missing[present]) if present.any() else 0.0
+    if share > most:
+      raise ValueError(
+        f"expected rewards of at least {1 - most:.0%} of a batch's outputs, got"
+        f" None, NaN or an infinite number for {share:.0%} of them; set REWARD"
+        " or MAX_MISSING_REWARDS"
+      )
+
+  def _ended(self, outputs):
+    """Returns which outputs have ended, bool `[B N]`, and were not cut."""
+    eos = self._model.student.special_tokens.eos
+    is_eos = np.isin(outputs["decoder_target_tokens"], eos)
+    return np.any(is_eos & (outputs["decoder_loss_weights"] > 0), axis=1)
+
   def _texts(self, batch, outputs):
     """Returns a reward's arguments: decoded inputs, outputs and examples."""
-    n = self._model.samples_per_prompt
     inputs = self._decode("inputs", prompts(batch))
+    ended = self._ended(outputs)
+    n = len(ended) // len(inputs)
     examples = [
       {"inputs": a, "targets": b}
       for a, b in zip(
@@ -130,7 +165,11 @@ class RolloutBatches:
     ]
     several = lambda texts: [text for text in texts for _ in range(n)]
     decoded = self._decode("targets", targets(outputs))
-    return several(inputs), decoded, several(examples)
+    examples = [
+      example | {"ended": bool(has_ended)}
+      for example, has_ended in zip(several(examples), ended, strict=True)
+    ]
+    return several(inputs), decoded, examples
 
   def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
     vocabulary = self._vocabularies[name]
@@ -163,6 +202,29 @@ class RolloutBatches:
   @property
   def _keeps_mean(self):
     return self.judged and self._model.baseline == "running_mean"
+
+
+def _numbers(rewards: Sequence[float | None], rows: int) -> np.ndarray:
+  """Returns rewards `[B N]` float32, NaN for those that are no finite number.
+
+  Raises:
+    ValueError: there is not one reward, a number or None, for each row.
+  """
+  try:
+    numbers = np.array(
+      [np.nan if reward is None else reward for reward in rewards], np.float32
+    )
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"expected a number or None for each of {rows} outputs, got {rewards!r:.99}"
+      f" ({error}); set REWARD"
+    ) from error
+  if numbers.shape != (rows,):
+    raise ValueError(
+      f"expected one reward for each of {rows} outputs, got an array of shape"
+      f" {numbers.shape}; set REWARD"
+    )
+  return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
 def prompts(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -82,9 +82,10 @@ class EvalConfig:
   """When and on what the student is evaluated.
 
   Attributes:
-    period: steps between evaluations on the validation split.
+    period: steps between evaluations.
+    split: of the evaluations. None: there are none.
     batch_size: rows decoded at a time.
-    num_examples: validation examples used, None for all.
+    num_examples: examples of the split that are used, None for all.
     final_split: after the last step this whole split is decoded greedily and by
       sampling at temperature 1, for `final.json`; None: neither.
     errors_stop: an evaluation that fails ends the run; otherwise it is reported
@@ -92,6 +93,7 @@ class EvalConfig:
   """
 
   period: int = 1000
+  split: str | None = "validation"
   batch_size: int = 256
   num_examples: int | None = 1000
   final_split: str | None = None
@@ -101,6 +103,7 @@ class EvalConfig:
     checks.whole(self.period, "EVAL_PERIOD")
     checks.whole(self.batch_size, "EVAL_BATCH_SIZE")
     checks.whole(self.num_examples, "EVAL_NUM_EXAMPLES", none=True)
+    checks.text(self.split, "EVAL_SPLIT", none=True)
     checks.text(self.final_split, "FINAL_EVAL_SPLIT", none=True)
     checks.boolean(self.errors_stop, "EVAL_ERRORS_STOP")
 

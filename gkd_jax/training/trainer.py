@@ -79,7 +79,7 @@ def train_step(
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   rate = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
   with jax.named_scope("update"):
-    state = _update(state, grads, optimizer.transform, rate, finite)
+    state = _update(state, grads, optimizer, rate, finite)
   one = jnp.ones(())
   return state, metrics | {
     "gradient_norm": (norm, one),
@@ -115,19 +115,19 @@ def _accumulate(grad_fn, batch, inputs, num_microbatches):
   return jax.lax.scan(body, zeros, parts)[0]
 
 
-def _update(state, grads, transform, rate, finite):
+def _update(state, grads, optimizer, rate, finite):
   """Returns the next state; parameters and optimizer as before if not `finite`.
 
   The updated arrays are computed twice: to look at them, and to choose between
   them and the old ones. Kept for the choice, they would take as much memory as
   the state again.
   """
-  finite &= _all_finite(_updated(state, grads, transform, rate))
+  finite &= _all_finite(_updated(state, grads, optimizer, rate))
   # Or XLA would see that both are the same.
   state, grads, finite = jax.lax.optimization_barrier((state, grads, finite))
   params, opt_state = jax.tree.map(
     functools.partial(jnp.where, finite),
-    _updated(state, grads, transform, rate),
+    _updated(state, grads, optimizer, rate),
     (state.params, state.opt_state),
   )
   skip = jnp.logical_not(finite).astype(jnp.int32)
@@ -140,10 +140,11 @@ def _update(state, grads, transform, rate, finite):
   )
 
 
-def _updated(state, grads, transform, rate):
+def _updated(state, grads, optimizer, rate):
   """Returns parameters and optimizer state after an update."""
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
+  updates, opt_state = optimizer.update(
+    grads, state.opt_state, state.params, rate
+  )
   return optax.apply_updates(state.params, updates), opt_state
 
 

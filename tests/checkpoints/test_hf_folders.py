@@ -217,6 +217,8 @@ def test_all_that_is_wrong_is_listed(folder):
     del arrays["decoder.block.0.layer.2.DenseReluDense.wo.weight"]
     name = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
     arrays[name] = np.zeros((16, 32), np.float32)
+    name = "decoder.block.0.layer.0.SelfAttention.q.weight"
+    arrays[name] = np.round(arrays[name]).astype(np.int8)
 
   rewrite(folder, change)
   with pytest.raises(ValueError) as error:
@@ -226,6 +228,7 @@ def test_all_that_is_wrong_is_listed(folder):
     "2 missing: encoder.final_layer_norm.weight,"
     " decoder.block.0.layer.2.DenseReluDense.wo.weight;",
     "3 unmapped: adapter.0.weight, adapter.1.weight, adapter.2.weight;",
+    "1 quantized: decoder.block.0.layer.0.SelfAttention.q.weight of int8;",
     "1 wrong shape: encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
     " (expected (32, 16), got (16, 32)) in",
   ):

@@ -108,7 +108,11 @@ def entry(begin, end, shape=(2,), dtype="F32"):
     (build("{"), "JSONDecodeError"),
     (build("[]"), "TypeError"),
     (build({"a": {"dtype": "F32"}}), "KeyError"),
-    (build({"a": entry(0, 8, dtype="F3")}, b"0" * 8), "KeyError"),
+    (build({"a": entry(0, 8, dtype="F3")}, b"0" * 8), "a of F3"),
+    (
+      build({"a": entry(0, 2, dtype="F8_E4M3")}, b"0" * 2),
+      "expected weights of BF16, ",
+    ),
     (build({"a": entry(0, 8)}, b"0" * 7), "bytes instead of"),
     (build({"a": entry(0, 8)}, b"0" * 9), "bytes instead of"),
     (

@@ -321,6 +321,78 @@ def test_settings_that_do_not_fit(teacher, tmp_path, capsys, binding, said):
   assert said in refused(capsys, *line)
 
 
+# ---- data that cannot be read ------------------------------------------------------
+
+TASKS = """
+import pathlib
+
+import seqio
+import tensorflow as tf
+
+from gkd_jax.tasks import arithmetic
+
+here = pathlib.Path(__file__).parent
+like = seqio.TaskRegistry.get("arithmetic_cot")
+
+
+def columns(rows):
+  split = lambda x: tf.io.decode_csv(x, ["", ""], "\\t", use_quote_delim=False)
+  return rows.map(lambda x: dict(zip(("inputs", "targets"), split(x))))
+
+
+def add(name, text, split="train"):
+  if text is not None:
+    (here / f"{name}.tsv").write_text(text)
+  seqio.TaskRegistry.add(
+    f"of_bad_inputs_{name}",
+    source=seqio.TextLineDataSource({split: str(here / f"{name}.tsv")}),
+    preprocessors=[
+      columns,
+      seqio.CacheDatasetPlaceholder(),
+      seqio.preprocessors.tokenize,
+      seqio.preprocessors.append_eos,
+    ],
+    output_features=like.output_features,
+    metric_fns=[],
+  )
+
+
+add("gone", None)
+add("columns", "1+1\\t2\\n3\\n")
+add("empty", "")
+add("fine", "1+1\\t2\\n" * 20)
+add("test", "1+1\\t2\\n" * 20, "test")
+"""
+DATA = [
+  ("gone", {}, "gone.tsv; No such file or directory"),
+  ("columns", {}, "got 'Expect 2 fields but have 1 in record 0'"),
+  ("empty", {}, "enough examples for a batch in the split 'train'"),
+  ("test", {}, "a split 'train', got of_bad_inputs_test with ['test']"),
+  ("fine", {"USE_CACHED_TASKS": True}, "set USE_CACHED_TASKS = False or --seq"),
+]
+
+
+@pytest.fixture(scope="module")
+def tasks_of_mine(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tasks")
+  (folder / "tasks_of_bad_inputs.py").write_text(TASKS)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(folder)
+    yield "tasks_of_bad_inputs"
+
+
+@pytest.mark.parametrize(("name", "macros", "said"), DATA, ids=lambda x: str(x))
+def test_data(teacher, tasks_of_mine, tmp_path, capsys, name, macros, said):
+  settings = {
+    "MODEL_DIR": f"{tmp_path}/student",
+    "TEACHER_CHECKPOINT_PATH": teacher,
+    "MIXTURE_OR_TASK_NAME": f"of_bad_inputs_{name}",
+    "MIXTURE_OR_TASK_MODULE": tasks_of_mine,
+  }
+  line = ["train", SMOKE, *gin(**(settings | macros)), "--dry_run"]
+  assert said in refused(capsys, *line)
+
+
 # ---- the macros of the other run files ---------------------------------------------
 
 OF_RL = {
@@ -450,6 +522,19 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, capsys):
   assert "in fail\n" in said and "ValueError: operands could not be" in said
   assert said.splitlines()[-1].startswith(command_line.version())
   assert "open an issue" in said.splitlines()[-1]
+
+
+def test_programs_that_do_not_fit_are_a_sentence(monkeypatch, capsys):
+  import jax
+
+  from gkd_jax import main
+
+  def fail(args):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
+
+  monkeypatch.setitem(main.COMMANDS, "watch", fail)
+  said = refused(capsys, "watch")
+  assert "got RESOURCE_EXHAUSTED: Out of memory; set NUM_MICROBATCHES" in said
 
 
 def test_gkd_traceback_shows_the_rest(monkeypatch):

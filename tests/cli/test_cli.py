@@ -188,7 +188,7 @@ def test_export_infer_and_eval(whole, tmp_path):
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
-  keys = {"inputs", "prediction", "score", "ended"}
+  keys = {"task", "inputs", "prediction", "score", "ended"}
   assert all(set(x) == keys for x in lines)
   assert all(x["score"] < 0 for x in lines)
   (tmp_path / "lengths.py").write_text(LENGTHS_TASK)

@@ -146,7 +146,7 @@ def test_import_infer_eval_compare_and_export(teacher, capsys):
   assert len(rows) == 4 and names(f"{folder}/out") == ["outputs.jsonl"]
   # What `infer` wrote is what a task of a teacher's outputs reads.
   columns = teacher_outputs._load_columns(
-    "train", path=f"{folder}/out/outputs.jsonl"
+    "train", path=f"{folder}/out/outputs.jsonl", drop_cut=False
   )
   assert columns["inputs"] == [row["inputs"] for row in rows]
   decode(

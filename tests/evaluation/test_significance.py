@@ -111,7 +111,7 @@ def test_paired_bootstrap_of_a_mean_is_the_normal_distribution():
   differences = b - a
   error = differences.std() / 20
   z = differences.mean() / error
-  got = compare.paired_test(a, b, num_resamples=40_000, level=0.9)
+  got = compare.paired_test(a, b, num_resamples=20_000, level=0.9)
   assert got.p_value == pytest.approx(2 * scipy.stats.norm.sf(abs(z)), abs=0.01)
   half = scipy.stats.norm.ppf(0.95) * error
   for end, sign in ((got.low, -1), (got.high, 1)):

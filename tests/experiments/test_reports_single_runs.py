@@ -79,10 +79,11 @@ def test_learning_curves_hold_validation_errors_alone(folders):
 
 
 def test_what_is_neither_run_nor_sweep(tmp_path):
-  with pytest.raises(
-    ValueError, match=r"final\.json, or a sweep, got .*nothing"
-  ):
+  with pytest.raises(ValueError, match=r"got .*nothing.* which is no folder"):
     report_page.report([str(tmp_path / "nothing")], str(tmp_path))
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match=r"final\.json, or a sweep, got .*empty"):
+    report_page.report([str(tmp_path / "empty")], str(tmp_path))
   sweep = sweep_folders.Sweep(tmp_path / "sweep")
   sweep.add("methods", 0, method="SFT")
   with pytest.raises(ValueError, match="at least one finished run"):

@@ -17,6 +17,7 @@ import toy_models
 from loss_batches import log_softmax64
 
 import gin
+from gin import config as gin_config
 from gkd_jax import checkpoints, data, gin_utils, models, train, training
 from gkd_jax.tasks import teacher_outputs
 
@@ -102,6 +103,43 @@ def _toys(tmp_path_factory):
     return str(path)
 
   return file_of
+
+
+def read_macros(function):
+  """The macros that building a function's arguments reads."""
+  reference = gin_config.ConfigurableReference
+  found, seen = set(), set()
+
+  def visit(selector, scope=None):
+    if (selector, scope) in seen:
+      return
+    seen.add((selector, scope))
+    if selector == "gin.macro":
+      found.add(scope)
+    for (a_scope, name), arguments in gin_config._CONFIG.items():
+      if name != selector or (scope is not None and a_scope != scope):
+        continue
+      for value in arguments.values():
+        for part in gin_config._iterate_flattened_values(value):
+          if isinstance(part, reference):
+            is_macro = part.configurable.selector == "gin.macro"
+            macro = "/".join(part.scopes) if is_macro else None
+            visit(part.configurable.selector, macro)
+
+  visit(gin_config._inverse_lookup(function).selector)
+  return found
+
+
+@pytest.mark.parametrize("method", (*METHODS, "minillm", "rl_gkd", "rlef"))
+def test_every_macro_that_a_method_defines_is_read(toys, method):
+  gin_utils.parse([toys(method)], [], [])
+  defined = {
+    scope
+    for scope, selector in gin_config._CONFIG
+    if selector == "gin.macro" and not scope.startswith("TOY_")
+  }
+  # Sizes other than the toys' read the dropout rate.
+  assert defined - read_macros(train.train) == {"DROPOUT_RATE"}
 
 
 def batch_of(rows=8, seed=3):
@@ -250,7 +288,12 @@ def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
 
 @pytest.mark.parametrize(
   "binding",
-  ["STUDENT_DATA_FRACTION = 0.5", "DIVERGENCE = 'jsd'", "DECODE_SLOTS = 4"],
+  [
+    "STUDENT_DATA_FRACTION = 0.5",
+    "STUDENT_DATA_GRANULARITY = 'example'",
+    "DIVERGENCE = 'jsd'",
+    "LOSS_CHUNK_SIZE = 4",
+  ],
 )
 def test_minillm_refuses_settings_that_it_does_not_read(binding):
   with pytest.raises(ValueError, match=f"got {binding.split()[0]}; "):

@@ -1,9 +1,11 @@
 """The model files of families with rotary positions: sizes of published models."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import gin
-from gkd_jax import gin_utils, network
+from gkd_jax import gin_utils, infer, models, network
 from gkd_jax.checkpoints import huggingface, parameters
 
 # Parameters of the published models.
@@ -74,7 +76,13 @@ network.{module}.config = %{macro}
 )
 def test_parameters_of_a_size(tmp_path, family, macro):
   config = config_of(macro, family, "CausalTransformer", tmp_path)
-  assert parameters.count(config) == SIZES[family][macro]
+  # One layer is traced in place of up to 80.
+  module = network.CausalTransformer(config, scan_layers=True)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), tokens, tokens, enable_dropout=False)
+  )["params"]
+  assert parameters.count_array_elements(params) == SIZES[family][macro]
   assert config.dropout_rate == 0.25 and config.dtype == "bfloat16"
   wrote = huggingface.write_config(config, "bfloat16")
   assert wrote["model_type"] == config.family
@@ -90,3 +98,46 @@ def test_sides_of_a_t5gemma(tmp_path, size):
   assert [side.logits_via_embedding for side in sides] == [False, True]
   wrote = huggingface.write_config(config, "bfloat16")
   assert wrote["model_type"] == "t5gemma" and wrote["tie_word_embeddings"]
+
+
+RUNS = {
+  "causal": ("llama", "LLAMA3_1B", "LLAMA3_8B", "CausalTransformer"),
+  "t5gemma": ("t5gemma", "T5GEMMA_2B_2B", "T5GEMMA_9B_2B", "T5Gemma"),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_s_student_and_teacher(run):
+  family, student, teacher, module = RUNS[run]
+  gin_utils.parse(
+    ["runs/gkd.gin", f"models/{family}.gin", f"runs/{run}.gin"],
+    [
+      f"STUDENT = %{student}",
+      f"TEACHER = %{teacher}",
+      "LOSS_CHUNK_SIZE = None",
+    ],
+    [],
+  )
+  model = gin.get_configurable(models.GKDModel)()
+  networks = model.student.module, model.teacher.module
+  assert {type(of) for of in networks} == {getattr(network, module)}
+  assert [of.weights for of in networks] == ["float32", "auto"]
+  deep, wide = (of.config for of in networks)
+  if run == "causal":
+    assert (deep.num_layers, wide.num_layers) == (16, 32)
+  else:
+    assert deep.decoder == wide.decoder and deep.encoder != wide.encoder
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_is_decoded(run):
+  family, student, _, module = RUNS[run]
+  gin_utils.parse(
+    [f"models/{family}.gin", "runs/eval.gin", f"runs/{run}.gin"],
+    ["WEIGHTS = 'int8'", f"STUDENT = %{student}"],
+    [],
+  )
+  assert gin.get_configurable(infer.evaluate_checkpoint) is not None
+  model = gin.query_parameter("%STUDENT_MODEL").scoped_configurable_fn()
+  assert type(model.module) is getattr(network, module)
+  assert model.module.weights == "int8"

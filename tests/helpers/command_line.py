@@ -96,6 +96,6 @@ def save_toy(folder, emb_dim, num_heads, mlp_dim, vocab_size=24, seed=0):
   return str(folder)
 
 
-def save_toy_teacher(folder):
+def save_toy_teacher(folder, vocab_size=24):
   """A checkpoint for TOY_TEACHER."""
-  return save_toy(folder, 32, 4, 64)
+  return save_toy(folder, 32, 4, 64, vocab_size)

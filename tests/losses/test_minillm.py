@@ -11,7 +11,7 @@ import pytest
 import toy_decoder_only
 import toy_models
 
-from gkd_jax import losses, models
+from gkd_jax import losses, models, schedules
 
 
 def distribution(logits):
@@ -280,6 +280,32 @@ def test_the_steps_gradient_is_the_papers():
   np.testing.assert_allclose(
     np.divide(*metrics["sequence_reverse_kl"]), gap / 8, rtol=1e-4
   )
+
+
+def test_slots_and_schedules_change_no_output():
+  """At step 2 of 8 the lines have the numbers' values."""
+  numbers = {"teacher_temperature": 0.75, "sampling_temperature": 1.25}
+  lines = {
+    k: schedules.linear(x - 0.25, x + 0.75, 8) for k, x in numbers.items()
+  }
+  drawn = []
+  for settings in (numbers, {**lines, "decode_slots": 3}):
+    model, student, teacher = mini(**settings)
+    run = jax.jit(
+      lambda s, t, b, m=model: m.draw(
+        s,
+        m.student.encode(s, b),
+        b,
+        jax.random.key(3),
+        step=jnp.int32(2),
+        teacher_params=t,
+      )
+    )
+    drawn.append(run(student, teacher, toy_models.batch()))
+  (tokens, weights, log_probs), got = drawn
+  np.testing.assert_array_equal(got[0], tokens)
+  np.testing.assert_array_equal(got[1], weights)
+  np.testing.assert_allclose(got[2], log_probs, atol=1e-5)
 
 
 def test_microbatches_change_nothing():

@@ -55,6 +55,28 @@ def test_advantages_equal_the_definition(baseline, credit, discount):
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_outputs_without_a_reward_have_no_credit_and_are_in_no_baseline():
+  nan = np.nan
+  r = jnp.array([[1.0, nan, 3.0, 0.0], [nan, 5.0, nan, nan], [nan] * 4])
+  of = lambda **settings: losses.advantages(r, jnp.ones((3, 4, 1)), **settings)
+  got = of(baseline="leave_one_out")[:, :, 0]
+  # 1 against 3 and 0, 3 against 1 and 0, 0 against 1 and 3; 5 against nothing.
+  np.testing.assert_allclose(got, [[-0.5, 0, 2.5, -2], [0] * 4, [0] * 4])
+  got = of(baseline="running_mean", running_mean=0.5)[:, :, 0]
+  np.testing.assert_allclose(
+    got, [[0.5, 0, 2.5, -0.5], [0, 4.5, 0, 0], [0] * 4]
+  )
+  # An output of one token and one of two, both with a discount.
+  got = losses.advantages(
+    jnp.array([[4.0, nan, 8.0]]),
+    jnp.array([[[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]]),
+    baseline="leave_one_out",
+    credit="token",
+    discount=0.5,
+  )
+  np.testing.assert_allclose(got, [[[4 - 4, 0], [0, 0], [4 - 4, 8 - 4]]])
+
+
 def test_outputs_may_stand_anywhere_in_a_row():
   # A decoder-only row: the prompt, the output, padding.
   weights = jnp.array([[[0.0, 0.0, 1.0, 1.0, 0.0]]])
@@ -85,6 +107,8 @@ def test_whitening():
   x = np.random.default_rng(1).normal(3, 2, (5, 4)).astype(np.float32)
   got = np.asarray(losses.whiten(jnp.asarray(x)), np.float64)
   np.testing.assert_allclose(got, (x - x.mean()) / x.std(), atol=1e-5)
+  some = losses.whiten(jnp.array([[1.0, np.nan], [3.0, np.nan]]))
+  np.testing.assert_array_equal(some, [[-1, np.nan], [1, np.nan]])
   # 0.1 is no float: the mean of equal ones is off by rounding.
   assert not np.any(losses.whiten(jnp.full((7, 3), 0.1)))
 

@@ -7,7 +7,7 @@ import pytest
 import toy_decoder_only as toy
 import toy_models
 
-from gkd_jax import models
+from gkd_jax import models, optimizers, training
 from gkd_jax.decoding import sampling
 
 # --- What has weight in the loss ------------------------------------------------------
@@ -132,22 +132,40 @@ def test_eos_is_trained_on_and_nothing_after_it():
   assert weight == sum(len(output) for _, output in toy.pairs())
 
 
-# --- Wrong inputs ---------------------------------------------------------------------
-
-
-def test_rows_without_prompts_cannot_be_continued():
-  model, batch = toy.model(), toy.batch()
+def test_rows_of_an_output_alone_are_continued_from_nothing():
+  """Lengths that name no inputs: greedy outputs are those of the float64 network."""
+  model = toy.model()
+  params, batch = toy.params(model, 3), toy.batch(2)
   del batch["decoder_causal_attention"]
-  with pytest.raises(
-    ValueError, match=r"decoder_causal_attention; set TASK_FE"
+  tokens = np.asarray(jax.jit(model.predict_batch)(params, batch))
+  output = []
+  while len(output) < toy.WIDTH and 1 not in output:
+    row = toy.rows([([], [*output, 9])], toy.WIDTH + 1)
+    logits = toy.oracle(model.config, params, row, prefix_lm=False)
+    output.append(int(np.argmax(logits[0, len(output)])))
+  assert 0 not in output
+  padded = output + [0] * (toy.WIDTH - len(output))
+  np.testing.assert_array_equal(tokens, [padded] * 2)
+
+
+def test_a_run_needs_no_length_of_inputs():
+  model = toy.gkd()[0]
+  optimizer = optimizers.adafactor(1e-3)
+  partitioner = training.PartitionerConfig()
+  lengths = {"targets": toy.WIDTH}
+  dataset = training.DatasetConfig("toy", lengths, 8)
+  run = training.build(model, optimizer, dataset, partitioner)
+  assert run.input_shapes == {"decoder_input_tokens": (1, toy.WIDTH)}
+  for a_model, lengths in (
+    (toy_models.gkd()[0], {"targets": 7}),
+    (model, {"inputs": 7}),
   ):
-    model.predict_batch(toy.params(model, 0), batch)
-  with pytest.raises(
-    ValueError, match=r"decoder_causal_attention; set TASK_FE"
-  ):
-    toy.model(inputs_bidirectional_attention=True).logits(
-      toy.params(model, 0), batch
-    )
+    dataset = training.DatasetConfig("toy", lengths, 8)
+    with pytest.raises(ValueError, match="set TASK_FEATURE_LENGTHS"):
+      training.build(a_model, optimizer, dataset, partitioner)
+
+
+# --- Wrong inputs ---------------------------------------------------------------------
 
 
 def test_packed_rows_cannot_be_continued():

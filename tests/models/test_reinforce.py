@@ -9,7 +9,7 @@ import optax
 import pytest
 import toy_models
 
-from gkd_jax import losses, models, partitioning, training
+from gkd_jax import losses, models, partitioning, schedules, training
 from gkd_jax.decoding import sampling
 
 
@@ -218,10 +218,10 @@ def test_outputs_that_the_step_rounds_out_of_the_filters_are_trained_on(
   assert np.any((w > 0) & ~of_output)
   np.put_along_axis(support, y[..., None], True, axis=-1)
   picked = np.take_along_axis(p, y[..., None], -1)[..., 0]
-  log_q = np.log(picked / np.sum(p * support, axis=-1), where=w > 0)
+  log_q = np.log(np.where(w > 0, picked / np.sum(p * support, axis=-1), 1.0))
   np.testing.assert_allclose(
     np.divide(*metrics["sampled_log_prob"]),
-    np.sum(log_q, where=w > 0) / np.sum(w),
+    np.sum(log_q) / np.sum(w),
     rtol=1e-5,
   )
 
@@ -289,7 +289,41 @@ def test_a_mesh_changes_nothing():
   assert_same(got, expected)
 
 
-def test_a_reward_that_is_no_number_skips_the_update():
+def test_an_output_without_a_reward_is_not_reinforced_and_is_counted():
+  model, student, teacher, batch, _ = reference()
+  changed = {k: batch[k].copy() for k in ("rewards", "advantages")}
+  changed["rewards"][3], changed["advantages"][3] = np.nan, 0.0
+  _, metrics = gradient(model, student, teacher, batch | changed)
+  assert metrics["skipped_updates"][0] == 0
+  assert metrics["missing_rewards"] == (1, 16)
+  np.testing.assert_allclose(
+    np.divide(*metrics["reward"]),
+    np.delete(batch["rewards"].astype(np.float64), 3).mean(),
+    rtol=1e-5,
+  )
+
+
+def test_outputs_that_were_cut_can_be_left_out():
+  """Loss and gradient are those of the outputs that ended; metrics are of all."""
+  _, student, teacher, batch, (_, all_metrics) = reference()
+  y, w = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+  ended = ((y == 1) & (w > 0)).any(axis=1)
+  assert 0 < ended.sum() < 16
+  model = rl(0.3, divergence="jsd", beta=0.9, cut_outputs="leave_out")[0]
+  got, metrics = gradient(model, student, teacher, batch)
+  assert metrics["loss"][1] == ended.sum()
+  only = batch | {"decoder_loss_weights": w * ended[:, None]}
+  loss, expected = by_hand(model, student, teacher, only, 0.3)
+  loss, expected = jax.tree.map(
+    lambda x: x * (len(w) / ended.sum()), (loss, expected)
+  )
+  np.testing.assert_allclose(np.divide(*metrics["loss"]), loss, rtol=1e-5)
+  assert_same(got, expected)
+  for name in ("sampled_eos", "sampled_length", "reward"):
+    np.testing.assert_allclose(metrics[name], all_metrics[name], err_msg=name)
+
+
+def test_advantages_that_are_no_numbers_skip_the_update():
   model, student, teacher, batch, _ = reference()
   bad = batch["advantages"].copy()
   bad[0] = np.nan
@@ -329,6 +363,14 @@ def test_the_students_start_as_the_teacher():
     ({"student_data_fraction": 0.5}, "set STUDENT_DATA_FRACTION = 1.0"),
     ({"sampling_temperature": 0.0}, "set SAMPLING_TEMPERATURE"),
     ({"baseline_decay": 1.0}, "set BASELINE_DECAY"),
+    ({"max_missing_rewards": 1.5}, "set MAX_MISSING_REWARDS"),
+    ({"cut_outputs": "leave"}, "'leave_out' or 'keep', .*set CUT_OUTPUTS"),
+    ({"cut_penalty": -1.0}, "set CUT_PENALTY"),
+    ({"loss_chunk_size": 16}, "whole logits, got 16; set LOSS_CHUNK_SIZE"),
+    (
+      {"sampling_temperature": schedules.linear(1.0, 0.0, 9)},
+      "above 0, got 0.0, which the schedule reaches; set SAMPLING_TEMPERATURE",
+    ),
   ],
 )
 def test_wrong_settings(settings, message):

@@ -139,8 +139,10 @@ def test_full_top_k_trains_as_the_teacher_in_memory(
     top_k_dtype="float32",
     teacher_temperature=1.5,
   )
+  # A schedule that never moves.
+  line = schedules.linear(0.8, 0.8, 1)
   stored = models.StoredTeacherModel(
-    gkd.student, student_temperature=0.8, **options
+    gkd.student, student_temperature=line, **options
   )
   assert stored.teacher is None
   assert converter == stored.FEATURE_CONVERTER_CLS

@@ -187,6 +187,71 @@ def test_buckets_by_hand(distance, bidirectional, bucket):
   assert int(got) == bucket
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_equal_whole_numbers_and_take_no_logarithm(bidirectional):
+  """Half of the buckets are exact, the others begin at 8 · 16^(k/8) or 16 · 8^(k/16)."""
+  exact, factor = (8, 16) if bidirectional else (16, 8)
+
+  def by_hand(distance):
+    if distance < exact:
+      return distance
+    # distance >= exact * factor^(k / exact), both sides to the power `exact`.
+    return exact + max(
+      k for k in range(exact) if distance**exact >= factor**k * exact**exact
+    )
+
+  distances = [*range(300), 10**6]
+  bucket = lambda x: layers.relative_position_bucket(
+    x, bidirectional=bidirectional
+  )
+  expected = np.array([by_hand(n) for n in distances])
+  np.testing.assert_array_equal(bucket(-jnp.array(distances)), expected)
+  ahead = expected + 16 if bidirectional else 0 * expected
+  np.testing.assert_array_equal(bucket(jnp.array(distances))[1:], ahead[1:])
+  # A device's own logarithm may be off by a bit.
+  assert " log " not in str(jax.make_jaxpr(bucket)(jnp.arange(9)))
+
+
+def test_float32_attention_logits_are_computed_in_float32():
+  """In bfloat16, logits of about 100 are off by up to a half without it."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 9, 16)), jnp.bfloat16)
+  outputs = {}
+  for flag in (False, True):
+    config = dataclasses.replace(
+      network.T5Config(vocab_size=8, dtype="bfloat16"),
+      emb_dim=16,
+      num_heads=2,
+      head_dim=8,
+      dropout_rate=0.0,
+      float32_attention_logits=flag,
+    )
+    module = layers.Attention(config)
+    bias = jnp.zeros((1, 1, 1, 1))
+    params = module.init(jax.random.key(0), x, None, bias, deterministic=True)
+    params = jax.tree.map(lambda p: 6 * p, params["params"])
+    with jax.disable_jit():
+      out = module.apply({"params": params}, x, None, bias, deterministic=True)
+    outputs[flag] = np.asarray(out, np.float64)
+  # By hand in float64, from the projections as bfloat16 has them.
+  project = lambda name: np.asarray(
+    (x @ params[name]["kernel"].astype(jnp.bfloat16)).reshape(2, 9, 2, 8),
+    np.float64,
+  )
+  query, key, value = map(project, ("query", "key", "value"))
+  logits = np.einsum("bqhk,bshk->bhqs", query, key)
+  assert np.abs(logits).max() > 30
+  weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  weights /= weights.sum(axis=-1, keepdims=True)
+  mixed = np.einsum("bhqs,bshk->bqhk", weights, value).reshape(2, 9, 16)
+  exact = mixed @ np.asarray(params["out"]["kernel"], np.float64)
+  error = {
+    flag: np.abs(out - exact).max() / np.abs(exact).max()
+    for flag, out in outputs.items()
+  }
+  assert error[True] < 0.012 < error[False], error
+
+
 def test_a_wrong_size_names_the_setting():
   with pytest.raises(ValueError, match=r"at least 1, got 0; set .*\.emb_dim"):
     network.T5Config(vocab_size=8, emb_dim=0)

@@ -149,7 +149,8 @@ def test_xsum_metrics_see_the_whole_reference():
   # Targets are cut to 8 bytes for the model, but not for the metric.
   lengths = {"inputs": 256, "targets": 8}
   perfect = evaluate("xsum_bytes", "validation", summaries.get, lengths)
-  assert perfect == {"rouge1": 100.0, "rouge2": 100.0, "rougeL": 100.0}
+  names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+  assert perfect == dict.fromkeys(names, 100.0)
   half = evaluate(
     "xsum_bytes",
     "validation",

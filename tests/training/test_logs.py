@@ -73,6 +73,37 @@ def test_a_loss_that_is_not_finite_is_null_in_json(tmp_path, clock):
   assert rows(tmp_path)[0]["loss"] is None
 
 
+def test_means_are_over_the_steps_that_were_not_skipped(tmp_path, clock):
+  def step(loss, skipped):
+    count = np.float32(skipped), np.float32(1)
+    rate = np.float32(0.5 + 0.25 * (skipped == 35)), np.float32(1)
+    more = {"skipped_updates": count, "learning_rate": rate}
+    return metrics(loss, 2.0, 10) | more
+
+  windows = [
+    # The second update was skipped for its gradient, the fourth for its loss.
+    [step(6.0, 33), step(1e30, 34), step(2.0, 34), step(np.nan, 35)],
+    [step(3.0, 35), step(5.0, 35)],
+    [step(np.inf, 36), step(np.nan, 37)],
+  ]
+  with training.TrainLog(str(tmp_path), 0, 8) as log:
+    done = 0
+    for window in windows:
+      for features in window:
+        log.add(features, "data", BATCH)
+      clock[0] += 10.0
+      done += len(window)
+      log.write(done)
+  first, second, third = rows(tmp_path)
+  assert first["loss"] == (6 + 2) / (2 + 2) and first["skipped_updates"] == 35
+  assert first["learning_rate"] == 0.5
+  # Tokens went through the model in all steps.
+  assert first["tokens_per_second"] == (4 * 5 + 4 * 10) / 10
+  assert second["loss"] == 2.0 and second["skipped_updates"] == 35
+  assert third["loss"] is None and third["skipped_updates"] == 37
+  assert third["learning_rate"] == 0.5
+
+
 def test_a_terminal_gets_a_bar(tmp_path):
   screen = io.StringIO()
   console = rich.console.Console(file=screen, force_terminal=True, width=120)

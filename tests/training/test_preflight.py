@@ -65,6 +65,7 @@ def test_a_table_of_sizes_data_and_distributions():
   # Rows of 1 to 7 tokens and one more of 1.
   assert "8 rows of inputs 6, targets 7; 29 target tokens" in table["data"]
   assert table["data"].endswith("longest output 7")
+  assert table["tokens"].endswith("EOS 1, PAD 0, decoders read 0 first")
   assert (
     "with probability 0.25 per step: temperature 1, top_k 4"
     in (table["samples"])

@@ -96,6 +96,37 @@ def test_prompts_need_no_eos():
   assert [x.tolist() for x in rollouts.targets(row)] == [[7, 1]]
 
 
+def test_rewards_that_are_missing_and_outputs_that_were_cut():
+  seen = []
+
+  def reward(inputs, outputs, examples):
+    seen.append([example["ended"] for example in examples])
+    numbers = toy_rollouts.score(inputs, outputs, examples)
+    numbers[0], numbers[6], numbers[7] = None, float("nan"), -float("inf")
+    return numbers
+
+  model, params, _ = toy_rollouts.rl(reward, cut_penalty=2.0)
+  batch = toy_models.batch()
+  got = toy_rollouts.make(model, [batch]).next(0, params)
+  tokens = got["decoder_target_tokens"]
+  ended = (tokens == 1).any(axis=1)
+  assert seen == [ended.tolist()] and 0 < ended.sum() < 16
+  r = got["rewards"].astype(np.float64)
+  np.testing.assert_array_equal(np.flatnonzero(np.isnan(r)), [0, 6, 7])
+  used = (r - 2.0 * ~ended).reshape(8, 2)
+  a = used - used[:, ::-1]  # of two samples, the other one is the baseline
+  # A prompt with one reward has no baseline for it.
+  a[[0, 3]] = 0.0
+  np.testing.assert_allclose(
+    got["advantages"],
+    a.reshape(-1, 1) * got["decoder_loss_weights"],
+    atol=1e-5,
+  )
+  model.max_missing_rewards = 0.18
+  with pytest.raises(ValueError, match=r"82% .* 19% of them; set REWARD or"):
+    toy_rollouts.make(model, [batch]).next(0, params)
+
+
 def test_whitened_rewards_and_a_running_mean():
   batch = toy_models.batch()
   model, params, _ = toy_rollouts.rl(
@@ -164,7 +195,9 @@ def test_other_models_get_the_batches_of_the_data(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["position"]
 
 
-@pytest.mark.parametrize("bad", [[1.0], 2.0, [[1.0] * 16]])
+@pytest.mark.parametrize(
+  "bad", [[1.0], 2.0, None, [[1.0] * 16], ["good"] * 16, [[1.0], []] * 8]
+)
 def test_a_reward_of_another_shape(bad):
   model, params, _ = toy_rollouts.rl(lambda *_: bad)
   with pytest.raises(ValueError, match=r"each of 16 outputs.*set REWARD"):

@@ -1,15 +1,19 @@
 """The GKD step: sources, gradients, microbatches, meshes, skipped updates."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
+import loss_batches
 import nightly
 import numpy as np
 import optax
 import pytest
 import toy_models
 import toy_steps
+from flax import traverse_util
 
 from gkd_jax import (
   models,
@@ -19,7 +23,9 @@ from gkd_jax import (
   schedules,
   training,
 )
+from gkd_jax import types as types_
 from gkd_jax.decoding import sampling
+from gkd_jax.models import base_model
 
 SOURCES = ("data", "student", "mixed")
 
@@ -322,9 +328,125 @@ def test_wrong_settings(kwargs, message):
     toy_models.gkd(**kwargs)
 
 
-def test_vocabularies_must_agree():
-  import dataclasses
+@pytest.mark.parametrize(
+  ("setting", "name", "limit"),
+  [
+    ("student_data_fraction", "STUDENT_DATA_FRACTION", r"λ in \[0, 1\]"),
+    ("beta", "BETA", r"β in \[0, 1\] or None"),
+    ("teacher_temperature", "TEACHER_TEMPERATURE", "above 0"),
+    ("student_temperature", "STUDENT_TEMPERATURE", "above 0"),
+    ("sampling_temperature", "SAMPLING_TEMPERATURE", "at least 0"),
+  ],
+)
+def test_schedules_stay_in_their_range(setting, name, limit):
+  gkd = functools.partial(toy_models.gkd, divergence="normalized_jsd", beta=0.5)
+  with pytest.raises(
+    ValueError, match=f"{limit}, got -0.5.*reaches; set {name}"
+  ):
+    gkd(**{setting: schedules.cosine(0.5, -0.5, 10)})
+  # Of another function the end is not known before it is there.
+  model = gkd(**{setting: lambda step: 0.5 - step / 8})[0]
+  assert model.source_of_step(0, 3) in model.sources
+  with pytest.raises(
+    ValueError, match=f"{limit}, got -0.125 at step 5; set {name}"
+  ):
+    model.source_of_step(0, 5)
+  with pytest.raises(ValueError, match="got nan at step 0; set"):
+    gkd(**{setting: lambda step: float("nan")})
+  for no_schedule in (schedules.linear, schedules.constant):
+    with pytest.raises(ValueError, match=rf"linear\(\).*; set {name}"):
+      gkd(**{setting: no_schedule})
 
+
+@pytest.mark.parametrize(("source", "chunk"), [("student", 0), ("data", 16)])
+def test_temperatures_may_be_schedules(source, chunk):
+  numbers = {
+    "teacher_temperature": 1.25,
+    "student_temperature": 0.75,
+    "sampling_temperature": 0.5,
+  }
+  # A quarter of the way: powers of two make the line exact.
+  lines = {
+    k: schedules.linear(x - 0.25, x + 0.75, 8) for k, x in numbers.items()
+  }
+  inputs = toy_models.inputs(source)
+  both = []
+  for settings in (numbers, lines):
+    model, student, teacher = toy_models.gkd(loss_chunk_size=chunk, **settings)
+    loss = jax.jit(
+      lambda params, batch, step, m=model, t=teacher: m.train_loss(
+        params, t, batch, inputs._replace(step=step)
+      )
+    )
+    both.append(loss(student, toy_models.batch(), jnp.int32(2)))
+  (expected, metrics), (got, got_metrics) = both
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  for name, pair in metrics.items():
+    np.testing.assert_allclose(got_metrics[name], pair, rtol=1e-5, err_msg=name)
+
+
+def test_coins_of_rows_do_not_depend_on_the_other_rows():
+  """Under a hardware generator too, which draws a whole batch from one key."""
+  model = toy_models.gkd(student_data_fraction=0.5)[0]
+  coins = jax.jit(
+    lambda key, rows: model._coins(
+      key, types_.StepInputs("", jnp.int32(0), key, rows)
+    )
+  )
+  key = jax.random.key(5, impl="rbg")
+  rows = jnp.arange(64)
+  together = np.asarray(coins(key, rows))
+  assert 16 < together.sum() < 48
+  for part in (rows[:4], rows[30:34], rows[60:]):
+    np.testing.assert_array_equal(coins(key, part), together[np.asarray(part)])
+
+
+def test_vocabularies_padded_to_different_sizes_are_one_tokenizer():
+  """Loss and gradient are those of the real tokens' logits in float64."""
+  real = 14
+  student = toy_models.model(8, num_real_tokens=real)
+  config = dataclasses.replace(toy_models.model(12).config, vocab_size=24)
+  teacher = models.EncoderDecoderModel(
+    network.Transformer(config), num_real_tokens=real
+  )
+  params = toy_models.params(student, 1), toy_models.params(teacher, 2)
+  batch = toy_models.batch()
+  batch["decoder_target_tokens"] %= real
+  batch["decoder_input_tokens"] %= real
+  p, q = (
+    loss_batches.log_softmax64(jax.jit(m.logits)(x, batch)[..., :real])
+    for m, x in zip((teacher, student), params[::-1], strict=True)
+  )
+  w = batch["decoder_loss_weights"]
+  shares = w / w.sum(axis=1, keepdims=True)
+  expected = np.sum(shares * np.sum(np.exp(p) * (p - q), axis=-1))
+  for chunk in (0, 16):
+    model = models.GKDModel(student, teacher, loss_chunk_size=chunk)
+    loss, metrics = jax.jit(
+      lambda s, t, b, m=model: m.train_loss(s, t, b, toy_models.inputs("data"))
+    )(*params, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    agree = np.sum(w * (p.argmax(-1) == q.argmax(-1)))
+    assert metrics["top1_agreement"][0] == agree
+  mini = models.MiniLLMModel(student, teacher)
+  tokens = jax.jit(
+    lambda s, t, b: mini.draw(
+      s,
+      student.encode(s, b),
+      b,
+      jax.random.key(0),
+      teacher_params=t,
+    )
+  )(*params, batch)[0]
+  assert tokens.shape == (8, 7) and np.max(tokens) < real
+  with pytest.raises(ValueError, match=r"or NUM_REAL_TOKENS where only"):
+    models.GKDModel(
+      toy_models.model(8),
+      models.EncoderDecoderModel(network.Transformer(config)),
+    )
+
+
+def test_vocabularies_must_agree():
   student = toy_models.model(8)
   config = dataclasses.replace(student.config, vocab_size=24)
   teacher = models.EncoderDecoderModel(network.Transformer(config))
@@ -365,7 +487,7 @@ def _matrices(n, x):
   "optimizer",
   [
     optimizers.adamw(1e-2, weight_decay=0.1, max_grad_norm=0.5),
-    optimizers.adafactor(1e-2, min_dim_size_to_factor=8, beta1=0.9),
+    optimizers.adafactor(1e-2, min_dim_size_to_factor=8),
     optimizers.adafactor(1e-2),
     optimizers.Optimizer(lambda _: 1e-2, optax.sgd(1.0, momentum=0.9)),
   ],
@@ -396,6 +518,108 @@ def test_updates_are_those_of_optax_and_a_skip_changes_nothing(optimizer):
         got,
         want,
       )
+
+
+_RATE = optax.linear_schedule(0.5, 0.01, 3)
+
+
+@pytest.mark.parametrize(
+  ("ours", "theirs"),
+  [
+    (
+      optimizers.adafactor(_RATE, min_dim_size_to_factor=8, beta1=0.9),
+      optax.adafactor(_RATE, min_dim_size_to_factor=8, momentum=0.9),
+    ),
+    (
+      optimizers.adafactor(_RATE, beta1=0.9, max_grad_norm=0.5),
+      optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adafactor(_RATE, momentum=0.9)
+      ),
+    ),
+    (
+      optimizers.adamw(_RATE, weight_decay=0.5),
+      optax.adamw(_RATE, weight_decay=0.5),
+    ),
+  ],
+  ids=["adafactor", "clipped", "adamw"],
+)
+def test_a_schedule_moves_parameters_as_optax_does(ours, theirs):
+  params, batch = _matrices(8, np.ones((4, 8), np.float32))
+  step, state = _matrix_step(ours), training.create(params, ours.transform)
+  loss = lambda p: _MatrixModel().train_loss(p, {}, batch, None)[0]
+  moments, update = theirs.init(params), jax.jit(theirs.update)
+  for _ in range(4):
+    state, _ = step(state, {}, batch)
+    updates, moments = update(jax.grad(loss)(params), moments, params)
+    params = optax.apply_updates(params, updates)
+  for got, want in zip(state.params, params, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_decay_is_of_matrices():
+  model = toy_models.model(8)
+  params = toy_models.normal_params(model, 0)
+  scanned = toy_models.stack_layers(params)
+  zeros = functools.partial(jax.tree.map, np.zeros_like)
+  for tree in (params, scanned):
+    for decay_all in (False, True):
+      optimizer = optimizers.adamw(1.0, weight_decay=0.25, decay_all=decay_all)
+      updates, _ = optimizer.update(
+        zeros(tree), optimizer.transform.init(tree), tree, 1.0
+      )
+      flat = traverse_util.flatten_dict(updates, sep="/")
+      spared = set()
+      for name, x in traverse_util.flatten_dict(tree, sep="/").items():
+        if np.any(flat[name]):
+          np.testing.assert_allclose(flat[name], -0.25 * x, rtol=1e-6)
+        else:
+          spared.add(name.rsplit("/", 2)[-2])
+      expected = {
+        "relpos_bias",
+        "encoder_norm",
+        "decoder_norm",
+        "pre_attention_layer_norm",
+        "pre_self_attention_layer_norm",
+        "pre_cross_attention_layer_norm",
+        "pre_mlp_layer_norm",
+      }
+      assert spared == (set() if decay_all else expected)
+
+
+class _DropoutModel(base_model.BaseTransformerModel):
+  """SFT whose loss is the number of units that dropout takes."""
+
+  def __init__(self):
+    config = types.SimpleNamespace(vocab_size=2, dropout_rate=0.5)
+    super().__init__(types.SimpleNamespace(config=config))
+
+  def logits(self, params, batch, dropout_rng=None):
+    taken = jax.random.bernoulli(
+      dropout_rng, 0.5, batch["decoder_target_tokens"].shape
+    )
+    # log(1 + e^z) is 1 where a unit is taken, and 0 elsewhere.
+    other = params["w"] + jnp.where(taken, np.log(np.e - 1), -40.0)
+    return jnp.stack([jnp.zeros(taken.shape), other], axis=-1)
+
+
+@pytest.mark.parametrize("executor", ["microbatches", "pmap"])
+def test_equal_rows_get_dropout_masks_of_their_own(executor):
+  """256 coins vary by 64 from step to step; 64 coins times 4 vary by 256."""
+  step, optimizer = toy_models.sgd_step(_DropoutModel(), "data")
+  run = jax.jit(functools.partial(step, num_microbatches=4))
+  if executor == "pmap":
+    run = functools.partial(
+      training.pmap_step(step, jax.devices()[:4]), source="data"
+    )
+  rows = np.ones((4, 64), np.int32)
+  batch = {"decoder_target_tokens": 0 * rows, "decoder_loss_weights": rows}
+  state = toy_models.state({"w": jnp.float32(0.0)}, optimizer)
+  taken = []
+  for i in range(200):
+    taken.append(run(state.replace(step=jnp.int32(i)), {}, batch)[1]["loss"][0])
+  # The variance of 200 draws is within a tenth of 64, three times in four.
+  assert abs(np.mean(taken) - 128) < 3
+  assert 40 < np.var(taken) < 100
 
 
 def _rate_at(step, value):
