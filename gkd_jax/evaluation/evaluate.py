@@ -50,14 +50,14 @@ class Evaluator:
     num_examples: int | None = None,
     use_cached: bool = False,
   ):
-    if special_tokens is None:
-      special_tokens = data.special_tokens(task)
     self._mesh = mesh
     self._batch_size = batch_size
     self._tasks = {}
     errors.check_source(
       task, split, use_cached=use_cached, setting="EVAL_SPLIT"
     )
+    if special_tokens is None:
+      special_tokens = data.special_tokens(task)
     subtasks = data.tasks_with_split(task, split)
     self._is_mixture = len(seqio.get_subtasks(task)) > 1
     for sub in seqio.get_subtasks(task):

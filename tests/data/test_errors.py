@@ -117,6 +117,16 @@ def test_errors_of_a_tasks_own_code_keep_their_traceback(file):
     raise ValueError("mine")
 
 
+def test_a_vocabulary_that_is_not_there(file, tmp_path):
+  made = task(file)
+  lost = seqio.SentencePieceVocabulary(f"{tmp_path}/lost.model")
+  made.output_features["targets"] = seqio.Feature(lost)
+  with pytest.raises(
+    ValueError, match=r"the vocabulary of lines_.*lost\.model"
+  ):
+    data.special_tokens(made)
+
+
 def test_an_evaluation_says_the_same(file, tmp_path):
   def evaluate(made, **options):
     evaluation.Evaluator(
