@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args:
       COMMANDS[args.command](args)
   except KeyboardInterrupt:
+    print("gkd: interrupted", file=sys.stderr)
     sys.exit(130)
   except Exception as error:
     if os.environ.get("GKD_TRACEBACK"):

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gkd_jax import checks, schedules, types
@@ -62,7 +63,8 @@ def adafactor(
     learning_rate: relative to each parameter's scale, unless
       `multiply_by_parameter_scale` is off.
     decay_rate: exponent of the second moment's decay, 1 - step^-decay_rate.
-    step_offset: steps of an earlier run that the decay counts from.
+    step_offset: step of this run that the decay counts from; before it the
+      second moment is that of the step's gradient alone.
     multiply_by_parameter_scale: multiply updates by the parameter's RMS.
     clipping_threshold: largest RMS of an update, None for no clipping.
     min_dim_size_to_factor: smaller matrices keep the whole second moment.
@@ -74,10 +76,10 @@ def adafactor(
     1.0,
     min_dim_size_to_factor=min_dim_size_to_factor,
     decay_rate=decay_rate,
-    decay_offset=step_offset,
     multiply_by_parameter_scale=multiply_by_parameter_scale,
     clipping_threshold=clipping_threshold,
   )
+  transform = _decaying_from(step_offset, transform)
   if beta1 is not None:
     # A mean of updates, each at the rate of its own step.
     mean = optax.ema(beta1, debias=False)
@@ -85,6 +87,23 @@ def adafactor(
   return _optimizer(
     learning_rate, transform, max_grad_norm, takes_rate=beta1 is not None
   )
+
+
+def _decaying_from(offset, transform):
+  """Returns Adafactor whose decay counts from a later step; optax's is NaN before."""
+  if not offset:
+    return transform
+
+  def update(updates, state, params=None):
+    first, *rest = state
+    count = first.count
+    shifted = first._replace(count=jnp.maximum(count - offset, 0))
+    updates, (first, *rest) = transform.update(
+      updates, (shifted, *rest), params
+    )
+    return updates, (first._replace(count=count + 1), *rest)
+
+  return optax.GradientTransformation(transform.init, update)
 
 
 def adamw(

@@ -17,7 +17,7 @@ from gkd_jax import checkpoints as checkpoint_files
 from gkd_jax import checks, data, files, optimizers, partitioning, training
 from gkd_jax.data import shards
 from gkd_jax.evaluation import run_evaluations
-from gkd_jax.training import preflight
+from gkd_jax.training import messages, preflight
 
 
 def train(
@@ -181,16 +181,17 @@ def train(
             skipped = int(state.skipped_in_row)  # waits for the step
             log.write(done)
             if skipped >= max_skipped_in_row:
-              raise _not_finite(skipped, done, metrics, checkpointer, model_dir)
+              raise FloatingPointError(
+                messages.not_finite(
+                  model_dir, done, skipped, metrics, checkpointer.latest_step()
+                )
+              )
           # The checkpoint first: an evaluation that fails costs no step.
           if done % checkpoints.period == 0 or last:
             save(done, state)
           if stopping:
             checkpointer.wait()
-            log.say(
-              f"interrupted at step {done}; last checkpoint"
-              f" {model_dir}/checkpoint_{done}; the same command goes on"
-            )
+            log.say(messages.interrupted(model_dir, done))
             raise training.Stopped(stop.number)
           if done % evaluation.period == 0 and not last:
             scores = evaluations.at(done, state.params, log)
@@ -200,7 +201,7 @@ def train(
       scores = evaluations.at(train_steps, state.params, log)
       checkpointer.record(train_steps, scores)
       evaluations.final(state.params, seed, log)
-      log.say(_where(model_dir, train_steps, evaluations.failed))
+      log.say(messages.finished(model_dir, train_steps, evaluations.failed))
     return scores
 
 
@@ -260,12 +261,7 @@ def _examples(model, task, dataset, mesh, seed, model_dir, start):
   rows = shards.rows_of_processes(
     partitioning.process_grid(mesh), dataset.batch_size
   )
-  count = shards.count(
-    dataset.shards,
-    recorded,
-    dataset.batch_size,
-    rows,
-  )
+  count = shards.count(dataset.shards, recorded, dataset.batch_size, rows)
   iterator = data.TrainIterator(
     task,
     lengths,
@@ -305,35 +301,6 @@ def _teacher_params(abstract, path):
 
 def _shardings(abstract):
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _not_finite(skipped, step, metrics, checkpointer, model_dir):
-  """Returns the error of a run whose updates stay non-finite."""
-  values = {
-    name: float(metrics[name][0])
-    for name in ("loss", "gradient_norm", "learning_rate")
-  }
-  wrong = [f"{k} {v}" for k, v in values.items() if not np.isfinite(v)]
-  # Each checkpoint was looked at when it was saved or restored.
-  saved = checkpointer.latest_step()
-  good = (
-    f"{model_dir}/checkpoint_{saved} is finite" if saved else "none is saved"
-  )
-  return FloatingPointError(
-    f"expected finite updates, got {skipped} non-finite ones in a row up to step"
-    f" {step} ({', '.join(wrong) or 'parameters or optimizer after the update'});"
-    f" {good}; set LEARNING_RATE"
-  )
-
-
-def _where(model_dir, step, failed):
-  """Returns where a finished run's files lie, and what comes next."""
-  lost = f"{failed} evaluations failed; " if failed else ""
-  return (
-    f"done: {lost}checkpoint {model_dir}/checkpoint_{step}, metrics"
-    f" {model_dir}/metrics.jsonl; next: gkd report {model_dir}"
-    f" --output_path={model_dir}/report"
-  )
 
 
 def _first_params(model, path, run, seed):

@@ -182,7 +182,7 @@ def without_eos_where_cut(
   Returns:
     The dataset without `ended`.
   """
-  if "ended" not in dataset.element_spec:
+  if "ended" not in set(dataset.element_spec):
     return dataset
   eos_id = output_features["targets"].vocabulary.eos_id
 

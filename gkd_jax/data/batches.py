@@ -233,9 +233,7 @@ class TrainIterator:
       "PACK": pack,
       "USE_CACHED_TASKS": use_cached,
     }
-    self._sources = functools.cache(
-      lambda: identity.sources(task, split, use_cached)
-    )
+    self._sources = lambda: _sources(task, split, use_cached)
     self._dataset = lambda shard: seqio.get_dataset(
       mixture_or_task_name=task.name,
       task_feature_lengths=dict(lengths),
@@ -327,6 +325,10 @@ class TrainIterator:
     names = [shards.folder(s, self._share.count) for s in self._share.shards]
     folders = [os.path.join(path, name) for name in names]
     return zip(self._readers, self._share.shards, folders, strict=True)
+
+
+# A run may make several iterators of a task.
+_sources = functools.lru_cache(maxsize=4)(identity.sources)
 
 
 def try_saving(iterator: Any) -> None:

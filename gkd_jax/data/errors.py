@@ -85,6 +85,25 @@ def explained(task: str, split: str) -> Iterator[None]:
     ) from error
 
 
+@contextlib.contextmanager
+def explained_vocabulary(task: str) -> Iterator[None]:
+  """Raises errors of reading a task's vocabulary as a ValueError.
+
+  Args:
+    task: its name.
+
+  Raises:
+    ValueError: its file cannot be read.
+  """
+  try:
+    yield
+  except (tf.errors.OpError, OSError) as error:
+    raise ValueError(
+      f"expected the vocabulary of {task}, got {_reason(error)!r}; set"
+      " MIXTURE_OR_TASK_NAME, or what registers the task"
+    ) from error
+
+
 def _is_about_files(error):
   return isinstance(
     error, tf.errors.NotFoundError | tf.errors.PermissionDeniedError

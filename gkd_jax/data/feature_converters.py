@@ -31,7 +31,7 @@ def for_prompts(cls: type) -> type:
     def __call__(
       self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-      if "targets" not in ds.element_spec:
+      if "targets" not in set(ds.element_spec):
         empty = {"targets": tf.zeros([0], tf.int32)}
         ds = ds.map(lambda example: example | empty)
       return super().__call__(ds, task_feature_lengths)

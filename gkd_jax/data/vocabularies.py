@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gkd_jax import types
+from gkd_jax.data import errors
 
 
 def special_tokens(task: Any) -> types.SpecialTokens:
@@ -11,12 +12,16 @@ def special_tokens(task: Any) -> types.SpecialTokens:
 
   Args:
     task: a seqio task or mixture.
+
+  Raises:
+    ValueError: its vocabulary cannot be read.
   """
-  of = {
-    name: types.SpecialTokens.of(feature.vocabulary)
-    for name, feature in task.output_features.items()
-    if name in ("inputs", "targets")
-  }
+  with errors.explained_vocabulary(task.name):
+    of = {
+      name: types.SpecialTokens.of(feature.vocabulary)
+      for name, feature in task.output_features.items()
+      if name in ("inputs", "targets")
+    }
   zero_is_padding = all(tokens.zero_is_padding for tokens in of.values())
   return types.SpecialTokens.of(target_vocabulary(task))._replace(
     zero_is_padding=zero_is_padding

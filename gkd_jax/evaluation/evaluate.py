@@ -12,7 +12,7 @@ import numpy as np
 import seqio
 
 from gkd_jax import data, partitioning, types
-from gkd_jax.data import vocabularies
+from gkd_jax.data import errors, vocabularies
 from gkd_jax.evaluation import metric_values
 from gkd_jax.tasks import example_statistics
 
@@ -50,11 +50,14 @@ class Evaluator:
     num_examples: int | None = None,
     use_cached: bool = False,
   ):
-    if special_tokens is None:
-      special_tokens = data.special_tokens(task)
     self._mesh = mesh
     self._batch_size = batch_size
     self._tasks = {}
+    errors.check_source(
+      task, split, use_cached=use_cached, setting="EVAL_SPLIT"
+    )
+    if special_tokens is None:
+      special_tokens = data.special_tokens(task)
     subtasks = data.tasks_with_split(task, split)
     self._is_mixture = len(seqio.get_subtasks(task)) > 1
     for sub in seqio.get_subtasks(task):
@@ -62,23 +65,25 @@ class Evaluator:
         _say(f"left out: {sub.name} has no split {split!r}")
         continue
       _check_metrics(sub)
-      dataset = sub.get_dataset(
-        sequence_length=dict(lengths),
-        split=split,
-        shuffle=False,
-        use_cached=use_cached,
-      )
-      if num_examples is not None:
-        dataset = dataset.take(num_examples)
-      convert = data.feature_converter(converter, False, special_tokens)
-      converted = convert(dataset, dict(lengths))
-      examples = list(dataset.as_numpy_iterator())
+      with errors.explained(sub.name, split):
+        dataset = sub.get_dataset(
+          sequence_length=dict(lengths),
+          split=split,
+          shuffle=False,
+          use_cached=use_cached,
+        )
+        if num_examples is not None:
+          dataset = dataset.take(num_examples)
+        convert = data.feature_converter(converter, False, special_tokens)
+        converted = convert(dataset, dict(lengths))
+        examples = list(dataset.as_numpy_iterator())
       if not examples:
         _say(f"left out: {sub.name} has no example in {split!r}")
         continue
       where = f"{split!r} of {sub.name}"
       examples = [_in_utf8(e, i, where) for i, e in enumerate(examples)]
-      features = list(converted.as_numpy_iterator())
+      with errors.explained(sub.name, split):
+        features = list(converted.as_numpy_iterator())
       stacked = {k: np.stack([f[k] for f in features]) for k in features[0]}
       self._tasks[sub.name] = sub, examples, stacked
 
@@ -308,8 +313,8 @@ def random_streams(
   if "row_ids" not in inspect.signature(model.decode_fn).parameters:
     return {}, jax.random.fold_in(key, row_ids[0])
   # Each of several decodes, of which the best is kept, has its own stream.
-  options = model.default_decoder_params | dict(options or {})
-  decodes = int(options.get("num_decodes", 1))
+  merged = {**model.default_decoder_params, **(options or {})}
+  decodes = int(merged.get("num_decodes", 1))
   rows = row_ids[:, None] * decodes + jnp.arange(decodes)[None]
   return {"row_ids": rows.reshape(-1)}, key
 

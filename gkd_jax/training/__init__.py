@@ -8,6 +8,7 @@ teacher_check  whether the teacher is a teacher
 settings     groups of settings that gin binds
 rollouts     batches with sampled outputs and their rewards
 logs         metrics.jsonl, TensorBoard, progress, the compilation cache
+messages     how a run ended, and what comes next
 model_dir    a run's lock and settings in MODEL_DIR
 profiling    a trace of a few steps
 processes    several processes, SIGTERM and Ctrl-C

@@ -69,7 +69,10 @@ class StopSignal:
     self._alone = jax.process_count() == 1
 
   def __enter__(self) -> "StopSignal":
-    self._old = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
+    self._old = {}
+    # A shell lets programs in the background ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+      self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
     # With several processes JAX's own handler must stay.
     if self._alone:
       self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._set)

@@ -175,6 +175,7 @@ def test_cached_tasks_are_looked_up_in_additional_folders(tmp_path):
   add_cached_task(tmp_path / "cache" / "cached_words", ids)
   settings = [
     "--gin_file=models/toy.gin",
+    "--gin.toy/network.T5Config.vocab_size=384",
     "--gin_file=runs/sft.gin",
     "--gin.STUDENT=%TOY_STUDENT",
     *gin(

@@ -6,7 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gkd_jax import data
+from gkd_jax import data, evaluation, partitioning
 from gkd_jax.data import errors
 
 LENGTHS = {"inputs": 8, "targets": 8}
@@ -115,3 +115,36 @@ def test_errors_of_a_tasks_own_code_keep_their_traceback(file):
     next(data.TrainIterator(task(file, divide), LENGTHS, 2, seed=0))
   with pytest.raises(ValueError, match="mine"), errors.explained("t", "train"):
     raise ValueError("mine")
+
+
+def test_a_vocabulary_that_is_not_there(file, tmp_path):
+  made = task(file)
+  lost = seqio.SentencePieceVocabulary(f"{tmp_path}/lost.model")
+  made.output_features["targets"] = seqio.Feature(lost)
+  with pytest.raises(
+    ValueError, match=r"the vocabulary of lines_.*lost\.model"
+  ):
+    data.special_tokens(made)
+
+
+def test_an_evaluation_says_the_same(file, tmp_path):
+  def evaluate(made, **options):
+    evaluation.Evaluator(
+      made, LENGTHS, 2, partitioning.make_mesh(), split="train", **options
+    )
+
+  file.write_text("1\t1\n2\n")
+  seqio.set_tfds_data_dir_override(str(tmp_path))
+  try:
+    for made, options, message in (
+      (task(tmp_path / "nowhere.tsv"), {}, "nowhere.tsv; No such file"),
+      (task(file), {}, "'Expect 2 fields but have 1 in record 0'"),
+      (task(file), {"use_cached": True}, "expected a cache of lines_"),
+      (data.load_task("xsum"), {}, "the TFDS data set xsum:1.1.0 of xsum, got"),
+    ):
+      with pytest.raises(ValueError) as error:
+        evaluate(made, **options)
+      assert str(error.value).startswith("expected ")
+      assert message in str(error.value)
+  finally:
+    seqio.set_tfds_data_dir_override(None)

@@ -148,7 +148,7 @@ def test_an_empty_split_is_refused_before_decoding(tmp_path):
     written_outputs.evaluate(tmp_path, "none", [""])
 
 
-def raw(output, example=None, is_target=False):
+def raw(output, example, is_target):
   return example["note"].decode() if is_target else output
 
 

@@ -87,3 +87,17 @@ def test_a_lock_is_renewed(tmp_path):
   with lock:
     while not holder(tmp_path)["beats"]:
       pass
+
+
+def test_changed_settings_are_listed(tmp_path):
+  old = "# comment\nA = 1\nB = \\\n    {'x': 1}\nlayer/c.d = @e()\n"
+  new = old.replace("A = 1", "A = 2").replace("'x': 1", "'x': 1, 'y': 2")
+  new += "F = None\n"
+  assert model_dir.changed_settings(tmp_path, old) == []
+  training.update_settings(tmp_path, old)
+  assert model_dir.changed_settings(tmp_path, old) == []
+  assert model_dir.changed_settings(tmp_path, new) == [
+    "A = 2 (was 1)",
+    "B = {'x': 1, 'y': 2} (was {'x': 1})",
+    "F = None (was no value)",
+  ]

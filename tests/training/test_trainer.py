@@ -620,3 +620,75 @@ def test_equal_rows_get_dropout_masks_of_their_own(executor):
   # The variance of 200 draws is within a tenth of 64, three times in four.
   assert abs(np.mean(taken) - 128) < 3
   assert 40 < np.var(taken) < 100
+
+
+def _rate_at(step, value):
+  return lambda now: jnp.where(now == step, value, 1e-2)
+
+
+def _counted(update, state):
+  """A transformation that counts its updates."""
+  return optax.GradientTransformation(lambda _: state, update)
+
+
+def _state_overflows(updates, state, params):
+  del params
+  return jax.tree.map(jnp.negative, updates), state * 1e30
+
+
+NON_FINITE = {
+  "rate nan": optimizers.adafactor(_rate_at(1, jnp.nan)),
+  "rate inf": optimizers.adamw(_rate_at(1, jnp.inf)),
+  "update": optimizers.Optimizer(
+    lambda now: jnp.where(now == 1, 1e38, 1e-12), optax.sgd(1e10)
+  ),
+  "optimizer state": optimizers.Optimizer(
+    _rate_at(1, 1e-2), _counted(_state_overflows, jnp.float32(1e5))
+  ),
+}
+
+
+@pytest.mark.parametrize("name", NON_FINITE)
+def test_what_an_update_makes_is_looked_at(name):
+  """Loss and gradient are finite at all steps."""
+  optimizer = NON_FINITE[name]
+  params, batch = _matrices(8, np.ones((4, 8), np.float32))
+  step = _matrix_step(optimizer)
+  states = [training.create(params, optimizer.transform)]
+  for _ in range(3):
+    state, metrics = step(states[-1], {}, batch)
+    assert np.isfinite(metrics["loss"][0])
+    assert np.isfinite(metrics["gradient_norm"][0])
+    states.append(state)
+  expected = [0, 1, 2] if name == "optimizer state" else [0, 1, 1]
+  assert [int(state.skipped) for state in states[1:]] == expected
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (states[2].params, states[2].opt_state),
+    (states[1].params, states[1].opt_state),
+  )
+  for leaf in jax.tree.leaves(states[-1]):
+    assert np.all(np.isfinite(leaf))
+  moved = lambda a, b: not np.array_equal(a.params[0], b.params[0])
+  assert moved(states[1], states[0])
+  assert moved(states[3], states[2]) == (name != "optimizer state")
+
+
+def test_adafactors_decay_waits_for_its_offset():
+  """By hand: up to step `step_offset` the second moment is the gradient's own."""
+  optimizer = optimizers.adafactor(
+    1.0,
+    step_offset=2,
+    multiply_by_parameter_scale=False,
+    clipping_threshold=None,
+  )
+  gradients = np.array([3.0, -2.0, 5.0, 4.0, -1.0])
+  state = optimizer.transform.init(jnp.zeros(1))
+  second = 0.0
+  for step, g in enumerate(gradients):
+    decay = 1 - (max(step - 2, 0) + 1) ** -0.8
+    second = decay * second + (1 - decay) * g**2
+    updates, state = optimizer.transform.update(
+      jnp.float32([g]), state, jnp.zeros(1)
+    )
+    np.testing.assert_allclose(updates, [-g / np.sqrt(second)], rtol=1e-5)
