@@ -1,4 +1,4 @@
-"""Figures of what training logged: loss, divergences, entropy, lengths."""
+"""Figures of what training logged, and of what it cost."""
 
 from gkd_jax.experiments import metrics, panels, run_folders, studies
 
@@ -47,5 +47,39 @@ def training_curves(study: studies.Study) -> panels.Picture | None:
     " which is another quantity for each method; divergences to the teacher and"
     " entropy on the outputs that were trained on; the length of samples. Means"
     " of the seeds, and the range from the least to the greatest of them.",
+    picture,
+  )
+
+
+def cost_and_quality(study: studies.Study) -> panels.Picture | None:
+  """Draws the greedy score over the seconds that all training steps took."""
+  key = f"greedy/{study.metric}"
+  runs = [
+    run
+    for run in study.runs
+    if run.on_grid and key in run.scores and run.scores.get("step_seconds")
+  ]
+  if not runs:
+    return None
+  regimes = panels.regimes(study, runs)
+  picture, axes = panels.grid(regimes, height=3.4, width=4.8)
+  for panel, members in zip(axes, regimes.values(), strict=True):
+    for method in study.points("method", members):
+      seeds = [run for run in members if run.place["method"] == method]
+      x = studies.estimate(studies.scores(seeds, "step_seconds"))
+      y = studies.estimate(studies.scores(seeds, key))
+      style = panels.method_style(study, method)
+      panel.plot(x.mean, y.mean, **style, linestyle="", label=method)
+      if y.low is not None:
+        panel.plot([x.mean] * 2, [y.low, y.high], color=style["color"])
+    panel.set_xlim(left=0)
+    panel.set(xlabel="seconds of all training steps", ylabel=study.metric_label)
+  panels.legend_below(picture, *axes)
+  return panels.Picture(
+    "cost",
+    "Cost and quality",
+    f"Greedy {study.metric_label} against the seconds of training; start,"
+    " compilation and evaluation are left out. Runs compare if they had the same"
+    f" machine. {panels.seeds_note(runs)}",
     picture,
   )

@@ -24,6 +24,7 @@ _FIGURES = (
   figures.heat_maps,
   figures.learning_curves,
   figures_training.training_curves,
+  figures_training.cost_and_quality,
   figures_behaviour.quality_diversity,
   figures.data_efficiency,
   figures_behaviour.rl_tradeoff,

@@ -4,6 +4,7 @@ import os
 import re
 from xml.etree import ElementTree
 
+import pytest
 import report_pages
 import sweep_folders
 
@@ -186,3 +187,21 @@ def test_words_that_differ_from_the_nearest_reference_are_marked(tmp_path):
     ("", True),
     ("sat", False),
   ]
+
+
+def test_cost_is_the_time_of_the_steps(tmp_path):
+  items = []
+  for seed, (seconds, wer) in enumerate(((2.0, 20.0), (3.0, 24.0))):
+    run = sweep_folders.write_run(tmp_path / str(seed), wer, wer)
+    rows = [{"step": s, "seconds_per_step": seconds} for s in (10, 20)]
+    sweep_folders.write_lines(run / "metrics.jsonl", rows)
+    items.append(f"a={run}")
+  picture = figures_training.cost_and_quality(studies.read(items))
+  (panel,) = picture.figure.axes
+  point, interval = panel.get_lines()
+  # 40 and 60 seconds; 20 and 24 are 22 ± t · 2√2 / √2.
+  assert point.get_xydata().tolist() == [[50, 22]]
+  assert interval.get_xdata() == [50, 50]
+  half = 2 * sweep_folders.T1
+  assert interval.get_ydata() == pytest.approx([22 - half, 22 + half])
+  assert panel.get_xlim()[0] == 0
