@@ -3,7 +3,7 @@
 Parameters are abstract here: shapes and shardings, nothing allocated.
 """
 
-import functools
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,13 +55,14 @@ def jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Any:
     mesh: the mesh that its arguments are placed on, see `make_mesh`.
     **options: see `jax.jit`.
   """
+  return jax.jit(_traced_on(mesh)(function), **options)
 
-  @functools.wraps(function)
-  def on_mesh(*args, **kwargs):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return function(*args, **kwargs)
 
-  return jax.jit(on_mesh, **options)
+@contextlib.contextmanager
+def _traced_on(mesh):
+  """Makes `mesh` the one that code is traced on; also a decorator."""
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:

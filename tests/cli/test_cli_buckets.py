@@ -166,7 +166,11 @@ def test_import_infer_eval_compare_and_export(teacher, capsys):
       EVAL_OUTPUT_DIR=f"{folder}/{name}",
       SAMPLING_TEMPERATURE=temperature,
     )
-    assert names(f"{folder}/{name}") == ["metrics.json", "predictions.jsonl"]
+    assert names(f"{folder}/{name}") == [
+      "evaluation.json",
+      "metrics.json",
+      "predictions.jsonl",
+    ]
   capsys.readouterr()
   command_line.here("compare", f"{folder}/a", f"{folder}/b")
   assert "accuracy" in capsys.readouterr().out
