@@ -121,7 +121,8 @@ def train(
         same_asked=initial_checkpoint_path == teacher_checkpoint_path,
       )
       found += rows
-  print(preflight.text(found, evaluations.warnings + warnings), flush=True)
+  if jax.process_index() == 0:
+    print(preflight.text(found, evaluations.warnings + warnings), flush=True)
   if dry_run:
     return {}
   batches = training.RolloutBatches(
