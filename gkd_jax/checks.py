@@ -166,12 +166,12 @@ def ascending(value: Any, setting: str, *, none: bool = True) -> None:
   if none and value is None:
     return
   is_list = isinstance(value, Sequence) and not isinstance(value, str)
+  lengths: list[Any] = [*value] if is_list else []
   if not (
-    is_list
-    and len(value)
-    and all(_is_a(numbers.Integral, x) for x in value)
-    and [*value] == sorted({*value})
-    and value[0] >= 1
+    lengths
+    and all(_is_a(numbers.Integral, x) for x in lengths)
+    and lengths == sorted({*lengths})
+    and lengths[0] >= 1
   ):
     refuse(
       f"ascending lengths of at least 1, such as (64, 128){_or_none(none)}",

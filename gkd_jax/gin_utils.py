@@ -205,11 +205,12 @@ def _values(
     setting = f"{configurable.selector}.{name}"
     yield "/".join(scope) if is_macro else setting, value
     for part in gin_config._iterate_flattened_values(value):
-      if isinstance(part, gin_config.ConfigurableReference) and (
-        part.configurable.selector != "gin.constant"
-      ):
+      if not isinstance(part, gin_config.ConfigurableReference):
+        continue
+      target: Any = part.configurable
+      if target.selector != "gin.constant":
         yield from _values(
-          part.configurable,
+          target,
           part.scopes or scope,
           called=part.evaluate,
           seen=seen,

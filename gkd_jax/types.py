@@ -102,10 +102,10 @@ class SpecialTokens(NamedTuple):
 T5_TOKENS = SpecialTokens()
 
 
-def _token_id(of, name):
+def _token_id(of: Any, name: str) -> int | None:
   """Returns an id, a number or SentencePiece's method; None: there is none."""
   try:
-    value = getattr(of, name, None)
+    value: Any = getattr(of, name, None)
   except NotImplementedError:  # seqio's `bos_id`
     return None
   value = value() if callable(value) else value
