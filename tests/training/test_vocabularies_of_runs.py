@@ -159,7 +159,7 @@ def run(model, folder, task, steps, **options):
     model_dir=str(folder),
     train_steps=steps,
     dataset=training.DatasetConfig(task, LENGTHS, 8),
-    evaluation=training.EvalConfig(steps, 32),
+    evaluation=training.EvalConfig(period=steps, batch_size=32),
     checkpoints=training.CheckpointConfig(steps),
     logging=training.LogConfig(period=steps),
     **options,
