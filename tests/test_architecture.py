@@ -14,7 +14,6 @@ MAY_IMPORT = {
   "types": "",
   "checks": "",
   "files": "",
-  "markdown": "",
   "schedules": "types",
   "optimizers": "schedules types",
   "divergences": "types",
@@ -25,13 +24,13 @@ MAY_IMPORT = {
   "decoding": "kernels losses partitioning types",
   "models": "decoding divergences losses network partitioning schedules types",
   "data": "files tasks types",
-  "training": "data files losses markdown models optimizers partitioning schedules types",
+  "training": "data files losses models optimizers partitioning schedules types",
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
   "planning": "checkpoints data files losses models network optimizers"
   " partitioning training types",
-  "experiments": "files gin_utils markdown",
+  "experiments": "files gin_utils training",
   "gin_files": "files",
   "gin_utils": "files gin_files",
   "command_line": "gin_files",

@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from gkd_jax import markdown as escaping
+from gkd_jax.training import markdown as escaping
 
 
 def html(template: str, **values: Any) -> str:

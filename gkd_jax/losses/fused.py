@@ -133,8 +133,7 @@ def fused_distillation_loss(
     jax.lax.stop_gradient(constants),
     chunks,
   )
-  total = jnp.sum(weights)
-  loss = sums.pop(_LOSS)
+  total, loss = jnp.sum(weights), sums.pop(_LOSS)
   metrics = {k: (jax.lax.stop_gradient(x), total) for k, x in sums.items()}
   return loss, weight_sum, metrics
 

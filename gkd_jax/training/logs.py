@@ -18,8 +18,8 @@ import rich.console
 from etils import epath
 
 import gkd_jax
-from gkd_jax import files, markdown, types
-from gkd_jax.training import progress, rollouts
+from gkd_jax import files, types
+from gkd_jax.training import markdown, progress, rollouts
 
 # Means over output tokens, of distillation and of SFT: their weights count these.
 _PER_TOKEN = ("top1_agreement", "accuracy")
