@@ -303,7 +303,7 @@ def test_the_default_vocabulary_is_t5s_and_only_it_differs(task, add, data):
   assert default.metric_fns == of_bytes.metric_fns
   assert default.postprocessor is of_bytes.postprocessor
   for feature in default.output_features.values():
-    assert feature.add_eos and feature.required
+    assert feature.add_eos
     assert feature.vocabulary.sentencepiece_model_file == (
       "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
     )
