@@ -18,14 +18,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # fast, without XLA's fusion emitters again three times, and computes the same to
 # rounding. Eight devices on a machine with other work can wait for each other for
 # longer than XLA does by default before it aborts.
-flags = [
-  "--xla_backend_optimization_level=0",
-  "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-]
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+)
 # Later versions do not know the flag, and end at one that they do not know.
-if metadata.version("jaxlib").startswith("0.10."):
-  flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+os.environ["XLA_FLAGS"] += (
+  " --xla_cpu_use_fusion_emitters=false"
+  if metadata.version("jaxlib").startswith("0.10.")
+  else ""
+)
 
 # A program is compiled once for all tests and the processes that they start: the
 # first process of pytest makes the folder, its workers and theirs inherit it. Who
