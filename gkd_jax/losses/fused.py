@@ -115,8 +115,6 @@ def fused_distillation_loss(
     _by_shard(layout, shares),
     order,
   )
-  if isinstance(divergence, str):
-    divergence = divergences.get(divergence)
   settings, traced = _split(
     _Settings(
       _as_tree(divergence),
@@ -160,7 +158,9 @@ class _Settings(NamedTuple):
 
 
 def _as_tree(divergence):
-  """Returns a divergence as a pytree of its hyper-parameters."""
+  """Returns a divergence, or one by its name, as a pytree of its parameters."""
+  if isinstance(divergence, str):
+    divergence = divergences.get(divergence)
   if isinstance(divergence, functools.partial):
     bound = divergence.args, divergence.keywords
     return jax.tree_util.Partial(divergence.func, *bound[0], **bound[1])

@@ -87,6 +87,51 @@ def constrain(x: jax.Array) -> jax.Array:
   return partitioning.constrain(x, "batch", "length", "embed")
 
 
+def check_unpacked(decode: bool, encoder_segment_ids: jax.Array | None) -> None:
+  """Raises a ValueError for packed inputs that are to be decoded from.
+
+  Args:
+    decode: whether the cache is used.
+    encoder_segment_ids: int32 `[B, S]` of packed rows, or None.
+  """
+  if decode and encoder_segment_ids is not None:
+    raise ValueError(
+      "expected unpacked inputs for decoding, got encoder_segment_ids;"
+      " set packing off in the evaluation's feature converter"
+    )
+
+
+def decode_or_prefill(
+  decoder: nn.Module,
+  tokens: jax.Array,
+  decode: bool,
+  prefill: bool,
+  prefill_lengths: jax.Array | None,
+) -> tuple[bool, jax.Array | None]:
+  """Returns whether a decoder-only call decodes, and the lengths of its prefill.
+
+  To decode without a cache is to make an empty one.
+
+  Args:
+    decoder: whose cache it is.
+    tokens: int32 `[B, T]`.
+    decode: see `decoder_only.DecoderWrapper`.
+    prefill: see there.
+    prefill_lengths: int32 `[B]`, see there.
+
+  Raises:
+    ValueError: `prefill` together with `decode`, or without lengths.
+  """
+  if prefill and (decode or prefill_lengths is None):
+    raise ValueError(
+      "expected prefill with prefill_lengths and without decode, got"
+      f" prefill_lengths {prefill_lengths} and decode {decode}; set them"
+    )
+  if decode and not decoder.has_variable("cache", "cache_index"):
+    return False, jnp.zeros(tokens.shape[0], jnp.int32)
+  return decode, prefill_lengths if prefill else None
+
+
 class Layer(nn.Module):
   """Base of the layers: sublayers behind a norm and inside a residual.
 

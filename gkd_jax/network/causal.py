@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gkd_jax.network import layers, rotary, rotary_stacks
+from gkd_jax.network import blocks, layers, rotary, rotary_stacks
 
 
 class CausalTransformer(nn.Module):
@@ -76,14 +76,9 @@ class CausalTransformer(nn.Module):
       ValueError: `prefill` together with `decode`, or without lengths.
     """
     del decoder_target_tokens, max_decode_length
-    if prefill and (decode or prefill_lengths is None):
-      raise ValueError(
-        "expected prefill with prefill_lengths and without decode, got"
-        f" prefill_lengths {prefill_lengths} and decode {decode}; set them"
-      )
-    if decode and not self.decoder.has_variable("cache", "cache_index"):
-      decode, prefill = False, True
-      prefill_lengths = jnp.zeros(decoder_input_tokens.shape[0], jnp.int32)
+    decode, prefill_lengths = blocks.decode_or_prefill(
+      self.decoder, decoder_input_tokens, decode, prefill, prefill_lengths
+    )
     places = jnp.arange(decoder_input_tokens.shape[1])
     mask = (places[:, None] >= places[None, :])[None]
     if decoder_causal_attention is not None:
@@ -101,6 +96,6 @@ class CausalTransformer(nn.Module):
       decoder_positions,
       deterministic=not enable_dropout,
       decode=decode,
-      prefill_lengths=prefill_lengths if prefill else None,
+      prefill_lengths=prefill_lengths,
       return_hidden=return_hidden,
     )

@@ -93,14 +93,9 @@ class DecoderWrapper(nn.Module):
       ValueError: `prefill` together with `decode`, or without lengths.
     """
     del decoder_positions, max_decode_length
-    if prefill and (decode or prefill_lengths is None):
-      raise ValueError(
-        "expected prefill with prefill_lengths and without decode, got"
-        f" prefill_lengths {prefill_lengths} and decode {decode}; set them"
-      )
-    if decode and not self.decoder.has_variable("cache", "cache_index"):
-      decode, prefill = False, True
-      prefill_lengths = jnp.zeros(decoder_input_tokens.shape[0], jnp.int32)
+    decode, prefill_lengths = blocks.decode_or_prefill(
+      self.decoder, decoder_input_tokens, decode, prefill, prefill_lengths
+    )
     positions = jnp.arange(decoder_input_tokens.shape[1])
     mask = (positions[:, None] >= positions[None, :])[None, None]
     if decoder_causal_attention is not None:
@@ -115,6 +110,6 @@ class DecoderWrapper(nn.Module):
       mask,
       deterministic=not enable_dropout,
       decode=decode,
-      prefill_lengths=prefill_lengths if prefill else None,
+      prefill_lengths=prefill_lengths,
       return_hidden=return_hidden,
     )

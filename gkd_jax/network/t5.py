@@ -166,11 +166,7 @@ class Transformer(nn.Module):
       ValueError: packed inputs together with `decode`.
     """
     del decoder_positions
-    if decode and encoder_segment_ids is not None:
-      raise ValueError(
-        "expected unpacked inputs for decoding, got encoder_segment_ids;"
-        " set packing off in the evaluation's feature converter"
-      )
+    blocks.check_unpacked(decode, encoder_segment_ids)
     inputs_valid = (encoder_input_tokens > 0)[:, None, None, :]
     mask, cross_mask = None, inputs_valid
     if not decode:

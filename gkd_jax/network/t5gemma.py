@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gkd_jax.network import layers, rotary, rotary_stacks, t5
+from gkd_jax.network import blocks, layers, rotary, rotary_stacks, t5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +121,7 @@ class T5Gemma(t5.Transformer):
       ValueError: packed inputs together with `decode`.
     """
     del decoder_target_tokens
-    if decode and encoder_segment_ids is not None:
-      raise ValueError(
-        "expected unpacked inputs for decoding, got encoder_segment_ids;"
-        " set packing off in the evaluation's feature converter"
-      )
+    blocks.check_unpacked(decode, encoder_segment_ids)
     places = jnp.arange(decoder_input_tokens.shape[1])
     mask = (places[:, None] >= places[None, :])[None]
     cross_mask = (encoder_input_tokens > 0)[:, None]

@@ -1,8 +1,7 @@
 """Checks of a run before its first step, printed as one table.
 
-What can be known to be wrong costs no step here: a batch is drawn, its position
-saved, two examples scored by every metric, the reward called, and the teacher
-looked at.
+What can be known to be wrong costs no step here: a batch is drawn, its position is
+saved, and the teacher is looked at. `evaluation.RunEvaluations` tries the metrics.
 """
 
 import math
@@ -23,15 +22,9 @@ def draw(batches: Any) -> Mapping[str, np.ndarray]:
     batches: a `checkpoints.SavableIterator` that the run does not use.
 
   Raises:
-    ValueError: there is no batch.
+    ValueError: there is no batch, or the position cannot be saved.
   """
-  try:
-    batch = next(batches)
-  except StopIteration as error:
-    raise ValueError(
-      "expected training examples, got none; set MIXTURE_OR_TASK_NAME or"
-      " BATCH_SIZE"
-    ) from error
+  batch = next(batches)
   data.try_saving(batches)
   return batch
 
@@ -111,10 +104,10 @@ def _distributions(model):
   rows = []
   if any(source != "data" for source in model.sources):
     options = ", ".join(
-      f"{name} {shown(model.sampling[name])}"
+      f"{name} {_shown(model.sampling[name])}"
       for name in ("temperature", "top_k", "top_p")
     )
-    fraction = shown(model.student_data_fraction)
+    fraction = _shown(model.student_data_fraction)
     rows.append(
       (
         "samples",
@@ -122,34 +115,26 @@ def _distributions(model):
         f" {model.student_data_granularity}: {options}",
       )
     )
-  beta = "" if model.beta is None else f" (β {shown(model.beta)})"
+  beta = "" if model.beta is None else f" (β {_shown(model.beta)})"
   return [
     *rows,
     (
       "loss",
       f"{model.divergence}{beta} of softmax(teacher /"
-      f" {shown(model.teacher_temperature)}) and softmax(student /"
-      f" {shown(model.student_temperature)}), mean per"
+      f" {_shown(model.teacher_temperature)}) and softmax(student /"
+      f" {_shown(model.student_temperature)}), mean per"
       f" {model.length_normalization}",
     ),
   ]
 
 
-def shown(value: Any) -> str:
-  """Returns a number or schedule in a few letters.
-
-  Args:
-    value: of a setting.
-  """
+def _shown(value):
+  """Returns a number or schedule in a few letters."""
   return "by schedule" if callable(value) else f"{value:g}"
 
 
-def teacher_rows(means: Mapping[str, float]) -> list[tuple[str, str]]:
-  """Returns what `teacher_check.measure` found, as (name, sentence).
-
-  Args:
-    means: from there.
-  """
+def _teacher_rows(means):
+  """Returns what `teacher_check.measure` found, as (name, sentence)."""
   if math.isnan(means["teacher"]):
     return [("signal", "not measured: the first rows have no target tokens")]
   return [
@@ -189,4 +174,4 @@ def check_teacher(
   said = teacher_check.warnings(
     means, teacher_check.temperatures(model), same_asked=same_asked
   )
-  return teacher_rows(means), said
+  return _teacher_rows(means), said

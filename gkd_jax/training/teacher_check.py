@@ -15,7 +15,7 @@ import numpy as np
 
 from gkd_jax import losses, partitioning
 
-_LOW_TEMPERATURE = 0.05  # The paper's lowest is 0.1 (table A.4).
+_LOW_TEMPERATURE = 0.05  # The paper's lowest is 0.1 (tables A.1 to A.4).
 _ROWS = 32
 
 

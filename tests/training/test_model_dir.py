@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 
 import pytest
 import remote_files
@@ -83,10 +84,11 @@ def test_a_lock_that_was_taken_over_is_left_alone(tmp_path):
 
 
 def test_a_lock_is_renewed(tmp_path):
-  lock = training.RunLock(tmp_path, beat_s=0.001)
-  with lock:
-    while not holder(tmp_path)["beats"]:
-      pass
+  with training.RunLock(tmp_path, beat_s=0.001):
+    until = time.monotonic() + 30
+    while not (beats := holder(tmp_path)["beats"]) and time.monotonic() < until:
+      time.sleep(0.001)
+  assert beats
 
 
 def test_changed_settings_are_listed(tmp_path):
