@@ -229,7 +229,15 @@ class TransformerModel(Protocol):
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns hidden states `[B, T, D]`; times `output_head` they are the logits."""
+    """Returns hidden states `[B, T, D]`; times `output_head` they are the logits.
+
+    With a `final_softcap` they are the logits before it.
+    """
+    ...
+
+  @property
+  def final_softcap(self) -> float | None:
+    """c of c tanh(x / c) on the output's logits; None: there is none."""
     ...
 
   def output_head(self, params: Any) -> Any:

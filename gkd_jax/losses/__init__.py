@@ -44,5 +44,6 @@ with epy.lazy_api_imports(globals()):
     log_probs,
     mask_vocab_padding,
     of_one_size,
+    soft_cap,
     target_log_probs,
   )

@@ -160,6 +160,8 @@ def token_losses(
   teacher_temperature: float | jax.Array,
   student_temperature: float | jax.Array,
   num_real_tokens: int | None,
+  teacher_softcap: float | None = None,
+  student_softcap: float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Computes the divergence and the metrics of each token.
 
@@ -170,6 +172,9 @@ def token_losses(
     teacher_temperature: divides the teacher's logits.
     student_temperature: divides the student's logits.
     num_real_tokens: see `vocabulary.mask_vocab_padding`.
+    teacher_softcap: of the teacher's logits, if they are not capped yet; see
+      `vocabulary.soft_cap`.
+    student_softcap: likewise of the student's.
 
   Returns:
     Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
@@ -179,6 +184,8 @@ def token_losses(
       1..V.
   """
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
+  teacher_logits = vocabulary.soft_cap(teacher_logits, teacher_softcap)
+  student_logits = vocabulary.soft_cap(student_logits, student_softcap)
   p = vocabulary.log_probs(teacher_logits, teacher_temperature, num_real_tokens)
   q = vocabulary.log_probs(student_logits, student_temperature, num_real_tokens)
   loss = divergence(p, q)

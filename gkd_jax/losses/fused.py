@@ -46,11 +46,15 @@ def fused_distillation_loss(
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
+  teacher_softcap: float | None = None,
+  student_softcap: float | None = None,
   chunk_size: int = DEFAULT_CHUNK_SIZE,
   data_axis: str = "data",
   model_axis: str = "model",
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Computes `distillation.distillation_loss` of `hidden @ head`, in chunks.
+
+  Logits with a soft cap are c tanh(hidden @ head / c).
 
   Gradients flow into the student's hidden states and head only; the teacher and
   all settings are constants. Matrix products use the wider type of hidden
@@ -81,6 +85,9 @@ def fused_distillation_loss(
     length_normalization: see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows, see `distillation.token_weights`.
     num_real_tokens: see `distillation.distillation_loss`.
+    teacher_softcap: of the teacher's logits, before the temperature; see
+      `vocabulary.soft_cap`.
+    student_softcap: of the student's logits.
     chunk_size: most tokens of a chunk, on each data shard. Temporary memory is
       at least three float32 arrays of chunk_size · V numbers.
     data_axis: mesh axis that shards the batch, within a slice.
@@ -121,6 +128,8 @@ def fused_distillation_loss(
       teacher_temperature,
       student_temperature,
       num_real_tokens,
+      teacher_softcap,
+      student_softcap,
     )
   )
   constants = tokens, _whole_columns(layout, teacher_head), traced
@@ -155,6 +164,8 @@ class _Settings(NamedTuple):
   teacher_temperature: float | jax.Array
   student_temperature: float | jax.Array
   num_real_tokens: int | None
+  teacher_softcap: float | None
+  student_softcap: float | None
 
 
 def _as_tree(divergence):

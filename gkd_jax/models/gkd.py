@@ -45,7 +45,6 @@ class GKDModel(distillation_model.DistillationModel):
     loss_chunk_size: tokens per chunk of `losses.fused_distillation_loss`, on each
       device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
       256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
-      Networks with a `final_softcap` need whole logits.
     output_buckets: see there.
 
   Raises:
@@ -123,12 +122,6 @@ class GKDModel(distillation_model.DistillationModel):
     )
     checks.whole(self.decode_slots, "DECODE_SLOTS", none=True)
     checks.whole(self.loss_chunk_size, "LOSS_CHUNK_SIZE", least=0, none=True)
-    if self.loss_chunk_size and self._caps_logits:
-      checks.refuse(
-        "0 for networks with a final_softcap, whose logits are not a product",
-        self.loss_chunk_size,
-        "LOSS_CHUNK_SIZE",
-      )
     decoding.check_options(
       {k: v for k, v in self.sampling.items() if k != "temperature"}
     )
@@ -237,6 +230,8 @@ class GKDModel(distillation_model.DistillationModel):
       self.student.output_head(student[0]),
       teacher_hidden,
       self.teacher.output_head(teacher[0]),
+      teacher_softcap=self.teacher.final_softcap,
+      student_softcap=self.student.final_softcap,
       chunk_size=chunk_size,
       **self._loss_settings(batch, step),
     )
@@ -287,17 +282,8 @@ class GKDModel(distillation_model.DistillationModel):
     """Returns tokens per chunk of the fused loss, 0 for whole logits."""
     if self.loss_chunk_size is not None:
       return self.loss_chunk_size
-    if self._caps_logits:
-      return 0
     logits = batch["decoder_target_tokens"].size * self.config.vocab_size
     return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
-
-  @property
-  def _caps_logits(self):
-    return any(
-      getattr(model.config, "final_softcap", None) is not None
-      for model in (self.student, self.teacher)
-    )
 
   def _loss_settings(self, batch, step):
     return {
