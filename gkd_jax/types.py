@@ -35,6 +35,10 @@ log-probs `[B, T, k + 1]`, the last of all other tokens together."""
 ADVANTAGES, REWARDS = "advantages", "rewards"
 """Features of a batch whose outputs a reward has scored: `[B, T]` and `[B]`."""
 
+FROM_DATA = "from_data"
+"""Feature of a batch that a step adds, `[B]` bool: whether a row's outputs are the
+data's. Without it none are."""
+
 INPUT_MASK = "encoder_input_mask"
 """Feature of a batch of data in which 0 is a token: 1 at each token of
 `encoder_input_tokens`, 0 at padding. Other batches have none."""
@@ -229,7 +233,15 @@ class TransformerModel(Protocol):
     batch: Batch,
     dropout_rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns hidden states `[B, T, D]`; times `output_head` they are the logits."""
+    """Returns hidden states `[B, T, D]`; times `output_head` they are the logits.
+
+    With a `final_softcap` they are the logits before it.
+    """
+    ...
+
+  @property
+  def final_softcap(self) -> float | None:
+    """c of c tanh(x / c) on the output's logits; None: there is none."""
     ...
 
   def output_head(self, params: Any) -> Any:

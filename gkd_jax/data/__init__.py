@@ -7,6 +7,8 @@ shards: which shards of the data each process reads.
 errors: those of seqio, TFDS and TensorFlow, as sentences.
 feature_converters: seqio's: prompts alone, stored top-k log-probs, 0 as a token.
 vocabularies: what a task's vocabulary says of a model, and whether the two fit.
+tokenizer_files: the tokenizer of a Hugging Face folder as a vocabulary.
+chat: chat templates.
 """
 
 from etils import epy
@@ -24,6 +26,7 @@ with epy.lazy_api_imports(globals()):
     tasks_with_split,
     try_saving,
   )
+  from gkd_jax.data.tokenizer_files import TokenizerVocabulary
   from gkd_jax.data.vocabularies import (
     fitted,
     special_tokens,

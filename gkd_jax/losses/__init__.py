@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.losses.distillation import (
     AGREEMENT,
     TOKEN_METRICS,
+    HardLabels,
     cross_entropy_loss,
     distillation_loss,
     summed_metrics,
@@ -44,5 +45,6 @@ with epy.lazy_api_imports(globals()):
     log_probs,
     mask_vocab_padding,
     of_one_size,
+    soft_cap,
     target_log_probs,
   )

@@ -1,4 +1,4 @@
-"""From logits to log-probs, with padding of the vocabulary masked."""
+"""From logits to log-probs: soft cap, temperature, padding of the vocabulary."""
 
 from typing import Any
 
@@ -6,6 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import types
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Computes c tanh(x / c), or `x` itself without a cap (arXiv 2408.00118).
+
+  >>> soft_cap(jnp.array([0.0, 1e9]), 30.0).tolist()
+  [0.0, 30.0]
+  """
+  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def mask_vocab_padding(

@@ -97,6 +97,11 @@ class BaseTransformerModel:
     return self.module.config
 
   @property
+  def final_softcap(self) -> float | None:
+    """See `types.TransformerModel.final_softcap`."""
+    return getattr(self.config, "final_softcap", None)
+
+  @property
   def student(self) -> Any:
     """The model that is trained: itself."""
     return self

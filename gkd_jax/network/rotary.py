@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gkd_jax import partitioning
+from gkd_jax import losses, partitioning
 from gkd_jax.network import blocks, layers, projections
 
 _NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -44,7 +44,7 @@ class RotaryConfig(blocks.Config):
     qkv_bias: queries, keys and values have a bias.
     qk_norm: a norm of each head's query and key, before the rotation.
     query_pre_attn_scalar: attention logits are divided by its root; None: K.
-    attention_softcap: c of c tanh(x / c) on attention logits; None: none.
+    attention_softcap: c of `losses.soft_cap` on attention logits; None: none.
     final_softcap: the same on the output's logits.
     rope_theta: base of the rotation's frequencies.
     rope_factor: divides the frequencies.
@@ -219,11 +219,6 @@ def of_kind(tree: Any, kind: int | jax.Array) -> Any:
   )
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-  """Returns c tanh(x / c), or `x` itself without a cap."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def norm(config: RotaryConfig, **kwargs: Any) -> layers.LayerNorm:
   """Returns the norm of a configuration."""
   return layers.LayerNorm(
@@ -388,7 +383,7 @@ def grouped_attention(
     value: `[B, G, S, K]`.
     mask: bool `[b, T, S]`, b being B or 1.
     scale: factor of the logits.
-    softcap: see `soft_cap`.
+    softcap: see `losses.soft_cap`.
 
   Returns:
     `[B, T, H, K]` in the query's type.
@@ -397,7 +392,7 @@ def grouped_attention(
   groups = key.shape[1]
   query = query.reshape(rows, groups, heads // groups, length, width)
   logits = jnp.einsum("bgrtk,bgsk->bgrts", query, key).astype(jnp.float32)
-  logits = soft_cap(logits * scale, softcap)
+  logits = losses.soft_cap(logits * scale, softcap)
   logits = jnp.where(mask[:, None, None], logits, layers.MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
   out = jnp.einsum("bgrts,bgsk->btgrk", weights, value)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gkd_jax import losses
 from gkd_jax.network import blocks, layer_loops, layers, projections, rotary
 
 
@@ -208,7 +209,7 @@ class RotaryDecoder(nn.Module):
     head = embed.attend
     if not config.logits_via_embedding:
       head = projections.to_logits(config, self.weights, name="logits_dense")
-    return rotary.soft_cap(head(x), config.final_softcap)
+    return losses.soft_cap(head(x), config.final_softcap)
 
   def _next_position(self, max_decode_length):
     """Returns the position that is decoded, `[]` or `[B]`, and the keys' `[S]`."""

@@ -49,9 +49,22 @@ def results(loss):
   return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
 
 
-def dense(hidden, head, teacher_hidden, teacher_head, weights, **settings):
+def dense(
+  hidden,
+  head,
+  teacher_hidden,
+  teacher_head,
+  weights,
+  *,
+  teacher_softcap=None,
+  student_softcap=None,
+  **settings,
+):
   return losses.distillation_loss(
-    teacher_hidden @ teacher_head, hidden @ head, weights, **settings
+    losses.soft_cap(teacher_hidden @ teacher_head, teacher_softcap),
+    losses.soft_cap(hidden @ head, student_softcap),
+    weights,
+    **settings,
   )
 
 
@@ -76,8 +89,16 @@ NORMALIZATIONS = ["sequence", "token"]
 )
 def test_equals_the_dense_loss(name, normalization, monkeypatch):
   arguments = inputs()
+  more = {}
   if normalization == "token":  # two of a chunk's tokens at a time
     monkeypatch.setattr(row_blocks, "_BLOCK", 32)
+    more = {
+      "teacher_softcap": 3.0,
+      "student_softcap": 2.0,
+      "hard_labels": losses.HardLabels(
+        jnp.arange(20).reshape(4, 5) % 14, jnp.array([[0.0], [0.3], [1], [1]])
+      ),
+    }
 
   def of(function, **options):
     def loss(beta, temperature, *arguments):
@@ -89,6 +110,7 @@ def test_equals_the_dense_loss(name, normalization, monkeypatch):
         student_temperature=0.7,
         length_normalization=normalization,
         num_real_tokens=14,
+        **more,
         **options,
       )
 
@@ -181,6 +203,43 @@ def test_forward_kl_equals_float64():
     jax.jit(jax.grad(scaled, (0, 1)))(hidden, head),
     (3 * d_hidden, 3 * d_head),
   )
+
+
+CAPS = {
+  "both": (2.0, 1.5),
+  "student": (None, 1.5),
+  "teacher": (2.0, None),
+}
+
+
+@pytest.mark.parametrize("capped", nightly.of(CAPS, ["both"]))
+def test_soft_caps_of_each_model_equal_float64(capped):
+  teacher_cap, student_cap = CAPS[capped]
+  loss = functools.partial(
+    losses.fused_distillation_loss,
+    divergence="reverse_kl",
+    chunk_size=3,
+    teacher_softcap=teacher_cap,
+    student_softcap=student_cap,
+    student_temperature=0.8,
+  )
+  (value, _), gradients = results(loss)(*inputs(6))
+  h, w, th, tw, weights = (np.asarray(x, np.float64) for x in inputs(6))
+  # c tanh(x / c), and its slope 1 - tanh(x / c)^2; without a cap x, and 1.
+  z, slope, teacher = h @ w, 1.0, th @ tw
+  if student_cap:
+    slope = 1 / np.cosh(z / student_cap) ** 2
+    z = student_cap * np.tanh(z / student_cap)
+  if teacher_cap:
+    teacher = teacher_cap * np.tanh(teacher / teacher_cap)
+  p, q = log_softmax64(teacher), log_softmax64(z / 0.8)
+  shares = weights / np.maximum(weights.sum(1, keepdims=True), 1)
+  kl = np.sum(np.exp(q) * (q - p), -1)
+  of_capped = np.exp(q) * (q - p - kl[:, :, None]) / 0.8
+  d_logits = shares[:, :, None] * of_capped * slope
+  np.testing.assert_allclose(value, np.sum(shares * kl), rtol=1e-5)
+  expected = d_logits @ w.T, np.einsum("btd,btv->dv", h, d_logits)
+  assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
@@ -282,7 +341,13 @@ def test_on_a_mesh_the_vocabulary_stays_split(shape):
   ]
   loss = results(
     functools.partial(
-      losses.fused_distillation_loss, divergence="reverse_kl", chunk_size=2
+      losses.fused_distillation_loss,
+      divergence="reverse_kl",
+      chunk_size=2,
+      student_softcap=3.0,
+      hard_labels=losses.HardLabels(
+        jnp.arange(40).reshape(8, 5), jnp.arange(8)[:, None] / 8
+      ),
     )
   )
   with jax.set_mesh(mesh):

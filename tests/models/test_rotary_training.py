@@ -10,7 +10,7 @@ import toy_decoder_only
 import toy_models
 from toy_steps import assert_same
 
-from gkd_jax import models, network, partitioning, training
+from gkd_jax import losses, models, network, partitioning, training
 
 
 def config(width, depth, **fields):
@@ -38,7 +38,7 @@ def causal(width):
 
 def t5gemma(width):
   fields = {"norm_unit_offset": True, "post_norms": True}
-  fields |= {"attention_softcap": 3.0, "final_softcap": 4.0}
+  fields |= {"attention_softcap": 3.0, "final_softcap": width / 2}
   sides = config(width + 4, 1, **fields), config(width, 1, **fields)
   return models.EncoderDecoderModel(
     network.T5Gemma(network.T5GemmaConfig(*sides))
@@ -76,10 +76,12 @@ def place(model, tree, mesh):
 
 
 @functools.cache
-def gradient(name, microbatches=1, partitions=None):
+def gradient(name, microbatches=1, partitions=None, chunk=0):
   """Gradient (the parameters' change under SGD) of a step on samples, metrics."""
   student, teacher = MODELS[name](8), MODELS[name](12)
-  model = models.GKDModel(student, teacher, divergence="jsd", beta=0.5)
+  model = models.GKDModel(
+    student, teacher, divergence="jsd", beta=0.5, loss_chunk_size=chunk
+  )
   before = drawn(student, 1)
   step, optimizer = toy_models.sgd_step(
     model, "student", num_microbatches=microbatches
@@ -102,19 +104,46 @@ def gradient(name, microbatches=1, partitions=None):
   return jax.tree.map(change, before, new.params), jax.device_get(metrics)
 
 
+SPLITS = {
+  "microbatches": {"microbatches": 2},
+  "chunks": {"chunk": 5},
+  "mesh 8x1": {"partitions": 1, "chunk": 2},
+  "mesh 4x2": {"partitions": 2},
+  "mesh 2x4": {"partitions": 4, "chunk": 5},
+}
+
+
 @pytest.mark.parametrize(
   ("name", "split"),
   nightly.besides(
-    [("causal", ("microbatches", 2)), ("causal", ("partitions", 2))],
+    [
+      ("causal", "microbatches"),
+      ("causal", "mesh 4x2"),
+    ],
     MODELS,
-    [("microbatches", 2), *(("partitions", n) for n in (1, 2, 4))],
+    SPLITS,
   ),
 )
 def test_an_on_policy_step_is_the_same_when_it_is_split(name, split):
   expected, metrics = gradient(name)
-  got, got_metrics = gradient(name, **dict([split]))
+  got, got_metrics = gradient(name, **SPLITS[split])
   assert_same(got, expected)
   for key in ("loss", "sampled_length"):
     np.testing.assert_allclose(got_metrics[key], metrics[key], rtol=1e-5)
   ended, rows = metrics["sampled_eos"]
   assert 0 < ended <= rows == 8
+
+
+def test_the_fused_loss_caps_each_models_logits_by_its_own_cap():
+  student, teacher = t5gemma(8), t5gemma(12)
+  assert (student.final_softcap, teacher.final_softcap) == (4, 6)
+  values = []
+  for chunk in (0, 5):
+    model = models.GKDModel(student, teacher, loss_chunk_size=chunk)
+    loss, metrics = toy_models.train_loss(
+      model, drawn(student, 1), drawn(teacher, 2), batch("t5gemma"), "data"
+    )
+    values.append([loss, *(metrics[name] for name in losses.TOKEN_METRICS)])
+  dense, fused = values
+  for got, expected in zip(fused, dense, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

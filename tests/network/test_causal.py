@@ -175,15 +175,6 @@ def test_samples_in_slots_are_those_of_all_rows_together(small):
   assert len(set(np.count_nonzero(np.asarray(slots.tokens), axis=1))) > 2
 
 
-def test_a_network_that_caps_its_logits_has_the_loss_of_whole_logits(small):
-  model = small[0]
-  gkd = models.GKDModel(model, model)
-  batch = {"decoder_target_tokens": np.zeros((2**10, 2**10), np.int32)}
-  assert gkd._chunk_size(batch) == 0
-  with pytest.raises(ValueError, match=r"final_softcap.* set LOSS_CHUNK_SIZE"):
-    models.GKDModel(model, model, loss_chunk_size=16)
-
-
 @pytest.mark.parametrize(
   "fields, said",
   [
