@@ -8,6 +8,7 @@
   safetensors  one such file
   huggingface  the folder of a model: `config.json` and safetensors, in one file
                or in several with an index
+  gguf         one such file of a Llama
 
 Pickle files are never read.
 """
@@ -24,6 +25,7 @@ from flax import traverse_util
 from gkd_jax import files, partitioning, types
 from gkd_jax.checkpoints import (
   errors,
+  gguf_files,
   huggingface,
   orbax_arrays,
   parameters,
@@ -38,7 +40,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _READABLE = (
   "a MODEL_DIR or a checkpoint_<step> folder of this program or of T5X, a"
   f" folder with {safetensors_io.CONFIG_FILE} and safetensors of this program"
-  " or of Hugging Face, or a .safetensors file"
+  " or of Hugging Face, or a .safetensors or .gguf file"
 )
 PyTree = Any
 Path = os.PathLike[str] | str
@@ -69,6 +71,8 @@ def find(path: Path, *, setting: str = SETTINGS) -> Found:
   place = files.absolute(path)
   if place.is_file() and place.name.endswith(".safetensors"):
     return Found("safetensors", place)
+  if place.is_file() and place.name.endswith(gguf_files.SUFFIX):
+    return Found("gguf", place)
   if place.is_file() and place.name == t5x.LEGACY_FILE:
     return Found("t5x", place.parent)
   if not place.is_dir():
@@ -132,6 +136,8 @@ def _open(found: Found, setting: str) -> dict[str, stored_arrays.StoredArray]:
     )
   if found.format == "huggingface":
     return huggingface.open_folder(found.path, setting=setting)
+  if found.format == "gguf":
+    return gguf_files.open_file(found.path, setting=setting)
   remedy = f"copy it again, or set {setting}"
   if found.format == "t5x":
     return t5x.open_legacy(found.path, remedy)
@@ -225,10 +231,9 @@ def load_config(
     in T5X's formats.
   """
   found = find(path, setting=setting)
-  if found.format == "huggingface":
-    return dataclasses.asdict(
-      huggingface.read_config(found.path, setting=setting)
-    )
+  theirs = {"huggingface": huggingface, "gguf": gguf_files}.get(found.format)
+  if theirs is not None:
+    return dataclasses.asdict(theirs.read_config(found.path, setting=setting))
   config = _stored_config(found, setting)
   if config is not None:
     config.pop(safetensors_io.SPECIAL_TOKENS, None)
@@ -251,8 +256,9 @@ def load_special_tokens(
     ValueError: as `load_params`.
   """
   found = find(path, setting=setting)
-  if found.format == "huggingface":
-    return huggingface.read_special_tokens(found.path, setting=setting)
+  theirs = {"huggingface": huggingface, "gguf": gguf_files}.get(found.format)
+  if theirs is not None:
+    return theirs.read_special_tokens(found.path, setting=setting)
   config = _stored_config(found, setting) or {}
   stored = config.get(safetensors_io.SPECIAL_TOKENS)
   if stored is None:
