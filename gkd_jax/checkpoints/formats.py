@@ -32,6 +32,7 @@ from gkd_jax.checkpoints import (
   safetensors_io,
   stored_arrays,
   t5x,
+  vocabulary_files,
 )
 
 PREFIX = "checkpoint"
@@ -266,6 +267,28 @@ def load_special_tokens(
   return types.SpecialTokens(
     tuple(stored["eos"]), stored["pad"], stored["start"]
   )
+
+
+def read_tokenizer(path: Path, *, setting: str = SETTINGS) -> dict[str, bytes]:
+  """Reads the files of the tokenizer beside the parameters, name to content.
+
+  Args:
+    path: as for `load_params`.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    {} if there are none, as beside a run's checkpoints.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  found = find(path, setting=setting)
+  if found.format == "gguf":
+    contents = gguf_files.read(found.path, setting=setting)
+    return vocabulary_files.of_gguf(contents.metadata)
+  if found.format in ("gkd", "huggingface"):
+    return vocabulary_files.read(found.path)
+  return {}
 
 
 def _stored_config(found: Found, setting: str) -> dict[str, Any] | None:

@@ -130,7 +130,7 @@ def read_special_tokens(
 @functools.lru_cache(maxsize=2)
 def _read(file, modified_ns, size, setting) -> Contents:
   del modified_ns, size  # a file that was written anew is read anew
-  library = _library()
+  library = _library(setting)
   try:
     reader = library.GGUFReader(file)
     metadata = {key: x.contents() for key, x in reader.fields.items()}
@@ -156,13 +156,13 @@ def _read(file, modified_ns, size, setting) -> Contents:
   return Contents(config, arrays, metadata)
 
 
-def _library():
+def _library(setting):
   try:
     import gguf  # an extra
   except ImportError as error:
     raise ImportError(
-      "expected the library gguf for a .gguf file, got none; install the extra:"
-      " pip install 'gkd_jax[gguf]'"
+      "expected the library gguf for a .gguf file, got none; run pip install"
+      f" 'gkd_jax[gguf]', or set {setting} to another checkpoint"
     ) from error
   return gguf
 
