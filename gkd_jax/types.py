@@ -35,6 +35,10 @@ log-probs `[B, T, k + 1]`, the last of all other tokens together."""
 ADVANTAGES, REWARDS = "advantages", "rewards"
 """Features of a batch whose outputs a reward has scored: `[B, T]` and `[B]`."""
 
+FROM_DATA = "from_data"
+"""Feature of a batch that a step adds, `[B]` bool: whether a row's outputs are the
+data's. Without it none are."""
+
 INPUT_MASK = "encoder_input_mask"
 """Feature of a batch of data in which 0 is a token: 1 at each token of
 `encoder_input_tokens`, 0 at padding. Other batches have none."""

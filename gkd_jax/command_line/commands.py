@@ -143,7 +143,9 @@ FLAGS = {
     _one_of("bfloat16", "float16", "float32"),
   ),
   "vocabulary_path": Flag(
-    "SentencePiece model of the tokenizer, for the format hf.", "FILE"
+    "SentencePiece model of the tokenizer, or a folder with tokenizer.json, for"
+    " the format hf; by default what the checkpoint's folder has.",
+    "PATH",
   ),
   "extra_ids": Flag(
     "Number of sentinels after its pieces, for the format hf; 100 by default.",

@@ -41,10 +41,13 @@ def find(path: files.Path) -> epath.Path | None:
 def stated_eos(folder: epath.Path) -> list[int]:
   """Returns the EOS that a model's configuration names besides its tokenizer.
 
-  As in transformers, `generation_config.json` comes before `config.json`.
+  As in transformers, `generation_config.json` comes before `config.json`, which
+  may be ours.
   """
   for name in (_GENERATION_FILE, "config.json"):
-    said = (files.read_json(folder / name) or {}).get("eos_token_id")
+    fields = files.read_json(folder / name) or {}
+    ours = fields.get("special_tokens") or {}
+    said = fields.get("eos_token_id", ours.get("eos"))
     if said is not None:
       return said if isinstance(said, list) else [said]
   return []

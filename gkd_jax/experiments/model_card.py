@@ -23,6 +23,7 @@ _SETTINGS = (
   ("λ, student-data fraction", "STUDENT_DATA_FRACTION"),
   ("Divergence", "DIVERGENCE"),
   ("β", "BETA"),
+  ("Hard-label weight", "HARD_LABEL_WEIGHT"),
   ("Teacher temperature", "TEACHER_TEMPERATURE"),
   ("Sampling temperature", "SAMPLING_TEMPERATURE"),
   ("Length normalisation", "LENGTH_NORMALIZATION"),

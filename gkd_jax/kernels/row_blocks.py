@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ def rows_gradient(
   teacher_logits: jax.Array,
   student_logits: jax.Array,
   shares: jax.Array,
+  others: Mapping[str, Any] | None = None,
   *,
   block: int | None = None,
 ) -> tuple[jax.Array, Any, jax.Array]:
@@ -31,11 +32,13 @@ def rows_gradient(
   arguments and results has the size of all rows.
 
   Args:
-    losses_of: a function of the teacher's and the student's logits that treats
-      every row by itself; returns losses, and a tree of auxiliary arrays.
+    losses_of: a function of the teacher's and the student's logits and of
+      `others` that treats every row by itself; returns losses, and a tree of
+      auxiliary arrays.
     teacher_logits: `[N, V]`.
     student_logits: `[N, V]`.
     shares: `[N]`.
+    others: trees of arrays `[N, ...]`, by keyword of `losses_of`.
     block: most rows at a time on a CPU; by default as fit into its cache.
 
   Returns:
@@ -50,11 +53,10 @@ def rows_gradient(
       lambda row: plain(*row), arrays, batch_size=block
     )
     return dispatch.on_cpu(
-      kernel, plain, teacher_logits, student_logits, shares
+      kernel, plain, teacher_logits, student_logits, shares, others
     )
-  losses, pull, aux = jax.vjp(
-    functools.partial(losses_of, teacher_logits), student_logits, has_aux=True
-  )
+  of_student = functools.partial(losses_of, teacher_logits, **others or {})
+  losses, pull, aux = jax.vjp(of_student, student_logits, has_aux=True)
   return losses, aux, *pull(shares)
 
 

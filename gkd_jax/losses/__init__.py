@@ -13,6 +13,7 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.losses.distillation import (
     AGREEMENT,
     TOKEN_METRICS,
+    HardLabels,
     cross_entropy_loss,
     distillation_loss,
     summed_metrics,

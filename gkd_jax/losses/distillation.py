@@ -9,6 +9,8 @@ Everything is computed in float32. A position of weight 0 contributes neither
 value nor gradient, even where its logits are NaN or infinite.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,19 @@ def token_weights(
   return shares, number.astype(jnp.float32)
 
 
+class HardLabels(NamedTuple):
+  """Tokens of the data, and how much of the loss is their cross-entropy.
+
+  Attributes:
+    targets: `[...]` int32.
+    weight: `[...]` or broadcastable, α in [0, 1]: a token's loss is
+      (1-α) divergence + α cross-entropy (Hinton et al., arXiv 1503.02531).
+  """
+
+  targets: jax.Array
+  weight: float | jax.Array
+
+
 @jax.named_scope("loss")
 def distillation_loss(
   teacher_logits: jax.Array,
@@ -79,6 +94,7 @@ def distillation_loss(
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
+  hard_labels: HardLabels | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Computes the divergence of the student from the teacher at each position.
 
@@ -107,6 +123,8 @@ def distillation_loss(
     num_real_tokens: R; token ids from R on are padding of the vocabulary.
       Value, gradient and metrics are those of the first R logits, so that V may
       differ between teacher and student. None: R = V.
+    hard_labels: `[B, T]`; None: the divergence alone. The cross-entropy is at
+      temperature 1, whatever those of the divergence are.
 
   Returns:
     `loss_sum` in nats and `weight_sum`, both `[]` float32: over sequences, of
@@ -134,10 +152,11 @@ def distillation_loss(
   loss, per_token = token_losses(
     _masked(teacher_logits, weights),
     _masked(student_logits, weights),
-    divergence,
-    teacher_temperature,
-    student_temperature,
-    num_real_tokens,
+    hard_labels,
+    divergence=divergence,
+    teacher_temperature=teacher_temperature,
+    student_temperature=student_temperature,
+    num_real_tokens=num_real_tokens,
   )
   shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
   loss_sum = jnp.sum(shares * loss)
@@ -156,6 +175,8 @@ TOKEN_METRICS = (
 def token_losses(
   teacher_logits: jax.Array,
   student_logits: jax.Array,
+  hard_labels: HardLabels | None = None,
+  *,
   divergence: types.Divergence,
   teacher_temperature: float | jax.Array,
   student_temperature: float | jax.Array,
@@ -163,11 +184,12 @@ def token_losses(
   teacher_softcap: float | None = None,
   student_softcap: float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Computes the divergence and the metrics of each token.
+  """Computes the loss and the metrics of each token.
 
   Args:
     teacher_logits: `[..., V]`, finite.
     student_logits: `[..., V]`, finite.
+    hard_labels: `[...]`, see `distillation_loss`.
     divergence: see `distillation_loss`, as the other arguments.
     teacher_temperature: divides the teacher's logits.
     student_temperature: divides the student's logits.
@@ -189,9 +211,21 @@ def token_losses(
   p = vocabulary.log_probs(teacher_logits, teacher_temperature, num_real_tokens)
   q = vocabulary.log_probs(student_logits, student_temperature, num_real_tokens)
   loss = divergence(p, q)
+  if hard_labels is not None:
+    alpha = hard_labels.weight
+    log_probs = vocabulary.log_probs(student_logits, 1.0, num_real_tokens)
+    cross_entropy = -_picked(log_probs, hard_labels.targets)
+    loss = (1 - alpha) * loss + alpha * cross_entropy
   p, q = jax.lax.stop_gradient((p, q))
   agree = kernels.argmax(p) == kernels.argmax(q)
   return loss, summed_metrics(p, q) | {AGREEMENT: agree}
+
+
+def _picked(log_probs, targets):
+  """Returns log-probs `[...]` of targets; as a sum, which a mesh can split."""
+  axis = log_probs.ndim - 1
+  ids = jax.lax.broadcasted_iota(jnp.int32, log_probs.shape, axis)
+  return jnp.sum(jnp.where(ids == targets[..., None], log_probs, 0.0), axis)
 
 
 AGREEMENT = "top1_agreement"

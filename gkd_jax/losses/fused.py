@@ -48,6 +48,7 @@ def fused_distillation_loss(
   num_real_tokens: int | None = None,
   teacher_softcap: float | None = None,
   student_softcap: float | None = None,
+  hard_labels: distillation.HardLabels | None = None,
   chunk_size: int = DEFAULT_CHUNK_SIZE,
   data_axis: str = "data",
   model_axis: str = "model",
@@ -88,6 +89,7 @@ def fused_distillation_loss(
     teacher_softcap: of the teacher's logits, before the temperature; see
       `vocabulary.soft_cap`.
     student_softcap: of the student's logits.
+    hard_labels: see `distillation.distillation_loss`.
     chunk_size: most tokens of a chunk, on each data shard. Temporary memory is
       at least three float32 arrays of chunk_size · V numbers.
     data_axis: mesh axis that shards the batch, within a slice.
@@ -116,11 +118,15 @@ def fused_distillation_loss(
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
   order, chunks = _real_first(layout, weights)
+  if hard_labels is not None:
+    whole = lambda x: _by_shard(layout, jnp.broadcast_to(x, weights.shape))
+    hard_labels = distillation.HardLabels(*map(whole, hard_labels))
   tokens = _Tokens(
     _by_shard(layout, teacher_hidden),
     _by_shard(layout, weights),
     _by_shard(layout, shares),
     order,
+    hard_labels,
   )
   settings, traced = _split(
     _Settings(
@@ -155,6 +161,7 @@ class _Tokens(NamedTuple):
   weights: jax.Array
   shares: jax.Array
   order: jax.Array  # indices of the tokens, those of padding last
+  hard_labels: distillation.HardLabels | None
 
 
 class _Settings(NamedTuple):
@@ -285,7 +292,8 @@ def _loss_forward(static, hidden, head, constants, chunks):
       tokens.order, index * layout.chunk, layout.chunk, axis=1
     )
     weights = _take(tokens.weights, indices)
-    shares = _take(tokens.shares, indices).reshape(-1)
+    flat = lambda x: _take(x, indices).reshape(-1)
+    shares = flat(tokens.shares)
     # 0 at padding, whose NaN would reach the head's gradient as 0 · NaN.
     real = lambda x: jnp.where(weights[:, :, None] > 0, _take(x, indices), 0)
     rows = real(hidden)
@@ -294,6 +302,7 @@ def _loss_forward(static, hidden, head, constants, chunks):
       _logits(layout, real(tokens.teacher_hidden), teacher_head),
       _logits(layout, rows, head),
       shares,
+      {"hard_labels": jax.tree.map(flat, tokens.hard_labels)},
     )
     new = {name: weights.reshape(-1) * x for name, x in metrics.items()}
     new[_LOSS] = shares * loss

@@ -46,6 +46,8 @@ class GKDModel(distillation_model.DistillationModel):
       device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
       256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
     output_buckets: see there.
+    hard_label_weight: α in [0, 1], a number or a schedule: the loss of a row from
+      the data, never of a sample, is (1-α) divergence + α cross-entropy.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -70,6 +72,7 @@ class GKDModel(distillation_model.DistillationModel):
     length_normalization: str = "sequence",
     loss_chunk_size: int | None = None,
     output_buckets: Sequence[int] | None = None,
+    hard_label_weight: float | types.Schedule = 0.0,
   ):
     super().__init__(
       student,
@@ -92,17 +95,15 @@ class GKDModel(distillation_model.DistillationModel):
     }
     self.decode_slots = decode_slots
     self.loss_chunk_size = loss_chunk_size
+    self.hard_label_weight = hard_label_weight
     distillation_model.check_pair(teacher, student)
     self._check_settings()
 
   def _check_settings(self):
-    self.check_number(
-      self.student_data_fraction,
-      "STUDENT_DATA_FRACTION",
-      least=0,
-      most=1,
-      what="λ",
-    )
+    share = {"least": 0, "most": 1}
+    fraction, hard = self.student_data_fraction, self.hard_label_weight
+    self.check_number(fraction, "STUDENT_DATA_FRACTION", **share, what="λ")
+    self.check_number(hard, "HARD_LABEL_WEIGHT", **share, what="α")
     self.check_number(
       self.teacher_temperature,
       "TEACHER_TEMPERATURE",
@@ -115,6 +116,12 @@ class GKDModel(distillation_model.DistillationModel):
       least=0,
       what="a temperature",
     )
+    if hard and fraction == 1:
+      checks.refuse(
+        "0 where no row is from the data (STUDENT_DATA_FRACTION = 1)",
+        hard,
+        "HARD_LABEL_WEIGHT",
+      )
     checks.one_of(
       self.student_data_granularity,
       "STUDENT_DATA_GRANULARITY",
@@ -188,7 +195,10 @@ class GKDModel(distillation_model.DistillationModel):
     with jax.named_scope("student"):
       encoded = self.student.encode(params, batch, encoder_key)
     sampled = {}
-    if inputs.source != base_model.DATA:
+    if inputs.source == base_model.DATA:
+      from_data = jnp.ones(inputs.row_ids.shape, bool)
+      batch = dict(batch) | {types.FROM_DATA: from_data}
+    else:
       # Samples are drawn without dropout; at rate 0 one encoding serves both.
       clean = encoded
       if encoder_key is not None:
@@ -286,7 +296,14 @@ class GKDModel(distillation_model.DistillationModel):
     return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
 
   def _loss_settings(self, batch, step):
+    hard_labels = None
+    if self.hard_label_weight and types.FROM_DATA in batch:
+      share = schedules.at(self.hard_label_weight, step)
+      hard_labels = losses.HardLabels(
+        batch["decoder_target_tokens"], share * batch[types.FROM_DATA][:, None]
+      )
     return {
+      "hard_labels": hard_labels,
       "weights": self.student.loss_weights(batch),
       "divergence": self.divergence_at(step),
       "teacher_temperature": schedules.at(self.teacher_temperature, step),
@@ -345,6 +362,7 @@ class GKDModel(distillation_model.DistillationModel):
     if chosen is not None:
       old = {**batch, "decoder_loss_weights": self.student.loss_weights(batch)}
       new = {k: jnp.where(chosen[:, None], v, old[k]) for k, v in new.items()}
+      new[types.FROM_DATA] = ~chosen
     return dict(batch) | new, metrics
 
   def _coins(self, key, inputs):

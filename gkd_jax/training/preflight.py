@@ -116,6 +116,12 @@ def _distributions(model):
       )
     )
   beta = "" if model.beta is None else f" (β {_shown(model.beta)})"
+  hard = ""
+  if model.hard_label_weight:
+    hard = (
+      f"; of rows from the data {_shown(model.hard_label_weight)} is their"
+      " cross-entropy"
+    )
   return [
     *rows,
     (
@@ -123,7 +129,7 @@ def _distributions(model):
       f"{model.divergence}{beta} of softmax(teacher /"
       f" {_shown(model.teacher_temperature)}) and softmax(student /"
       f" {_shown(model.student_temperature)}), mean per"
-      f" {model.length_normalization}",
+      f" {model.length_normalization}{hard}",
     ),
   ]
 

@@ -256,6 +256,7 @@ WRONG = {
   "STUDENT_DATA_GRANULARITY": (0, None, "token"),
   "DIVERGENCE": (0, None, "foward_kl"),
   "BETA": (-4, 16.0, "x"),
+  "HARD_LABEL_WEIGHT": (-4, 16.0, None, "x"),
   "LENGTH_NORMALIZATION": (0, None, "mean"),
   "LOSS_CHUNK_SIZE": (-4, 16.0, "x"),
 }

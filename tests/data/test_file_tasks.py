@@ -272,4 +272,7 @@ def test_a_copied_tokenizer_gives_the_same_ids(model, tmp_path):
   copied = data.TokenizerVocabulary(file)
   original = data.TokenizerVocabulary(source)
   assert copied == original and copied.eos_ids == (2, 7)
+  # As in a folder of ours.
+  (source / "config.json").write_text('{"special_tokens": {"eos": [2, 7]}}')
+  assert data.TokenizerVocabulary(source).eos_ids == (2, 7)
   assert not tokenizer_folders.copy(tmp_path / "nothing", run)

@@ -89,10 +89,16 @@ NORMALIZATIONS = ["sequence", "token"]
 )
 def test_equals_the_dense_loss(name, normalization, monkeypatch):
   arguments = inputs()
-  caps = {}
+  more = {}
   if normalization == "token":  # two of a chunk's tokens at a time
     monkeypatch.setattr(row_blocks, "_BLOCK", 32)
-    caps = {"teacher_softcap": 3.0, "student_softcap": 2.0}
+    more = {
+      "teacher_softcap": 3.0,
+      "student_softcap": 2.0,
+      "hard_labels": losses.HardLabels(
+        jnp.arange(20).reshape(4, 5) % 14, jnp.array([[0.0], [0.3], [1], [1]])
+      ),
+    }
 
   def of(function, **options):
     def loss(beta, temperature, *arguments):
@@ -104,7 +110,7 @@ def test_equals_the_dense_loss(name, normalization, monkeypatch):
         student_temperature=0.7,
         length_normalization=normalization,
         num_real_tokens=14,
-        **caps,
+        **more,
         **options,
       )
 
@@ -335,7 +341,13 @@ def test_on_a_mesh_the_vocabulary_stays_split(shape):
   ]
   loss = results(
     functools.partial(
-      losses.fused_distillation_loss, divergence="reverse_kl", chunk_size=2
+      losses.fused_distillation_loss,
+      divergence="reverse_kl",
+      chunk_size=2,
+      student_softcap=3.0,
+      hard_labels=losses.HardLabels(
+        jnp.arange(40).reshape(8, 5), jnp.arange(8)[:, None] / 8
+      ),
     )
   )
   with jax.set_mesh(mesh):

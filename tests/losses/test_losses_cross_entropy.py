@@ -33,6 +33,35 @@ def test_cross_entropy_equals_t5x(name):
   assert aux["z_loss"][0] > 0
 
 
+def test_hard_labels_by_hand():
+  # Row 0: both models say 1/2, 1/2, so that the divergence is 0 and the
+  # cross-entropy log 2. Row 1: the teacher says 1/2, 1/2, the student 3/4, 1/4 at
+  # temperature 1 (weights 9 and 1 at temperature 1/2), and the token is the second.
+  teacher = jnp.zeros((3, 1, 2))
+  student = jnp.log(jnp.array([[[1.0, 1.0]], [[3.0, 1.0]], [[3.0, 1.0]]]))
+  targets = jnp.array([[0], [1], [1]])
+  of = lambda alpha, temperature=1.0: losses.distillation_loss(
+    teacher,
+    student,
+    jnp.ones((3, 1)),
+    divergence="forward_kl",
+    student_temperature=temperature,
+    hard_labels=losses.HardLabels(targets, alpha),
+  )[0]
+  log = np.log
+  kl = log(1 / 2) - (log(3 / 4) + log(1 / 4)) / 2
+  entropies = [log(2), log(4), log(4)]
+  np.testing.assert_allclose(of(0.0), 2 * kl, rtol=1e-6)
+  np.testing.assert_allclose(of(1.0), sum(entropies), rtol=1e-6)
+  # The last row is the student's own: the divergence alone.
+  mixed = 0.3 * log(2) + 0.7 * kl + 0.3 * log(4) + kl
+  alphas = jnp.array([[0.3], [0.3], [0.0]])
+  np.testing.assert_allclose(of(alphas), mixed, rtol=1e-6)
+  cold = log(1 / 2) - (log(9 / 10) + log(1 / 10)) / 2
+  mixed = 0.3 * log(2) + 0.7 * cold + 0.3 * log(4) + cold
+  np.testing.assert_allclose(of(alphas, 0.5), mixed, rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
 def test_equals_float64(smoothing, normalization):

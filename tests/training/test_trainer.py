@@ -287,6 +287,14 @@ def test_fixed_data_steps_hold_no_decoding_loop():
     ({"sampling_temperature": -1.0}, "set SAMPLING_TEMPERATURE"),
     ({"length_normalization": "mean"}, "set LENGTH_NORMALIZATION"),
     ({"student_data_granularity": "token"}, "STUDENT_DATA_GRANULARITY"),
+    (
+      {"student_data_fraction": 0.5, "hard_label_weight": 1.5},
+      r"α in \[0, 1\], got 1.5; set HARD_LABEL_WEIGHT",
+    ),
+    (
+      {"hard_label_weight": 0.5},
+      "no row is from the data .*, got 0.5; set HARD_LABEL_WEIGHT",
+    ),
   ],
 )
 def test_wrong_settings(kwargs, message):
