@@ -68,6 +68,7 @@ setuptools.setup(
     "numpy>=1.26",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.20",
+    "pyarrow>=14",
     "rich>=13",
     "rouge-score>=0.1.2",
     "sacrebleu>=2.4",

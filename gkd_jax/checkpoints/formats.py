@@ -277,7 +277,7 @@ def read_tokenizer(path: Path, *, setting: str = SETTINGS) -> dict[str, bytes]:
     setting: what the user set the path with, for the message.
 
   Returns:
-    {} if there are none, as beside a run's checkpoints.
+    {} if there are none. A run has them in its folder.
 
   Raises:
     ValueError: as `load_params`.
@@ -288,6 +288,8 @@ def read_tokenizer(path: Path, *, setting: str = SETTINGS) -> dict[str, bytes]:
     return vocabulary_files.of_gguf(contents.metadata)
   if found.format in ("gkd", "huggingface"):
     return vocabulary_files.read(found.path)
+  if found.format == "orbax":
+    return vocabulary_files.read(found.path.parent)
   return {}
 
 
