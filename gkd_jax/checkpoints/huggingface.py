@@ -174,11 +174,36 @@ def open_folder(
     setting: what the user set the path with, for the messages.
 
   Raises:
-    ValueError: if the folder has no safetensors or lacks a file, or lists all
-      parameters that are unmapped, missing, duplicated or of a wrong shape.
+    ValueError: if the folder has no safetensors or lacks a file, or as
+      `to_our_names`.
   """
   text, config = _read_config(folder, setting)
   theirs = _open_files(folder, setting)
+  return to_our_names(theirs, text, config, setting=setting, path=folder)
+
+
+def to_our_names(
+  theirs: dict[str, stored_arrays.StoredArray],
+  text: Mapping[str, Any],
+  config: Any,
+  *,
+  setting: str,
+  path: os.PathLike[str] | str,
+) -> dict[str, stored_arrays.StoredArray]:
+  """Returns a model's parameters under our names, without reading them.
+
+  Args:
+    theirs: name to array.
+    text: the content of `config.json`.
+    config: our configuration of it.
+    setting: what the user set the path with, for the messages.
+    path: of the model, for the messages.
+
+  Raises:
+    ValueError: lists all parameters that are unmapped, missing, duplicated or of
+      a wrong shape.
+  """
+  theirs = dict(theirs)
   table, module = name_table(config), _module(config)
   embedding, head = module.EMBEDDING, module.HEAD
   copies = [n for n in (embedding, *module.COPIES) if n in theirs]
@@ -221,7 +246,7 @@ def open_folder(
     },
     expected=f"the {len(table)} parameters of its configuration",
     setting=setting,
-    path=folder,
+    path=path,
   )
   return found
 

@@ -5,6 +5,7 @@ Reference: T5Gemma (arXiv 2504.06225).
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,21 @@ class T5GemmaConfig:
           f"expected one {name} for encoder and decoder, got {sides[0]} and"
           f" {sides[1]}; set network.T5GemmaConfig"
         )
+
+  @property
+  def depths(self) -> dict[str, int]:
+    """See `t5.T5Config.depths`."""
+    return {
+      "encoder": self.encoder.num_layers,
+      "decoder": self.decoder.num_layers,
+    }
+
+  def with_layers(self, kept: Mapping[str, Sequence[int]]) -> "T5GemmaConfig":
+    """See `t5.T5Config.with_layers`."""
+    return T5GemmaConfig(
+      self.encoder.with_layers({"decoder": kept["encoder"]}),
+      self.decoder.with_layers({"decoder": kept["decoder"]}),
+    )
 
   @property
   def vocab_size(self) -> int:

@@ -118,17 +118,16 @@ def _accumulate(grad_fn, batch, inputs, num_microbatches):
 def _update(state, grads, optimizer, rate, finite):
   """Returns the next state; parameters and optimizer as before if not `finite`.
 
-  The updated arrays are computed twice: to look at them, and to choose between
-  them and the old ones. Kept for the choice, they would take as much memory as
-  the state again.
+  The updated arrays are computed twice: to look at them, and to keep them. Kept
+  for the choice, they would take as much memory as the state again.
   """
   finite &= _all_finite(_updated(state, grads, optimizer, rate))
-  # Or XLA would see that both are the same.
-  state, grads, finite = jax.lax.optimization_barrier((state, grads, finite))
-  params, opt_state = jax.tree.map(
-    functools.partial(jnp.where, finite),
-    _updated(state, grads, optimizer, rate),
-    (state.params, state.opt_state),
+  params, opt_state = jax.lax.cond(
+    finite,
+    lambda state, grads: _updated(state, grads, optimizer, rate),
+    lambda state, grads: (state.params, state.opt_state),
+    state,
+    grads,
   )
   skip = jnp.logical_not(finite).astype(jnp.int32)
   return state.replace(

@@ -93,11 +93,11 @@ def _causal(model, params, given):
     return loss, results
 
   gradient, results = jax.grad(loss_of, has_aux=True)(params)
-  greedy = _greedy(model, params, given)
+  decoded = greedy(model, params, given)
   return results | {
     "gradient": gradient,
-    "greedy": greedy.tokens,
-    "greedy_log_probs": greedy.log_probs,
+    "greedy": decoded.tokens,
+    "greedy_log_probs": decoded.log_probs,
   }
 
 
@@ -110,7 +110,7 @@ def _loss(logits, given):
   return -jnp.sum(log_probs) / jnp.sum(given["target_mask"]), log_probs
 
 
-def _greedy(model, params, given):
+def greedy(model, params, given):
   """Decodes with the cache from prompts whose first word is read first."""
   length = given["greedy_no_eos"].shape[1]
   return _decode(model, params, (), _prompts(given, length), length)
