@@ -6,6 +6,7 @@ import golden_hf
 import numpy as np
 import pytest
 
+from gkd_jax import checkpoints, models, network
 from gkd_jax.checkpoints import export
 
 torch = pytest.importorskip(
@@ -78,6 +79,38 @@ def run(folder, given):
     tokens = model.generate(**inputs, **options).numpy()
   start = 1 if with_encoder else inputs["input_ids"].shape[1]
   return logits, tokens[:, start:]
+
+
+def test_the_text_part_of_a_gemma_3_with_images(tmp_path):
+  text = golden_hf.config_json("gemma3_text_linear")
+  config = transformers.Gemma3Config(
+    text_config=text,
+    vision_config=dict(
+      hidden_size=8,
+      intermediate_size=8,
+      num_hidden_layers=1,
+      num_attention_heads=1,
+      image_size=8,
+      patch_size=4,
+    ),
+    eos_token_id=[1, 9],
+  )
+  torch.manual_seed(0)
+  model = transformers.Gemma3ForConditionalGeneration(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.2 * torch.randn(parameter.shape))
+  model.save_pretrained(tmp_path)
+  tokens = golden_hf.numbers("gemma3_text_linear")["input_ids"]
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  config, params = checkpoints.load_model(tmp_path)
+  ours = models.DecoderOnlyModel(network.CausalTransformer(config))
+  logits = ours.logits(
+    params, {"decoder_input_tokens": tokens, "decoder_target_tokens": tokens}
+  )
+  assert expected.std() > 0.1
+  np.testing.assert_allclose(logits[0], expected[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
