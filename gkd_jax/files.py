@@ -211,6 +211,20 @@ def write_folder(
     raise
 
 
+def contents(
+  named: Mapping[str, bytes],
+) -> dict[str, Callable[[epath.Path], None]]:
+  """Returns writers for `write_folder` of files whose content is known.
+
+  Args:
+    named: name of a file to its content.
+  """
+  return {
+    name: lambda file, content=content: file.write_bytes(content)
+    for name, content in named.items()
+  }
+
+
 def _temporary(place: epath.Path) -> epath.Path:
   return place.parent / f".{place.name}.tmp-{uuid.uuid4().hex}"
 

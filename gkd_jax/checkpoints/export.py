@@ -18,12 +18,14 @@ from etils import epath
 
 from gkd_jax import files, types
 from gkd_jax.checkpoints import (
+  fewer_layers,
   formats,
   huggingface,
   parameters,
   safetensors_io,
   stored_arrays,
   t5x,
+  vocabulary_files,
 )
 
 FORMATS = ("gkd", "t5x", "hf")
@@ -32,16 +34,24 @@ Path = os.PathLike[str] | str
 
 
 def import_checkpoint(
-  checkpoint_path: Path, output_path: Path, *, dtype: str | None = None
+  checkpoint_path: Path,
+  output_path: Path,
+  *,
+  dtype: str | None = None,
+  layers: str | None = None,
+  encoder_layers: str | None = None,
 ) -> Any:
   """Reads a checkpoint of any known format and writes our safetensors folder.
 
-  One array is in memory at a time.
+  One array is in memory at a time. The files of a tokenizer beside the checkpoint
+  are copied, or made from a GGUF file's metadata.
 
   Args:
     checkpoint_path: see `formats.open_params`.
     output_path: the folder to write.
     dtype: dtype of the stored floating-point arrays; None keeps theirs.
+    layers: those to keep, of each side; see `fewer_layers.choose`. None: all.
+    encoder_layers: of the encoder, if others than `layers`.
 
   Returns:
     The configuration. It is inferred from the parameters for T5X's formats,
@@ -51,12 +61,20 @@ def import_checkpoint(
     ValueError: if the checkpoint cannot be read, or is not a T5.
   """
   flat, config, _ = _open(checkpoint_path)
+  if layers is not None:
+    flat, config = fewer_layers.keep(flat, config, layers, encoder_layers)
+  elif encoder_layers is not None:
+    raise ValueError(
+      f"expected --layers with --encoder_layers={encoder_layers}, got none; set"
+      " --layers"
+    )
   tokens = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
   safetensors_io.save_safetensors(
     output_path,
     stored_arrays.unflatten(flat),
     safetensors_io.with_special_tokens(config_fields(config), tokens),
     dtype=dtype,
+    others=formats.read_tokenizer(checkpoint_path, setting=_SETTING),
   )
   return config
 
@@ -78,8 +96,8 @@ def export_checkpoint(
     output_path: the folder to write.
     format: one of `FORMATS`.
     dtype: dtype of the stored floating-point arrays; None keeps theirs.
-    vocabulary_path: for "hf", the SentencePiece model of the tokenizer's files;
-      None writes no tokenizer.
+    vocabulary_path: for "hf", the SentencePiece model of the tokenizer's files,
+      or a folder with `tokenizer.json`; None: of those beside the checkpoint.
     extra_ids: for "hf", number of sentinels after the vocabulary's pieces.
     card: for "hf", returns the text of README.md; called with the keywords
       `name` (of the folder), `num_parameters`, `model_dir` (the run's folder, or
@@ -109,6 +127,7 @@ def export_checkpoint(
         formats.load_special_tokens(checkpoint_path, setting=_SETTING),
       ),
       dtype=dtype,
+      others=formats.read_tokenizer(checkpoint_path, setting=_SETTING),
     )
     return
   flat, config, found = _open(checkpoint_path)
@@ -119,10 +138,9 @@ def export_checkpoint(
     return
   run = found.path.parent if step is not None else None
   stated = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
-  vocabulary = None
-  if vocabulary_path is not None:
-    vocabulary = _vocabulary(vocabulary_path)
-  tokens = _special_tokens(stated, vocabulary)
+  tokens, others = _tokenizer(
+    checkpoint_path, vocabulary_path, stated, extra_ids
+  )
   theirs = huggingface.write_config(config, "float32", tokens)
   readme = card and card(
     name=epath.Path(output_path).name,
@@ -130,33 +148,40 @@ def export_checkpoint(
     model_dir=run,
     step=step,
     architecture=theirs["architectures"][0],
-    has_tokenizer=vocabulary is not None,
+    has_tokenizer=bool(others),
   )
-  texts = {
-    huggingface.GENERATION_FILE: huggingface.generation_fields(tokens, config)
-  }
-  if vocabulary is not None:
-    texts |= _tokenizer(vocabulary, extra_ids)
-  _write_hf(output_path, flat, config, tokens, texts, readme, vocabulary_path)
+  fields = huggingface.generation_fields(tokens, config)
+  others[huggingface.GENERATION_FILE] = _json(fields)
+  _write_hf(output_path, flat, config, tokens, others, readme)
 
 
-def _vocabulary(path):
-  """Returns a SentencePiece model as seqio has it."""
+def _tokenizer(checkpoint_path, vocabulary_path, stated, extra_ids):
+  """Returns a model's special tokens, and its tokenizer's files as content."""
+  if vocabulary_path is None:
+    files_beside = formats.read_tokenizer(checkpoint_path, setting=_SETTING)
+    return stated or types.T5_TOKENS, files_beside
+  place = files.absolute(vocabulary_path)
+  if place.is_dir():
+    tokens = stated or types.T5_TOKENS
+    vocabulary_files.check_eos(place, tokens.eos, setting="--vocabulary_path")
+    return tokens, vocabulary_files.read(place)
+  if not place.is_file():
+    raise ValueError(
+      "expected a SentencePiece model, or a folder with a tokenizer, got nothing"
+      f" at {place}; set --vocabulary_path"
+    )
   import seqio  # and TensorFlow, for tokenizers alone
 
-  file = files.absolute(path)
-  if not file.is_file():
-    raise ValueError(
-      f"expected a SentencePiece model, got nothing at {file}; set"
-      " --vocabulary_path"
-    )
-  return seqio.SentencePieceVocabulary(os.fspath(file))
+  vocabulary = seqio.SentencePieceVocabulary(os.fspath(place))
+  texts = _sentencepiece_files(vocabulary, extra_ids)
+  return _special_tokens(stated, vocabulary), {
+    **{name: _json(text) for name, text in texts.items()},
+    "spiece.model": place.read_bytes(),
+  }
 
 
 def _special_tokens(stated, vocabulary):
-  """Returns the checkpoint's special tokens, else the vocabulary's, else T5's."""
-  if vocabulary is None:
-    return stated or types.T5_TOKENS
+  """Returns the checkpoint's special tokens, else the vocabulary's."""
   read = types.SpecialTokens.of(vocabulary)
   if stated is None:
     return read
@@ -188,14 +213,13 @@ def _step(checkpoint: epath.Path) -> int | None:
   return int(match[1]) if match else None
 
 
-def _write_hf(
-  path, flat, config, tokens, texts, readme, vocabulary_path
-) -> None:
+def _write_hf(path, flat, config, tokens, others, readme) -> None:
   theirs = huggingface.rename(flat, config)
   dtype = str(next(iter(theirs.values())).dtype)  # of the embedding
-  texts |= {
-    safetensors_io.CONFIG_FILE: huggingface.write_config(config, dtype, tokens)
-  }
+  text = huggingface.write_config(config, dtype, tokens)
+  others |= {safetensors_io.CONFIG_FILE: _json(text)}
+  if readme and not (files.absolute(path) / "README.md").exists():
+    others["README.md"] = readme.encode()
   contents = {
     safetensors_io.WEIGHTS_FILE: lambda file: safetensors_io.write_file(
       # transformers refuses a file without the program it was written for.
@@ -203,22 +227,16 @@ def _write_hf(
       theirs,
       {"format": "pt"},
     ),
-    **{
-      name: lambda file, text=text: file.write_text(
-        json.dumps(text, indent=2) + "\n"
-      )
-      for name, text in texts.items()
-    },
+    **files.contents(others),
   }
-  if vocabulary_path is not None:
-    model = files.absolute(vocabulary_path)
-    contents["spiece.model"] = lambda file: file.write_bytes(model.read_bytes())
-  if readme and not (files.absolute(path) / "README.md").exists():
-    contents["README.md"] = lambda file: file.write_text(readme)
   files.write_folder(path, contents, last=safetensors_io.CONFIG_FILE)
 
 
-def _tokenizer(vocabulary, extra_ids: int) -> dict[str, dict]:
+def _json(value) -> bytes:
+  return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _sentencepiece_files(vocabulary, extra_ids: int) -> dict[str, dict]:
   """Returns the files that transformers' T5Tokenizer reads with spiece.model."""
   model = vocabulary.tokenizer
   pad = model.pad_id() if model.pad_id() >= 0 else model.eos_id()

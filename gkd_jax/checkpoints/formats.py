@@ -8,6 +8,7 @@
   safetensors  one such file
   huggingface  the folder of a model: `config.json` and safetensors, in one file
                or in several with an index
+  gguf         one such file of a Llama
 
 Pickle files are never read.
 """
@@ -24,12 +25,14 @@ from flax import traverse_util
 from gkd_jax import files, partitioning, types
 from gkd_jax.checkpoints import (
   errors,
+  gguf_files,
   huggingface,
   orbax_arrays,
   parameters,
   safetensors_io,
   stored_arrays,
   t5x,
+  vocabulary_files,
 )
 
 PREFIX = "checkpoint"
@@ -38,7 +41,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _READABLE = (
   "a MODEL_DIR or a checkpoint_<step> folder of this program or of T5X, a"
   f" folder with {safetensors_io.CONFIG_FILE} and safetensors of this program"
-  " or of Hugging Face, or a .safetensors file"
+  " or of Hugging Face, or a .safetensors or .gguf file"
 )
 PyTree = Any
 Path = os.PathLike[str] | str
@@ -69,6 +72,8 @@ def find(path: Path, *, setting: str = SETTINGS) -> Found:
   place = files.absolute(path)
   if place.is_file() and place.name.endswith(".safetensors"):
     return Found("safetensors", place)
+  if place.is_file() and place.name.endswith(gguf_files.SUFFIX):
+    return Found("gguf", place)
   if place.is_file() and place.name == t5x.LEGACY_FILE:
     return Found("t5x", place.parent)
   if not place.is_dir():
@@ -132,6 +137,8 @@ def _open(found: Found, setting: str) -> dict[str, stored_arrays.StoredArray]:
     )
   if found.format == "huggingface":
     return huggingface.open_folder(found.path, setting=setting)
+  if found.format == "gguf":
+    return gguf_files.open_file(found.path, setting=setting)
   remedy = f"copy it again, or set {setting}"
   if found.format == "t5x":
     return t5x.open_legacy(found.path, remedy)
@@ -225,10 +232,9 @@ def load_config(
     in T5X's formats.
   """
   found = find(path, setting=setting)
-  if found.format == "huggingface":
-    return dataclasses.asdict(
-      huggingface.read_config(found.path, setting=setting)
-    )
+  theirs = {"huggingface": huggingface, "gguf": gguf_files}.get(found.format)
+  if theirs is not None:
+    return dataclasses.asdict(theirs.read_config(found.path, setting=setting))
   config = _stored_config(found, setting)
   if config is not None:
     config.pop(safetensors_io.SPECIAL_TOKENS, None)
@@ -251,8 +257,9 @@ def load_special_tokens(
     ValueError: as `load_params`.
   """
   found = find(path, setting=setting)
-  if found.format == "huggingface":
-    return huggingface.read_special_tokens(found.path, setting=setting)
+  theirs = {"huggingface": huggingface, "gguf": gguf_files}.get(found.format)
+  if theirs is not None:
+    return theirs.read_special_tokens(found.path, setting=setting)
   config = _stored_config(found, setting) or {}
   stored = config.get(safetensors_io.SPECIAL_TOKENS)
   if stored is None:
@@ -260,6 +267,30 @@ def load_special_tokens(
   return types.SpecialTokens(
     tuple(stored["eos"]), stored["pad"], stored["start"]
   )
+
+
+def read_tokenizer(path: Path, *, setting: str = SETTINGS) -> dict[str, bytes]:
+  """Reads the files of the tokenizer beside the parameters, name to content.
+
+  Args:
+    path: as for `load_params`.
+    setting: what the user set the path with, for the message.
+
+  Returns:
+    {} if there are none. A run has them in its folder.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  found = find(path, setting=setting)
+  if found.format == "gguf":
+    contents = gguf_files.read(found.path, setting=setting)
+    return vocabulary_files.of_gguf(contents.metadata)
+  if found.format in ("gkd", "huggingface"):
+    return vocabulary_files.read(found.path)
+  if found.format == "orbax":
+    return vocabulary_files.read(found.path.parent)
+  return {}
 
 
 def _stored_config(found: Found, setting: str) -> dict[str, Any] | None:

@@ -58,6 +58,7 @@ def save_safetensors(
   config: Mapping[str, Any],
   *,
   dtype: str | None = None,
+  others: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes parameters and their configuration as a folder.
 
@@ -68,6 +69,7 @@ def save_safetensors(
     params: nested dict of arrays or `StoredArray`s.
     config: JSON-able network configuration.
     dtype: dtype of the stored floating-point arrays; None keeps theirs.
+    others: name to content of files to write as well.
 
   Raises:
     ValueError: if a parameter's name holds "/", or `config` is not JSON-able.
@@ -82,6 +84,7 @@ def save_safetensors(
     {
       WEIGHTS_FILE: lambda file: write_file(file, flat, {"format": FORMAT}),
       CONFIG_FILE: lambda file: file.write_bytes(text),
+      **files.contents(others or {}),
     },
     last=CONFIG_FILE,
   )

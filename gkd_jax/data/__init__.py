@@ -8,7 +8,11 @@ errors: those of seqio, TFDS and TensorFlow, as sentences.
 feature_converters: seqio's: prompts alone, stored top-k log-probs, 0 as a token.
 vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 tokenizer_files: the tokenizer of a Hugging Face folder as a vocabulary.
+tokenizer_folders: where checkpoints have their tokenizers.
 chat: chat templates.
+file_tasks: a task of a user's files, made from settings.
+row_files: rows of JSONL, CSV, TSV and Parquet files.
+row_texts: what a row asks and answers.
 """
 
 from etils import epy
@@ -26,6 +30,7 @@ with epy.lazy_api_imports(globals()):
     tasks_with_split,
     try_saving,
   )
+  from gkd_jax.data.file_tasks import task_of_files
   from gkd_jax.data.tokenizer_files import TokenizerVocabulary
   from gkd_jax.data.vocabularies import (
     fitted,

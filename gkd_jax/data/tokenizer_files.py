@@ -14,9 +14,9 @@ import tensorflow as tf
 import tokenizers
 
 from gkd_jax import files
-from gkd_jax.data import chat
+from gkd_jax.data import chat, tokenizer_folders
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE = tokenizer_folders.TOKENIZER_FILE
 _SPECIAL = "bos_token", "eos_token", "pad_token", "unk_token"
 # Unicode's noncharacters: no text has them. Special tokens are spelled between
 # two of them, so that no text of a user spells one.
@@ -47,6 +47,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
       self._file, self._folder = place, place.parent
     else:
       self._file, self._folder = place / TOKENIZER_FILE, place
+
+  @property
+  def path(self) -> str:
+    """Of the file."""
+    return os.fspath(self._file)
 
   @functools.cached_property
   def _text(self) -> str:
@@ -130,12 +135,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
   @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
     """All ids that end a sequence, the tokenizer's own first."""
-    ids = [self._id("eos_token")]
-    for name in ("generation_config.json", "config.json"):
-      said = (files.read_json(self._folder / name) or {}).get("eos_token_id")
-      if said is not None:
-        ids += said if isinstance(said, list) else [said]
-        break
+    ids = [self._id("eos_token"), *tokenizer_folders.stated_eos(self._folder)]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
   @property
@@ -185,13 +185,56 @@ class TokenizerVocabulary(seqio.Vocabulary):
     Raises:
       ValueError: there is no template, or it refuses the messages.
     """
+    return self._chat_ids(self._chat_text(messages, to_answer))
+
+  def encode_exchange(
+    self, messages: Sequence[Mapping[str, Any]], answer: str | None
+  ) -> tuple[list[int], list[int] | None]:
+    """Returns the ids of a conversation, and of the model's answer to it.
+
+    Args:
+      messages: each with `role` and `content`.
+      answer: what the model says next; None: the second result is None.
+
+    Returns:
+      The ids up to where the answer begins, and those of the answer up to the EOS
+      that ends it.
+
+    Raises:
+      ValueError: as `encode_chat`, or what the template renders before an answer
+        depends on the answer.
+    """
+    before = self._chat_text(messages, True)
+    prompt = self._chat_ids(before)
+    if answer is None:
+      return prompt, None
+    said = {"role": "assistant", "content": answer}
+    text = self._chat_text([*messages, said], False)
+    ids = self._chat_ids(text)
+    if ids[: len(prompt)] == prompt:
+      ids = ids[len(prompt) :]
+    elif text.startswith(before):
+      # A token holds the end of the prompt and the beginning of the answer.
+      ids = self._chat_ids(text.removeprefix(before))
+    else:
+      raise ValueError(
+        "expected a chat template that goes on from add_generation_prompt, got"
+        f" one that does not in {self._folder}; set VOCABULARY_PATH"
+      )
+    ends = [i for i, token in enumerate(ids) if token in self.eos_ids]
+    if ends:
+      return prompt, ids[: ends[0] + 1]
+    return prompt, ids + list(self.eos_ids[:1])
+
+  def _chat_text(self, messages, to_answer):
+    """Returns a conversation, what it spells of special tokens broken."""
     if self.chat_template is None:
       raise ValueError(
         f"expected a chat template, got none in {self._folder}; set"
         " VOCABULARY_PATH, or make the rows texts"
       )
     find = self._finder
-    text = self.chat_template.render(
+    return self.chat_template.render(
       chat.map_strings(
         messages,
         lambda s: find.sub(
@@ -200,7 +243,9 @@ class TokenizerVocabulary(seqio.Vocabulary):
       ),
       to_answer=to_answer,
     )
-    text = find.sub(lambda m: _mark(m[0]), text).replace(_BREAK, "")
+
+  def _chat_ids(self, text):
+    text = self._finder.sub(lambda m: _mark(m[0]), text).replace(_BREAK, "")
     return self._pieces.encode(text, add_special_tokens=False).ids
 
   @functools.cached_property
@@ -244,17 +289,24 @@ class TokenizerVocabulary(seqio.Vocabulary):
     )
     return tf.ensure_shape(text, [])
 
-  def _fingerprint(self) -> tuple[Any, ...]:
+  def same_ids(self, other: "TokenizerVocabulary") -> bool:
+    """Returns whether another vocabulary has the same pieces with the same ids."""
+    return self._pieces.get_vocab() == other._pieces.get_vocab()
+
+  def fingerprint(self) -> tuple[Any, ...]:
+    """Returns what the ids of texts and conversations depend on."""
     digest = hashlib.sha256(self._text.encode()).hexdigest()
-    return digest, self.eos_ids, tuple(sorted(self._named.items()))
+    template = self.chat_template and self.chat_template.source
+    named = tuple(sorted(self._named.items()))
+    return digest, self.eos_ids, named, template
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, TokenizerVocabulary) and (
-      self._file == other._file or self._fingerprint() == other._fingerprint()
+      self._file == other._file or self.fingerprint() == other.fingerprint()
     )
 
   def __hash__(self) -> int:
-    return hash(self._fingerprint())
+    return hash(self.fingerprint())
 
   def __repr__(self) -> str:
     return f"TokenizerVocabulary({os.fspath(self._file)!r})"

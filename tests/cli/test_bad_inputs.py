@@ -133,14 +133,12 @@ OF_GKD = (
   "TEACHER",
   "MODEL_DIR",
   "TRAIN_STEPS",
-  "MIXTURE_OR_TASK_NAME",
   "TASK_FEATURE_LENGTHS",
   "TEACHER_CHECKPOINT_PATH",
 )
 OF_DECODING = (
   "STUDENT",
   "CHECKPOINT_PATH",
-  "MIXTURE_OR_TASK_NAME",
   "TASK_FEATURE_LENGTHS",
 )
 MISSING = {
@@ -163,7 +161,6 @@ MISSING = {
   "infer --gin_file=runs/infer.gin": (*OF_DECODING, "OUTPUT_PATH"),
   "precompile --gin_file=runs/sft.gin": (
     "STUDENT",
-    "MIXTURE_OR_TASK_NAME",
     "TASK_FEATURE_LENGTHS",
   ),
 }
@@ -285,7 +282,14 @@ def test_the_table_has_each_macro_of_a_run():
 
   found = gin_files.read(["runs/gkd.gin"], [], [])
   macros = {b.selector for b in found if not b.argument}
-  assert macros == {*WRONG}
+  assert macros == {*WRONG, *OF_FILES}
+
+
+def test_a_run_without_data_says_what_to_set(teacher, tmp_path, capsys):
+  task = "--gin.MIXTURE_OR_TASK_NAME=@data.task_of_files()"
+  macros = {"MODEL_DIR": f"{tmp_path}/a", "TEACHER_CHECKPOINT_PATH": teacher}
+  said = refused(capsys, "train", SMOKE, *gin(**macros), task, "--dry_run")
+  assert "got neither; set TRAIN_FILES or MIXTURE_OR_TASK_NAME" in said
 
 
 # ---- settings that do not fit each other, or what is there ------------------------
@@ -407,6 +411,18 @@ OF_RL = {
   "DISCOUNT": (0, -4, 16.0, None, "x"),
   "WHITEN_REWARDS": (0, None, "x"),
 }
+OF_FILES = {
+  **dict.fromkeys(("TRAIN_FILES", "VALIDATION_FILES", "TEST_FILES"), ("", 0)),
+  **dict.fromkeys(
+    ("TARGET_FIELD", "PROMPT_TEMPLATE", "VOCABULARY_PATH"), (0, "")
+  ),
+  "INPUT_FIELD": (0, None, ""),
+  "CHAT": (0, None, "True"),
+  "METRICS": (0, None, "rogue"),
+  "VALIDATION_FRACTION": (1, -4, None, "x"),
+  "BAD_LINES": (0, None, "cut"),
+  "LONG_LINES": (0, None, "crop"),
+}
 OF_MINILLM = {
   "TEACHER_MIX": (1, -4, None, "x"),
   "IMPORTANCE": (0, None, "tokens"),
@@ -450,6 +466,13 @@ REWARD = "--gin.REWARD=@optimizers.adafactor"
 LINES = {
   "rl": ([*TRAIN, "--gin_file=runs/rl_gkd.gin", REWARD], OF_RL),
   "minillm": ([*TRAIN, "--gin_file=methods/minillm.gin"], OF_MINILLM),
+  "files": (
+    [
+      *(*TRAIN, "--gin_file=runs/gkd.gin", "--gin.TRAIN_FILES='a.jsonl'"),
+      "--gin.MIXTURE_OR_TASK_NAME=@data.task_of_files()",
+    ],
+    OF_FILES,
+  ),
   "infer": (
     [
       *("infer", *DECODE, "--gin_file=runs/teacher_data.gin"),

@@ -49,11 +49,12 @@ def test_all_commands_have_a_line(capsys, words):
 
 def test_macros_of_a_run_file_with_defaults_and_comments():
   page = command_line.of_command("train")
-  must, rest = page.split("  must be set:\n")[1].split("  runs/base.gin:\n")
+  must, rest = page.split("  must be set:\n")[1].split("  runs/files.gin:\n")
   assert must.split() == [
-    *("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS"),
-    *("TRAIN_STEPS", "STUDENT", "TEACHER", "TEACHER_CHECKPOINT_PATH"),
+    *("MODEL_DIR", "TASK_FEATURE_LENGTHS", "TRAIN_STEPS"),
+    *("STUDENT", "TEACHER", "TEACHER_CHECKPOINT_PATH"),
   ]
+  assert re.search(r"^    TEST_FILES = None$", rest, re.M)
   assert re.search(r"^    BATCH_SIZE = 32$", rest, re.M)
   assert re.search(r"^    LEARNING_RATE = 3e-4$", rest, re.M)
   assert re.search(r"^    MAX_SKIPPED_IN_ROW = 20 +non-finite upda", rest, re.M)

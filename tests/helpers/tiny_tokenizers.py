@@ -62,6 +62,23 @@ def unigram(folder, **config):
   return _save(made, folder, {**names, **config})
 
 
+def letters(folder, **config):
+  """ASCII's letters for models of few ids: EOS 2 is PAD, 96 ids at most."""
+  special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+  ascii_letters = [chr(i) for i in (10, *range(32, 123))]
+  pieces = [(piece, 0.0) for piece in special]
+  pieces += [(letter, -1.0) for letter in ascii_letters]
+  made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+  made.decoder = decoders.Fuse()
+  made.add_special_tokens(special)
+  names = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+  }
+  return _save(made, folder, {**names, **config})
+
+
 def _save(made, folder, config):
   folder.mkdir(parents=True, exist_ok=True)
   made.save(str(folder / "tokenizer.json"))
