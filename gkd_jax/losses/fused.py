@@ -118,15 +118,8 @@ def fused_distillation_loss(
   weights = weights.astype(jnp.float32)
   layout = _layout(weights.shape, vocab_size, chunk_size, data_axis, model_axis)
   order, chunks = _real_first(layout, weights)
-  if hard_labels is not None:
-    whole = lambda x: _by_shard(layout, jnp.broadcast_to(x, weights.shape))
-    hard_labels = distillation.HardLabels(*map(whole, hard_labels))
-  tokens = _Tokens(
-    _by_shard(layout, teacher_hidden),
-    _by_shard(layout, weights),
-    _by_shard(layout, shares),
-    order,
-    hard_labels,
+  tokens = _shard_tokens(
+    layout, teacher_hidden, weights, shares, order, hard_labels
   )
   settings, traced = _split(
     _Settings(
@@ -162,6 +155,19 @@ class _Tokens(NamedTuple):
   shares: jax.Array
   order: jax.Array  # indices of the tokens, those of padding last
   hard_labels: distillation.HardLabels | None
+
+
+def _shard_tokens(layout, teacher_hidden, weights, shares, order, hard_labels):
+  if hard_labels is not None:
+    whole = lambda x: _by_shard(layout, jnp.broadcast_to(x, weights.shape))
+    hard_labels = distillation.HardLabels(*map(whole, hard_labels))
+  return _Tokens(
+    _by_shard(layout, teacher_hidden),
+    _by_shard(layout, weights),
+    _by_shard(layout, shares),
+    order,
+    hard_labels,
+  )
 
 
 class _Settings(NamedTuple):
