@@ -69,7 +69,11 @@ def train(
   files.check_folder(model_dir, "MODEL_DIR")
   checks.whole(train_steps, "TRAIN_STEPS")
   checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
-  checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
+  checks.path(
+    teacher_checkpoint_path,
+    "TEACHER_CHECKPOINT_PATH",
+    none=model.teacher is None,
+  )
   checks.whole(seed, "SEED", least=0)
   checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
   model_dir = os.fspath(files.absolute(model_dir))

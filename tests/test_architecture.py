@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
+  "architectures": "checkpoints models network",
   "planning": "checkpoints data files losses models network optimizers"
   " partitioning training types",
   "experiments": "files gin_utils training",

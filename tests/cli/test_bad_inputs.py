@@ -128,41 +128,20 @@ def test_gin_files(capsys, tmp_path, text, said):
 
 # ---- required macros -------------------------------------------------------------
 
-OF_GKD = (
-  "STUDENT",
-  "TEACHER",
-  "MODEL_DIR",
-  "TRAIN_STEPS",
-  "TASK_FEATURE_LENGTHS",
-  "TEACHER_CHECKPOINT_PATH",
-)
+OF_TRAINING = ("MODEL_DIR", "TRAIN_STEPS", "TASK_FEATURE_LENGTHS")
 OF_DECODING = (
-  "STUDENT",
   "CHECKPOINT_PATH",
   "TASK_FEATURE_LENGTHS",
 )
 MISSING = {
-  "train --gin_file=runs/gkd.gin": OF_GKD,
-  "train --gin_file=runs/sft.gin": {*OF_GKD}
-  - {"TEACHER", "TEACHER_CHECKPOINT_PATH"},
-  # What only a teacher would read is not asked for.
-  "train --gin_file=runs/sft.gin --gin_file=runs/decoder_only.gin": {*OF_GKD}
-  - {"TEACHER", "TEACHER_CHECKPOINT_PATH"},
-  "train --gin_file=runs/rl_gkd.gin": (*OF_GKD, "REWARD"),
-  "train --gin_file=experiments/smoke.gin --gin.MODEL_DIR='a'": (
-    "TEACHER_CHECKPOINT_PATH",
-  ),
+  "train --gin_file=runs/gkd.gin": OF_TRAINING,
+  "train --gin_file=runs/sft.gin": OF_TRAINING,
+  "train --gin_file=runs/rl_gkd.gin": (*OF_TRAINING, "REWARD"),
+  "train --gin_file=experiments/smoke.gin": ("MODEL_DIR",),
   "eval --gin_file=runs/eval.gin": (*OF_DECODING, "EVAL_OUTPUT_DIR"),
-  "eval --gin_file=runs/instruments.gin": (
-    *OF_DECODING,
-    "EVAL_OUTPUT_DIR",
-    "TEACHER",
-  ),
+  "eval --gin_file=runs/instruments.gin": (*OF_DECODING, "EVAL_OUTPUT_DIR"),
   "infer --gin_file=runs/infer.gin": (*OF_DECODING, "OUTPUT_PATH"),
-  "precompile --gin_file=runs/sft.gin": (
-    "STUDENT",
-    "TASK_FEATURE_LENGTHS",
-  ),
+  "precompile --gin_file=runs/sft.gin": ("TASK_FEATURE_LENGTHS",),
 }
 
 
@@ -242,10 +221,11 @@ WRONG = {
   "EXECUTOR": (0, None, "pmapp"),
   "BEST_MODE": (0, None, "mni"),
   "DECODE_FN": (0, "beam"),
+  "ACTIVATION_DTYPE": (0, "float"),
   "DECODER_PARAMS": (4, "x"),
   "NUM_REAL_TOKENS": (0, -4, 16.0, 25, "x"),
   "STUDENT": (0, None, "toy"),
-  "TEACHER": (0, None, "toy"),
+  "TEACHER": (0, "toy"),
   "STUDENT_MODEL": (0, None, "x"),
   "TEACHER_MODEL": (0, "x"),
   "MODEL": (0, None, "x"),
@@ -283,6 +263,20 @@ def test_the_table_has_each_macro_of_a_run():
   found = gin_files.read(["runs/gkd.gin"], [], [])
   macros = {b.selector for b in found if not b.argument}
   assert macros == {*WRONG, *OF_FILES}
+
+
+def test_a_run_without_models_says_what_to_set(teacher, tmp_path, capsys):
+  line = ["train", SMOKE, *gin(MODEL_DIR=f"{tmp_path}/a"), "--dry_run"]
+  said = refused(capsys, *line)
+  assert "expected a path in quotes, got None; set TEACHER_CHECKPOINT_PATH" in (
+    said
+  )
+  for macro, path in (
+    ("STUDENT", "INITIAL_CHECKPOINT_PATH"),
+    ("TEACHER", "TEACHER_CHECKPOINT_PATH"),
+  ):
+    said = refused(capsys, *line, f"--gin.{macro}=None")
+    assert f"whose folder has them, got None; set {macro} or {path}" in said
 
 
 def test_a_run_without_data_says_what_to_set(teacher, tmp_path, capsys):

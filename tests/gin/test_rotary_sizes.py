@@ -110,7 +110,7 @@ RUNS = {
 def test_a_run_s_student_and_teacher(run):
   family, student, teacher, module = RUNS[run]
   gin_utils.parse(
-    ["runs/gkd.gin", f"models/{family}.gin", f"runs/{run}.gin"],
+    ["runs/gkd.gin", f"models/{family}.gin"],
     [
       f"STUDENT = %{student}",
       f"TEACHER = %{teacher}",
@@ -133,8 +133,8 @@ def test_a_run_s_student_and_teacher(run):
 def test_what_is_decoded(run):
   family, student, _, module = RUNS[run]
   gin_utils.parse(
-    [f"models/{family}.gin", "runs/eval.gin", f"runs/{run}.gin"],
-    ["WEIGHTS = 'int8'", f"STUDENT = %{student}"],
+    [f"models/{family}.gin", "runs/eval.gin"],
+    ["WEIGHTS = 'int8'", f"STUDENT = %{student}", "CHECKPOINT_PATH = 'none'"],
     [],
   )
   assert gin.get_configurable(infer.evaluate_checkpoint) is not None
