@@ -278,7 +278,11 @@ def _import(args):
   from gkd_jax.checkpoints import export
 
   config = export.import_checkpoint(
-    args.checkpoint_path, args.output_path, dtype=args.dtype
+    args.checkpoint_path,
+    args.output_path,
+    dtype=args.dtype,
+    layers=args.layers,
+    encoder_layers=args.encoder_layers,
   )
   print(f"imported into {args.output_path}: {config}", flush=True)
 

@@ -18,6 +18,7 @@ from etils import epath
 
 from gkd_jax import files, types
 from gkd_jax.checkpoints import (
+  fewer_layers,
   formats,
   huggingface,
   parameters,
@@ -33,7 +34,12 @@ Path = os.PathLike[str] | str
 
 
 def import_checkpoint(
-  checkpoint_path: Path, output_path: Path, *, dtype: str | None = None
+  checkpoint_path: Path,
+  output_path: Path,
+  *,
+  dtype: str | None = None,
+  layers: str | None = None,
+  encoder_layers: str | None = None,
 ) -> Any:
   """Reads a checkpoint of any known format and writes our safetensors folder.
 
@@ -44,6 +50,8 @@ def import_checkpoint(
     checkpoint_path: see `formats.open_params`.
     output_path: the folder to write.
     dtype: dtype of the stored floating-point arrays; None keeps theirs.
+    layers: those to keep, of each side; see `fewer_layers.choose`. None: all.
+    encoder_layers: of the encoder, if others than `layers`.
 
   Returns:
     The configuration. It is inferred from the parameters for T5X's formats,
@@ -53,6 +61,13 @@ def import_checkpoint(
     ValueError: if the checkpoint cannot be read, or is not a T5.
   """
   flat, config, _ = _open(checkpoint_path)
+  if layers is not None:
+    flat, config = fewer_layers.keep(flat, config, layers, encoder_layers)
+  elif encoder_layers is not None:
+    raise ValueError(
+      f"expected --layers with --encoder_layers={encoder_layers}, got none; set"
+      " --layers"
+    )
   tokens = formats.load_special_tokens(checkpoint_path, setting=_SETTING)
   safetensors_io.save_safetensors(
     output_path,

@@ -11,6 +11,7 @@ from typing import Any
 
 from gkd_jax import network
 from gkd_jax.checkpoints import families
+from gkd_jax.network import rotary
 
 CONFIG = network.RotaryConfig
 KINDS = tuple(families.TABLE)
@@ -109,7 +110,9 @@ def read_fields(
       **rope,
       "local_rope_theta": local if any(windowed) else None,
       "window": given["sliding_window"] if any(windowed) else None,
-      "window_pattern": _shortest_period(windowed) if any(windowed) else (),
+      "window_pattern": rotary.shortest_period(windowed)
+      if any(windowed)
+      else (),
       "family": family.name if family.architecture else "",
       **family.constants,
     }
@@ -153,15 +156,6 @@ def _windowed(given) -> tuple[bool, ...]:
   first = given.get("max_window_layers", 0)
   return tuple(
     i >= first and not (every and (i + 1) % every == 0) for i in range(depth)
-  )
-
-
-def _shortest_period(pattern):
-  """Returns the shortest pattern whose repetition begins with this one."""
-  return next(
-    pattern[:n]
-    for n in range(1, len(pattern) + 1)
-    if all(x == pattern[i % n] for i, x in enumerate(pattern))
   )
 
 

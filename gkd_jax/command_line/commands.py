@@ -142,6 +142,12 @@ FLAGS = {
     None,
     _one_of("bfloat16", "float16", "float32"),
   ),
+  "layers": Flag(
+    "Layers to keep, of encoder and decoder, for a shallower student: numbers"
+    " from 0, or every:N.",
+    "N,N,...",
+  ),
+  "encoder_layers": Flag("Layers of the encoder, if others.", "N,N,..."),
   "vocabulary_path": Flag(
     "SentencePiece model of the tokenizer, or a folder with tokenizer.json, for"
     " the format hf; by default what the checkpoint's folder has.",
@@ -262,7 +268,7 @@ COMMANDS = {
   "import": Command(
     "Reads a checkpoint of Hugging Face or T5X into this program's format.",
     "gkd import --checkpoint_path=/models/flan_t5_small --output_path=/runs/b",
-    ("checkpoint_path", "output_path", "dtype"),
+    ("checkpoint_path", "output_path", "dtype", "layers", "encoder_layers"),
   ),
   "export": Command(
     "Writes a run's parameters for this program, T5X or transformers.",

@@ -7,6 +7,7 @@ those of a decoder in both cases: keys ahead of a query share bucket 0.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,17 @@ class TransformerConfig(blocks.Config):
   """
 
   num_layers: int = 6
+
+  @property
+  def depths(self) -> dict[str, int]:
+    """See `t5.T5Config.depths`."""
+    return {"decoder": self.num_layers}
+
+  def with_layers(
+    self, kept: Mapping[str, Sequence[int]]
+  ) -> "TransformerConfig":
+    """See `t5.T5Config.with_layers`."""
+    return dataclasses.replace(self, num_layers=len(kept["decoder"]))
 
 
 class DecoderWrapper(nn.Module):

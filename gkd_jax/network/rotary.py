@@ -12,7 +12,7 @@ rotation.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +116,39 @@ class RotaryConfig(blocks.Config):
       WINDOWED if pattern[i % len(pattern)] else FULL
       for i in range(self.num_layers)
     )
+
+  @property
+  def depths(self) -> dict[str, int]:
+    """See `t5.T5Config.depths`."""
+    return {"decoder": self.num_layers}
+
+  def with_layers(self, kept: Mapping[str, Sequence[int]]) -> "RotaryConfig":
+    """See `t5.T5Config.with_layers`; each layer keeps its window."""
+    kinds = [self.layer_kinds[i] == WINDOWED for i in kept["decoder"]]
+    has_windows = any(kinds)
+    return dataclasses.replace(
+      self,
+      num_layers=len(kinds),
+      window=self.window if has_windows else None,
+      window_pattern=shortest_period(kinds) if has_windows else (),
+      local_rope_theta=self.local_rope_theta if has_windows else None,
+    )
+
+
+def shortest_period(pattern: Sequence[bool]) -> tuple[bool, ...]:
+  """Returns the shortest pattern whose repetition begins with this one.
+
+  >>> shortest_period([True, False, True])
+  (True, False)
+
+  Args:
+    pattern: at least one value.
+  """
+  return next(
+    tuple(pattern[:n])
+    for n in range(1, len(pattern) + 1)
+    if all(x == pattern[i % n] for i, x in enumerate(pattern))
+  )
 
 
 class Rotation(NamedTuple):

@@ -5,6 +5,7 @@ References: Raffel et al. 2020 (arXiv 1910.10683) for T5, Shazeer 2020 (arXiv
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,26 @@ class T5Config(blocks.Config):
   num_decoder_layers: int = 6
   float32_attention_logits: bool = False
   relative_bias_per_layer: bool = False
+
+  @property
+  def depths(self) -> dict[str, int]:
+    """Number of layers of each side."""
+    return {
+      "encoder": self.num_encoder_layers,
+      "decoder": self.num_decoder_layers,
+    }
+
+  def with_layers(self, kept: Mapping[str, Sequence[int]]) -> "T5Config":
+    """Returns the configuration of a model of some of the layers.
+
+    Args:
+      kept: side to layers, in their order.
+    """
+    return dataclasses.replace(
+      self,
+      num_encoder_layers=len(kept["encoder"]),
+      num_decoder_layers=len(kept["decoder"]),
+    )
 
 
 class Encoder(nn.Module):

@@ -4,6 +4,8 @@ Reference: T5Gemma (arXiv 2504.06225).
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +36,21 @@ class T5GemmaConfig:
         )
 
   @property
+  def depths(self) -> dict[str, int]:
+    """See `t5.T5Config.depths`."""
+    return {
+      "encoder": self.encoder.num_layers,
+      "decoder": self.decoder.num_layers,
+    }
+
+  def with_layers(self, kept: Mapping[str, Sequence[int]]) -> "T5GemmaConfig":
+    """See `t5.T5Config.with_layers`."""
+    return T5GemmaConfig(
+      self.encoder.with_layers({"decoder": kept["encoder"]}),
+      self.decoder.with_layers({"decoder": kept["decoder"]}),
+    )
+
+  @property
   def vocab_size(self) -> int:
     """V."""
     return self.decoder.vocab_size
@@ -42,6 +59,11 @@ class T5GemmaConfig:
   def emb_dim(self) -> int:
     """D of the decoder, which the head reads."""
     return self.decoder.emb_dim
+
+  @property
+  def num_heads(self) -> int:
+    """The largest number by which the heads of both sides can be split."""
+    return math.gcd(self.encoder.num_heads, self.decoder.num_heads)
 
   @property
   def dtype(self) -> Any:
