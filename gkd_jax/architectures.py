@@ -5,7 +5,6 @@ network it is of, and with it which kind of model, so neither has to be set.
 """
 
 import dataclasses
-import os
 from typing import Any
 
 import gin
@@ -36,7 +35,8 @@ def model(
   What gin binds of both and of the networks holds, in the scope of the call.
 
   Args:
-    config: a configuration of `network`; None: that of the checkpoint.
+    config: a configuration of `network`; None: that of the checkpoint, which is
+      not read otherwise.
     checkpoint_path: see `checkpoints.load_params`; None, or one that says nothing
       of its configuration: `config` is needed.
     setting: what the configuration is set with.
@@ -47,19 +47,10 @@ def model(
   Raises:
     ValueError: there is no configuration, or the checkpoint has another one.
   """
-  checks.path(checkpoint_path, path_setting, none=True)
-  try:
-    stored = _stored(checkpoint_path, path_setting)
-  except ValueError:
-    if config is None:
-      raise
-    stored = None  # whoever reads the parameters says what is wrong
   if config is None:
-    config = stored
+    config = _stored(checkpoint_path, path_setting)
     if config is not None and dropout_rate is not None:
       config = _with(config, dropout_rate=dropout_rate)
-  elif type(config) in _MODELS and stored is not None:
-    _check_equal(config, stored, setting, path_setting)
   if type(config) not in _MODELS:
     expected = "sizes, or a checkpoint whose folder has them"
     either = f"{setting} or {path_setting}" if config is None else setting
@@ -71,8 +62,44 @@ def model(
   return of_model(module=of_network(config=config))
 
 
+def check_equal(
+  config: Any, checkpoint_path: str, *, setting: str, path_setting: str
+) -> None:
+  """Checks that a model computes what a checkpoint's folder says.
+
+  Args:
+    config: of the model; of another class than those of `network`, it is its own.
+    checkpoint_path: see `model`.
+    setting: see `model`.
+    path_setting: see `model`.
+
+  Raises:
+    ValueError: it does not, with all differences.
+  """
+  stored = _stored(checkpoint_path, path_setting)
+  if stored is None or type(config) not in _MODELS:
+    return
+  if type(config) is not type(stored):
+    kinds = [f"network.{type(c).__name__}" for c in (stored, config)]
+    raise ValueError(
+      f"expected {kinds[0]}, as {path_setting} has it, got {kinds[1]}; set"
+      f" {setting} = None, or {path_setting}"
+    )
+  theirs, ours = (_fields(dataclasses.asdict(c)) for c in (stored, config))
+  wrong = [name for name in theirs if theirs[name] != ours[name]]
+  if wrong:
+    shown = lambda fields: ", ".join(f"{n} {fields[n]!r}" for n in wrong)
+    raise ValueError(
+      f"expected {shown(theirs)}, as {path_setting} has it, got {shown(ours)};"
+      f" set {setting} = None, or {path_setting}"
+    )
+
+
 def _stored(path, setting):
   """Returns the configuration in a checkpoint's folder, None without one."""
+  if path is gin.REQUIRED:  # of `gkd precompile`, which asks for no paths
+    return None
+  checks.path(path, setting, none=True)
   if path is None:
     return None
   fields = checkpoints.load_config(path, setting=setting)
@@ -95,23 +122,6 @@ def _with(config, **fields):
     sides = {"encoder": side, "decoder": config.decoder}
     fields = {k: dataclasses.replace(v, **fields) for k, v in sides.items()}
   return dataclasses.replace(config, **fields)
-
-
-def _check_equal(config, stored, setting, path_setting):
-  if type(config) is not type(stored):
-    kinds = [f"network.{type(c).__name__}" for c in (stored, config)]
-    raise ValueError(
-      f"expected {kinds[0]}, as {path_setting} has it, got {kinds[1]}; set"
-      f" {setting} = None, or {path_setting}"
-    )
-  theirs, ours = (_fields(dataclasses.asdict(c)) for c in (stored, config))
-  wrong = [name for name in theirs if theirs[name] != ours[name]]
-  if wrong:
-    shown = lambda fields: ", ".join(f"{n} {fields[n]!r}" for n in wrong)
-    raise ValueError(
-      f"expected {shown(theirs)}, as {os.fspath(path_setting)} has it, got"
-      f" {shown(ours)}; set {setting} = None, or {path_setting}"
-    )
 
 
 def _fields(fields, prefix=""):

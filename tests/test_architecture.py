@@ -35,9 +35,9 @@ MAY_IMPORT = {
   "gin_files": "files",
   "gin_utils": "files gin_files",
   "command_line": "gin_files",
-  "train": "checkpoints data evaluation files models optimizers partitioning"
+  "train": "architectures checkpoints data evaluation files models optimizers partitioning"
   " training types",
-  "infer": "checkpoints data evaluation files models partitioning tasks types",
+  "infer": "architectures checkpoints data evaluation files models partitioning tasks types",
   "adapters": "checkpoints decoding models partitioning training types",
   "main": ALL,
 }

@@ -43,6 +43,7 @@ def test_a_folder_says_what_it_is(folder):
   given = architectures._with(expected, dtype="bfloat16", dropout_rate=0.1)
   again = architectures.model(given, GOLDEN / folder, **STUDENT)
   assert again.config == given
+  architectures.check_equal(given, GOLDEN / folder, **STUDENT)
 
 
 def test_a_folder_of_ours_says_it_too(tmp_path):
@@ -77,20 +78,20 @@ def test_sizes_that_differ_from_the_folder_are_refused():
   ):
     other = dataclasses.replace(config, **wrong)
     with pytest.raises(ValueError, match=said):
-      architectures.model(other, path, **STUDENT)
+      architectures.check_equal(other, path, **STUDENT)
   same = dataclasses.replace(
     config, query_pre_attn_scalar=float(config.query_pre_attn_scalar or 8)
   )
-  assert architectures.model(same, path, **STUDENT).config == same
+  architectures.check_equal(same, path, **STUDENT)
   t5 = network.T5Config(vocab_size=8)
   with pytest.raises(
     ValueError, match=r"network.RotaryConfig, as .* got network.T5Config; set S"
   ):
-    architectures.model(t5, path, **STUDENT)
+    architectures.check_equal(t5, path, **STUDENT)
   t5gemma = huggingface.read_config(GOLDEN / "t5gemma_wide", setting="X")
   deep = dataclasses.replace(t5gemma.encoder, rope_theta=3.0)
   with pytest.raises(ValueError, match=r"encoder.rope_theta 1"):
-    architectures.model(
+    architectures.check_equal(
       dataclasses.replace(t5gemma, encoder=deep),
       GOLDEN / "t5gemma_wide",
       **STUDENT,
@@ -114,8 +115,7 @@ def test_the_public_sizes_agree_with_folders_of_them(tmp_path):
       json.dumps(huggingface.write_config(given.config, "float32"))
     )
     shutil.copy(GOLDEN / "llama" / "model.safetensors", folder)
-    model = architectures.model(given.config, folder, **STUDENT)
-    assert model.config == given.config
+    architectures.check_equal(given.config, folder, **STUDENT)
 
 
 def test_gin_s_bindings_hold_for_each_kind():

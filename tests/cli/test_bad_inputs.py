@@ -262,7 +262,7 @@ def test_the_table_has_each_macro_of_a_run():
 
   found = gin_files.read(["runs/gkd.gin"], [], [])
   macros = {b.selector for b in found if not b.argument}
-  assert macros == {*WRONG, *OF_FILES}
+  assert macros == {*WRONG, *OF_FILES, "PREFIX_LM"}
 
 
 def test_a_run_without_models_says_what_to_set(teacher, tmp_path, capsys):
@@ -303,7 +303,7 @@ UNFIT = [
   ("MIXTURE_OR_TASK_MODULE='nowhere'", "a Python module, got 'nowhere'"),
   ("TEACHER_CHECKPOINT_PATH='/nowhere'", "/nowhere"),
   ("toy/teacher/network.T5Config.vocab_size=32", "24 (student)"),
-  ("toy/teacher/network.T5Config.mlp_dim=48", "mlp/w"),
+  ("toy/teacher/network.T5Config.mlp_dim=48", "expected mlp_dim 64, as TEACH"),
   ("toy/student/network.T5Config.num_heads=0", "T5Config.num_heads"),
   ("toy/student/network.T5Config.dtype='float'", "T5Config.dtype"),
   ("toy/student/network.T5Config.remat_policy='all'", "remat_policy"),
@@ -460,6 +460,17 @@ REWARD = "--gin.REWARD=@optimizers.adafactor"
 LINES = {
   "rl": ([*TRAIN, "--gin_file=runs/rl_gkd.gin", REWARD], OF_RL),
   "minillm": ([*TRAIN, "--gin_file=methods/minillm.gin"], OF_MINILLM),
+  "decoder_only": (
+    [
+      *("train", "--gin_file=experiments/smoke_decoder_only.gin"),
+      *(
+        "--gin.MODEL_DIR='a'",
+        "--gin.TEACHER_CHECKPOINT_PATH='t'",
+        "--dry_run",
+      ),
+    ],
+    {"PREFIX_LM": (0, None, "x")},
+  ),
   "files": (
     [
       *(*TRAIN, "--gin_file=runs/gkd.gin", "--gin.TRAIN_FILES='a.jsonl'"),

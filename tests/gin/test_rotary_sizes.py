@@ -134,7 +134,7 @@ def test_what_is_decoded(run):
   family, student, _, module = RUNS[run]
   gin_utils.parse(
     [f"models/{family}.gin", "runs/eval.gin"],
-    ["WEIGHTS = 'int8'", f"STUDENT = %{student}", "CHECKPOINT_PATH = 'none'"],
+    ["WEIGHTS = 'int8'", f"STUDENT = %{student}"],
     [],
   )
   assert gin.get_configurable(infer.evaluate_checkpoint) is not None

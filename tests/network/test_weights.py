@@ -422,7 +422,6 @@ def test_gin_sets_the_teacher_s_weights_alone(files, weights):
 @pytest.mark.parametrize("kind", ["t5", "decoder"])
 def test_gin_sets_those_of_what_is_decoded(kind):
   files, bindings = ["models/toy.gin", "runs/eval.gin"], ["WEIGHTS = 'int8'"]
-  bindings.append("CHECKPOINT_PATH = 'none'")
   if kind == "decoder":
     files = ["models/decoder_only_toy.gin", "runs/eval.gin"]
     bindings.append("STUDENT = %DECODER_ONLY_TOY_TEACHER")
