@@ -122,20 +122,28 @@ def bindings(function: Callable, names: Sequence[str]) -> dict[str, Any]:
   Raises:
     ValueError: required settings have no value; all are named.
   """
-  check_values(function, names)
+  check_values(function, names, _PATHS)
   bound = gin.get_bindings(function, resolve_references=False)
   # Copying builds gin's references, as in `get_bindings`.
   return copy.deepcopy({k: v for k, v in bound.items() if k in names})
 
 
+# Arguments of what is built: paths that are read where nothing else says sizes or
+# tokenizers. A run that is not to start may lack them.
+_PATHS = "checkpoint_path", "student_path", "teacher_path"
+
+
 def check_values(
-  function: Callable, names: Sequence[str] | None = None
+  function: Callable,
+  names: Sequence[str] | None = None,
+  without: Sequence[str] = (),
 ) -> None:
   """Checks that all that will be built has values; builds nothing.
 
   Args:
     function: such as `train.train`.
     names: of the arguments that are needed; None for all.
+    without: of arguments, of whatever is built, that need no value.
 
   Raises:
     ValueError: required settings have no value, or a macro that is read is
@@ -149,7 +157,7 @@ def check_values(
       " set --gin_file"
     )
   missing: dict[str, None] = {}
-  for setting, value in _values(configurable, [], names):
+  for setting, value in _values(configurable, [], names, without):
     for nested in gin_config._iterate_flattened_values(value):
       if str(nested) == "%gin.REQUIRED":
         missing[setting] = None
@@ -174,7 +182,7 @@ _UNSET_MACRO, _NO_VALUE = object(), object()
 
 
 def _values(
-  configurable, scope, names=None, called=True, seen=None
+  configurable, scope, names=None, without=(), called=True, seen=None
 ) -> Iterator[tuple[str, Any]]:
   """Yields setting and value of all that building something reads.
 
@@ -182,6 +190,7 @@ def _values(
     configurable: gin's.
     scope: in which it is called.
     names: of the arguments that are needed; None for all.
+    without: see `check_values`.
     called: whether it is called with nothing else.
     seen: what was visited.
   """
@@ -200,7 +209,7 @@ def _values(
       if name not in bound and (names is None or name in names):
         yield f"{configurable.selector}.{name}", _NO_VALUE
   for name, value in bound.items():
-    if names is not None and name not in names:
+    if (names is not None and name not in names) or name in without:
       continue
     setting = f"{configurable.selector}.{name}"
     yield "/".join(scope) if is_macro else setting, value
@@ -212,6 +221,7 @@ def _values(
         yield from _values(
           target,
           part.scopes or scope,
+          without=without,
           called=part.evaluate,
           seen=seen,
         )

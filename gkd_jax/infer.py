@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from gkd_jax import (
+  architectures,
   checkpoints,
   checks,
   data,
@@ -95,6 +96,16 @@ class DecodeSettings:
       for name, path in paths.items()
       if path
     }
+    for path_setting, path in paths.items():
+      of_teacher = path_setting.startswith("TEACHER")
+      part = self.model.teacher if of_teacher else self.model.student
+      if path:
+        architectures.check_equal(
+          part.config,
+          path,
+          setting="TEACHER" if of_teacher else "STUDENT",
+          path_setting=path_setting,
+        )
     model = data.fitted(self.model, self.load_task(), stated)
     return dataclasses.replace(self, model=model)
 

@@ -13,8 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from gkd_jax import (
+  architectures,
+  checks,
+  data,
+  files,
+  optimizers,
+  partitioning,
+  training,
+)
 from gkd_jax import checkpoints as checkpoint_files
-from gkd_jax import checks, data, files, optimizers, partitioning, training
 from gkd_jax.data import shards, tokenizer_folders
 from gkd_jax.evaluation import run_evaluations
 from gkd_jax.training import messages, preflight
@@ -69,7 +77,11 @@ def train(
   files.check_folder(model_dir, "MODEL_DIR")
   checks.whole(train_steps, "TRAIN_STEPS")
   checks.path(initial_checkpoint_path, "INITIAL_CHECKPOINT_PATH", none=True)
-  checks.path(teacher_checkpoint_path, "TEACHER_CHECKPOINT_PATH", none=True)
+  checks.path(
+    teacher_checkpoint_path,
+    "TEACHER_CHECKPOINT_PATH",
+    none=model.teacher is None,
+  )
   checks.whole(seed, "SEED", least=0)
   checks.whole(max_skipped_in_row, "MAX_SKIPPED_IN_ROW")
   model_dir = os.fspath(files.absolute(model_dir))
@@ -79,6 +91,7 @@ def train(
   evaluation = dataclasses.replace(
     evaluation, split=_eval_split(task, evaluation)
   )
+  _check_sizes(model, initial_checkpoint_path, teacher_checkpoint_path)
   stated = _stated_tokens(
     model, model_dir, initial_checkpoint_path, teacher_checkpoint_path
   )
@@ -212,6 +225,18 @@ def _keep_tokenizer(task, model_dir):
   path = getattr(data.target_vocabulary(task), "path", None)
   if path is not None and jax.process_index() == 0:
     tokenizer_folders.copy(path, model_dir)
+
+
+def _check_sizes(model, initial_path, teacher_path):
+  """Refuses sizes that differ from what a checkpoint's folder says."""
+  for setting, part, path_setting, path in (
+    ("STUDENT", model.student, "INITIAL_CHECKPOINT_PATH", initial_path),
+    ("TEACHER", model.teacher, "TEACHER_CHECKPOINT_PATH", teacher_path),
+  ):
+    if part is not None and path is not None:
+      architectures.check_equal(
+        part.config, path, setting=setting, path_setting=path_setting
+      )
 
 
 def _stated_tokens(model, model_dir, initial_path, teacher_path):

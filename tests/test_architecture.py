@@ -28,15 +28,16 @@ MAY_IMPORT = {
   "checkpoints": "files network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
+  "architectures": "checkpoints models network",
   "planning": "checkpoints data files losses models network optimizers"
   " partitioning training types",
   "experiments": "files gin_utils training",
   "gin_files": "files",
   "gin_utils": "files gin_files",
   "command_line": "gin_files",
-  "train": "checkpoints data evaluation files models optimizers partitioning"
+  "train": "architectures checkpoints data evaluation files models optimizers partitioning"
   " training types",
-  "infer": "checkpoints data evaluation files models partitioning tasks types",
+  "infer": "architectures checkpoints data evaluation files models partitioning tasks types",
   "adapters": "checkpoints decoding models partitioning training types",
   "main": ALL,
 }

@@ -102,7 +102,8 @@ def vocabulary(
         " model"
       )
     return _of(found)
-  paths = [p for p in (student_path, teacher_path) if p is not None]
+  given = student_path, teacher_path
+  paths = [os.fspath(p) for p in given if isinstance(p, str | os.PathLike)]
   places = [place for place in map(find, paths) if place is not None]
   if not places:
     raise ValueError(

@@ -128,41 +128,20 @@ def test_gin_files(capsys, tmp_path, text, said):
 
 # ---- required macros -------------------------------------------------------------
 
-OF_GKD = (
-  "STUDENT",
-  "TEACHER",
-  "MODEL_DIR",
-  "TRAIN_STEPS",
-  "TASK_FEATURE_LENGTHS",
-  "TEACHER_CHECKPOINT_PATH",
-)
+OF_TRAINING = ("MODEL_DIR", "TRAIN_STEPS", "TASK_FEATURE_LENGTHS")
 OF_DECODING = (
-  "STUDENT",
   "CHECKPOINT_PATH",
   "TASK_FEATURE_LENGTHS",
 )
 MISSING = {
-  "train --gin_file=runs/gkd.gin": OF_GKD,
-  "train --gin_file=runs/sft.gin": {*OF_GKD}
-  - {"TEACHER", "TEACHER_CHECKPOINT_PATH"},
-  # What only a teacher would read is not asked for.
-  "train --gin_file=runs/sft.gin --gin_file=runs/decoder_only.gin": {*OF_GKD}
-  - {"TEACHER", "TEACHER_CHECKPOINT_PATH"},
-  "train --gin_file=runs/rl_gkd.gin": (*OF_GKD, "REWARD"),
-  "train --gin_file=experiments/smoke.gin --gin.MODEL_DIR='a'": (
-    "TEACHER_CHECKPOINT_PATH",
-  ),
+  "train --gin_file=runs/gkd.gin": OF_TRAINING,
+  "train --gin_file=runs/sft.gin": OF_TRAINING,
+  "train --gin_file=runs/rl_gkd.gin": (*OF_TRAINING, "REWARD"),
+  "train --gin_file=experiments/smoke.gin": ("MODEL_DIR",),
   "eval --gin_file=runs/eval.gin": (*OF_DECODING, "EVAL_OUTPUT_DIR"),
-  "eval --gin_file=runs/instruments.gin": (
-    *OF_DECODING,
-    "EVAL_OUTPUT_DIR",
-    "TEACHER",
-  ),
+  "eval --gin_file=runs/instruments.gin": (*OF_DECODING, "EVAL_OUTPUT_DIR"),
   "infer --gin_file=runs/infer.gin": (*OF_DECODING, "OUTPUT_PATH"),
-  "precompile --gin_file=runs/sft.gin": (
-    "STUDENT",
-    "TASK_FEATURE_LENGTHS",
-  ),
+  "precompile --gin_file=runs/sft.gin": ("TASK_FEATURE_LENGTHS",),
 }
 
 
@@ -242,10 +221,11 @@ WRONG = {
   "EXECUTOR": (0, None, "pmapp"),
   "BEST_MODE": (0, None, "mni"),
   "DECODE_FN": (0, "beam"),
+  "ACTIVATION_DTYPE": (0, "float"),
   "DECODER_PARAMS": (4, "x"),
   "NUM_REAL_TOKENS": (0, -4, 16.0, 25, "x"),
   "STUDENT": (0, None, "toy"),
-  "TEACHER": (0, None, "toy"),
+  "TEACHER": (0, "toy"),
   "STUDENT_MODEL": (0, None, "x"),
   "TEACHER_MODEL": (0, "x"),
   "MODEL": (0, None, "x"),
@@ -282,7 +262,21 @@ def test_the_table_has_each_macro_of_a_run():
 
   found = gin_files.read(["runs/gkd.gin"], [], [])
   macros = {b.selector for b in found if not b.argument}
-  assert macros == {*WRONG, *OF_FILES}
+  assert macros == {*WRONG, *OF_FILES, "PREFIX_LM"}
+
+
+def test_a_run_without_models_says_what_to_set(teacher, tmp_path, capsys):
+  line = ["train", SMOKE, *gin(MODEL_DIR=f"{tmp_path}/a"), "--dry_run"]
+  said = refused(capsys, *line)
+  assert "expected a path in quotes, got None; set TEACHER_CHECKPOINT_PATH" in (
+    said
+  )
+  for macro, path in (
+    ("STUDENT", "INITIAL_CHECKPOINT_PATH"),
+    ("TEACHER", "TEACHER_CHECKPOINT_PATH"),
+  ):
+    said = refused(capsys, *line, f"--gin.{macro}=None")
+    assert f"whose folder has them, got None; set {macro} or {path}" in said
 
 
 def test_a_run_without_data_says_what_to_set(teacher, tmp_path, capsys):
@@ -309,7 +303,7 @@ UNFIT = [
   ("MIXTURE_OR_TASK_MODULE='nowhere'", "a Python module, got 'nowhere'"),
   ("TEACHER_CHECKPOINT_PATH='/nowhere'", "/nowhere"),
   ("toy/teacher/network.T5Config.vocab_size=32", "24 (student)"),
-  ("toy/teacher/network.T5Config.mlp_dim=48", "mlp/w"),
+  ("toy/teacher/network.T5Config.mlp_dim=48", "expected mlp_dim 64, as TEACH"),
   ("toy/student/network.T5Config.num_heads=0", "T5Config.num_heads"),
   ("toy/student/network.T5Config.dtype='float'", "T5Config.dtype"),
   ("toy/student/network.T5Config.remat_policy='all'", "remat_policy"),
@@ -466,6 +460,17 @@ REWARD = "--gin.REWARD=@optimizers.adafactor"
 LINES = {
   "rl": ([*TRAIN, "--gin_file=runs/rl_gkd.gin", REWARD], OF_RL),
   "minillm": ([*TRAIN, "--gin_file=methods/minillm.gin"], OF_MINILLM),
+  "decoder_only": (
+    [
+      *("train", "--gin_file=experiments/smoke_decoder_only.gin"),
+      *(
+        "--gin.MODEL_DIR='a'",
+        "--gin.TEACHER_CHECKPOINT_PATH='t'",
+        "--dry_run",
+      ),
+    ],
+    {"PREFIX_LM": (0, None, "x")},
+  ),
   "files": (
     [
       *(*TRAIN, "--gin_file=runs/gkd.gin", "--gin.TRAIN_FILES='a.jsonl'"),

@@ -325,7 +325,6 @@ def test_decoder_only_smoke_trains_and_is_scored(tmp_path):
   files = (
     "runs/eval.gin",
     "models/decoder_only_toy.gin",
-    "runs/decoder_only.gin",
   )
   done = gkd(
     "eval",

@@ -52,7 +52,6 @@ def test_macros_of_a_run_file_with_defaults_and_comments():
   must, rest = page.split("  must be set:\n")[1].split("  runs/files.gin:\n")
   assert must.split() == [
     *("MODEL_DIR", "TASK_FEATURE_LENGTHS", "TRAIN_STEPS"),
-    *("STUDENT", "TEACHER", "TEACHER_CHECKPOINT_PATH"),
   ]
   assert re.search(r"^    TEST_FILES = None$", rest, re.M)
   assert re.search(r"^    BATCH_SIZE = 32$", rest, re.M)

@@ -110,7 +110,7 @@ RUNS = {
 def test_a_run_s_student_and_teacher(run):
   family, student, teacher, module = RUNS[run]
   gin_utils.parse(
-    ["runs/gkd.gin", f"models/{family}.gin", f"runs/{run}.gin"],
+    ["runs/gkd.gin", f"models/{family}.gin"],
     [
       f"STUDENT = %{student}",
       f"TEACHER = %{teacher}",
@@ -133,7 +133,7 @@ def test_a_run_s_student_and_teacher(run):
 def test_what_is_decoded(run):
   family, student, _, module = RUNS[run]
   gin_utils.parse(
-    [f"models/{family}.gin", "runs/eval.gin", f"runs/{run}.gin"],
+    [f"models/{family}.gin", "runs/eval.gin"],
     ["WEIGHTS = 'int8'", f"STUDENT = %{student}"],
     [],
   )

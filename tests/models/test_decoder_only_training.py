@@ -219,7 +219,7 @@ def test_evaluation_decodes_outputs_without_their_prompts():
 
 def test_sizes_of_t5x_example():
   gin_utils.parse(
-    ["runs/gkd.gin", "models/decoder_only.gin", "runs/decoder_only.gin"],
+    ["runs/gkd.gin", "models/decoder_only.gin"],
     ["STUDENT = %DECODER_ONLY_BASE", "TEACHER = %DECODER_ONLY_XXL"],
     [],
   )

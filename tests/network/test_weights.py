@@ -424,7 +424,6 @@ def test_gin_sets_those_of_what_is_decoded(kind):
   files, bindings = ["models/toy.gin", "runs/eval.gin"], ["WEIGHTS = 'int8'"]
   if kind == "decoder":
     files = ["models/decoder_only_toy.gin", "runs/eval.gin"]
-    files.append("runs/decoder_only.gin")
     bindings.append("STUDENT = %DECODER_ONLY_TOY_TEACHER")
   else:
     bindings.append("STUDENT = %TOY_STUDENT")
