@@ -42,6 +42,15 @@ GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 _MODULES = (hf_t5, hf_t5gemma, hf_rotary)
 _BY_KIND = {kind: module for module in _MODULES for kind in module.KINDS}
+# `model_type` of a model of texts and images, to that of its text model; how names
+# of the text model begin there, to how they begin in a folder of it alone.
+_TEXT_PARTS = {"gemma3": "gemma3_text"}
+_TEXT_PREFIXES = {
+  "language_model.model.": "model.",
+  "language_model.lm_head.": "lm_head.",
+  "model.language_model.": "model.",
+}
+_IMAGES = r"(model\.)?(vision_tower|multi_modal_projector)\..*"
 _BY_CONFIG = {module.CONFIG: module for module in _MODULES}
 
 
@@ -76,10 +85,16 @@ def _read_config(folder, setting):
 
 
 def _read_text(folder, setting):
-  """Returns the content of `config.json`, and the module of its family."""
+  """Returns the content of `config.json`, and the module of its family.
+
+  Of a model of texts and images that is the part of the text model.
+  """
   file = folder / safetensors_io.CONFIG_FILE
   text = safetensors_io.read_json(file, setting=setting)
   kind = text.get("model_type")
+  if kind in _TEXT_PARTS and "text_config" in text:
+    whole, kind = kind, _TEXT_PARTS[kind]
+    text = {**text["text_config"], "model_type": kind, "part_of": whole}
   if kind not in _BY_KIND:
     raise ValueError(
       f"expected model_type {' or '.join(map(repr, _BY_KIND))}, got {kind!r} in"
@@ -179,6 +194,12 @@ def open_folder(
   """
   text, config = _read_config(folder, setting)
   theirs = _open_files(folder, setting)
+  if "part_of" in text:
+    theirs = {
+      _of_text(name): array
+      for name, array in theirs.items()
+      if not re.fullmatch(_IMAGES, name)
+    }
   return to_our_names(theirs, text, config, setting=setting, path=folder)
 
 
@@ -264,6 +285,14 @@ def rename(
     name: flat[ours].transpose() if transposed else flat[ours]
     for ours, (name, transposed) in name_table(config).items()
   }
+
+
+def _of_text(name):
+  """Returns a name as a folder of the text model alone has it."""
+  for prefix, alone in _TEXT_PREFIXES.items():
+    if name.startswith(prefix):
+      return alone + name.removeprefix(prefix)
+  return name
 
 
 def _theirs(shape, entry):

@@ -4,6 +4,7 @@ Reference: T5Gemma (arXiv 2504.06225).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ class T5GemmaConfig:
   def emb_dim(self) -> int:
     """D of the decoder, which the head reads."""
     return self.decoder.emb_dim
+
+  @property
+  def num_heads(self) -> int:
+    """The largest number by which the heads of both sides can be split."""
+    return math.gcd(self.encoder.num_heads, self.decoder.num_heads)
 
   @property
   def dtype(self) -> Any:

@@ -120,6 +120,35 @@ def test_special_tokens_are_those_of_the_folder_and_of_its_export(
   assert (again.eos, again.start) == (tokens.eos, start)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_"])
+def test_the_text_part_of_a_model_of_texts_and_images(prefix, tmp_path):
+  given = golden_hf.FOLDERS / "gemma3_text_linear"
+  text = golden_hf.config_json("gemma3_text_linear")
+  top = {k: text.pop(k) for k in ("architectures", "eos_token_id")}
+  (tmp_path / "config.json").write_text(
+    json.dumps(top | {"model_type": "gemma3", "text_config": text})
+  )
+  named = lambda name: name.replace("model.", prefix, 1)
+  if prefix == "model.language_":
+    named = lambda name: name.replace("model.", f"{prefix}model.", 1)
+  tensors = library.load_file(given / "model.safetensors")
+  images = prefix.replace("language_model.model.", "").replace("language_", "")
+  library.save_file(
+    {named(name): x for name, x in tensors.items()}
+    | {f"{images}vision_tower.a.weight": np.zeros(3, np.float32)}
+    | {f"{images}multi_modal_projector.b": np.zeros(3, np.float32)},
+    tmp_path / "model.safetensors",
+  )
+  config, params = checkpoints.load_model(tmp_path)
+  expected = checkpoints.load_model(given)
+  assert config == expected[0] and config.family == "gemma3_text"
+  assert_identical(params, expected[1])
+  assert checkpoints.load_special_tokens(tmp_path).eos == (1, 9)
+  # Anything else is not passed over.
+  change_tensors(tmp_path, audio__weight=np.zeros(3, np.float32))
+  assert "1 unmapped: audio.weight" in refusal(tmp_path)
+
+
 def test_shards_are_the_whole_model():
   whole, shards = (
     golden_hf.FOLDERS / "llama",

@@ -112,13 +112,16 @@ def _loss(logits, given):
 
 def greedy(model, params, given):
   """Decodes with the cache from prompts whose first word is read first."""
-  tokens, length = given["input_ids"], given["greedy_no_eos"].shape[1]
+  length = given["greedy_no_eos"].shape[1]
+  return _decode(model, params, (), _prompts(given, length), length)
+
+
+def _prompts(given, length):
   room = ((0, 0), (0, length))
-  batch = {
-    "decoder_input_tokens": jnp.pad(tokens, room),
+  return {
+    "decoder_input_tokens": jnp.pad(given["input_ids"], room),
     "decoder_causal_attention": jnp.pad(given["attention_mask"], room),
   }
-  return _decode(model, params, (), batch, length)
 
 
 def _decode(model, params, encoded, batch, length, **options):
@@ -175,6 +178,45 @@ def _encoder_decoder(model, params, given):
     "greedy": greedy.tokens,
     "greedy_log_probs": greedy.log_probs,
   }
+
+
+def check_beams(got):
+  """Compares four beams that do not end, and the sums of their log-probs."""
+  given, model = got.expected, got.model
+  expected = given["beam4_no_eos"]
+  batch, length = _prompts(given, expected.shape[2]), expected.shape[2]
+  start = int(given["decoder_start_token_id"])
+  if start >= 0:
+    batch = {
+      "encoder_input_tokens": given["input_ids"],
+      "decoder_input_tokens": np.zeros((len(expected), length), np.int32),
+    }
+
+  @jax.jit
+  def search(params):
+    encoded = model.encode(params, batch)
+    step, cache, rows = model.start_decoding(
+      params, encoded, batch, num_decodes=4
+    )
+    if start >= 0:
+      rows["start_tokens"] = jnp.full(4 * len(expected), start, jnp.int32)
+    return decoding.beam_search(
+      step,
+      cache,
+      batch_size=len(expected),
+      max_decode_length=length,
+      num_decodes=4,
+      alpha=0.0,
+      eos_id=-1,
+      **rows,
+    )
+
+  found = search(got.params)
+  # Ours has the best one last.
+  np.testing.assert_array_equal(found.tokens[:, ::-1], expected)
+  np.testing.assert_allclose(
+    found.scores[:, ::-1], given["beam4_no_eos_scores"], rtol=0, atol=1e-4
+  )
 
 
 def check_gradients(got):

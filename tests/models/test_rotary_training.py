@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy_decoder_only
 import toy_models
+from checkpoint_states import assert_identical, opened
 from toy_steps import assert_same
 
 from gkd_jax import losses, models, network, partitioning, training
@@ -76,40 +77,60 @@ def place(model, tree, mesh):
 
 
 @functools.cache
-def gradient(name, microbatches=1, partitions=None, chunk=0):
-  """Gradient (the parameters' change under SGD) of a step on samples, metrics."""
+def jitted(name, microbatches=1, chunk=0):
+  """A compiled step on samples, its first state, and the teacher's parameters."""
   student, teacher = MODELS[name](8), MODELS[name](12)
   model = models.GKDModel(
     student, teacher, divergence="jsd", beta=0.5, loss_chunk_size=chunk
   )
-  before = drawn(student, 1)
   step, optimizer = toy_models.sgd_step(
     model, "student", num_microbatches=microbatches
   )
-  if partitions is None:
-    state = toy_models.state(before, optimizer)
-    new, metrics = jax.jit(step)(state, drawn(teacher, 2), batch(name))
-  else:
-    mesh = partitioning.make_mesh(partitions)
-    params, shardings = place(student, before, mesh)
-    state = toy_models.state(params, optimizer)
-    places = partitioning.state_shardings(state, shardings, mesh)
-    new, metrics = training.jit_step(step, mesh, places)(
-      jax.tree.map(jax.device_put, state, places),
-      place(teacher, drawn(teacher, 2), mesh)[0],
-      partitioning.put_batch(batch(name), mesh),
-      source="student",
-    )
-  change = lambda a, b: np.asarray(a) - np.asarray(b)
-  return jax.tree.map(change, before, new.params), jax.device_get(metrics)
+  state = toy_models.state(drawn(student, 1), optimizer)
+  return jax.jit(step), state, drawn(teacher, 2)
+
+
+def on_a_mesh(name, partitions, chunk):
+  student, teacher = MODELS[name](8), MODELS[name](12)
+  model = models.GKDModel(
+    student, teacher, divergence="jsd", beta=0.5, loss_chunk_size=chunk
+  )
+  step, optimizer = toy_models.sgd_step(model, "student")
+  mesh = partitioning.make_mesh(partitions)
+  params, shardings = place(student, drawn(student, 1), mesh)
+  state = toy_models.state(params, optimizer)
+  places = partitioning.state_shardings(state, shardings, mesh)
+  return training.jit_step(step, mesh, places)(
+    jax.tree.map(jax.device_put, state, places),
+    place(teacher, drawn(teacher, 2), mesh)[0],
+    partitioning.put_batch(batch(name), mesh),
+    source="student",
+  )
+
+
+def under_pmap(name, microbatches):
+  student, teacher = MODELS[name](8), MODELS[name](12)
+  model = models.GKDModel(student, teacher, divergence="jsd", beta=0.5)
+  step, optimizer = toy_models.sgd_step(
+    model, "student", num_microbatches=microbatches, axis_name="data"
+  )
+  state = toy_models.state(drawn(student, 1), optimizer)
+  run = training.pmap_step(step, jax.devices()[:4])
+  return run(state, drawn(teacher, 2), batch(name), source="student")
+
+
+def in_microbatches(name, number, chunk):
+  run, state, teacher = jitted(name, number, chunk)
+  return run(state, teacher, batch(name))
 
 
 SPLITS = {
-  "microbatches": {"microbatches": 2},
-  "chunks": {"chunk": 5},
-  "mesh 8x1": {"partitions": 1, "chunk": 2},
-  "mesh 4x2": {"partitions": 2},
-  "mesh 2x4": {"partitions": 4, "chunk": 5},
+  "microbatches": (in_microbatches, 2, 0),
+  "chunks": (in_microbatches, 1, 5),
+  "mesh 8x1": (on_a_mesh, 1, 2),
+  "mesh 4x2": (on_a_mesh, 2, 0),
+  "mesh 2x4": (on_a_mesh, 4, 5),
+  "pmap": (under_pmap, 2),
 }
 
 
@@ -125,13 +146,52 @@ SPLITS = {
   ),
 )
 def test_an_on_policy_step_is_the_same_when_it_is_split(name, split):
-  expected, metrics = gradient(name)
-  got, got_metrics = gradient(name, **SPLITS[split])
-  assert_same(got, expected)
+  run, state, teacher = jitted(name)
+  expected, metrics = run(state, teacher, batch(name))
+  how, *options = SPLITS[split]
+  got, got_metrics = how(name, *options)
+  # Under SGD at rate 1 the change is the gradient.
+  change = lambda new: jax.tree.map(
+    lambda a, b: np.asarray(a) - np.asarray(b), state.params, new.params
+  )
+  assert_same(change(got), change(expected))
   for key in ("loss", "sampled_length"):
     np.testing.assert_allclose(got_metrics[key], metrics[key], rtol=1e-5)
+  # Rows end at different places, and some do not end.
   ended, rows = metrics["sampled_eos"]
-  assert 0 < ended <= rows == 8
+  assert 0 < ended < rows == 8
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_without_a_prompt_change_nothing(name):
+  """The end of a dataset: the last three rows, a microbatch's most, are empty."""
+  run, state, teacher = jitted(name, 2)
+  junk = batch(name)
+  last = {k: np.where(np.arange(8)[:, None] < 5, x, 0) for k, x in junk.items()}
+  new, metrics = run(state, teacher, last)
+  assert metrics["loss"][1] == metrics["on_policy_share"][1] == 5
+  five = {k: x[:5] for k, x in last.items()}
+  expected, _ = jitted(name)[0](state, teacher, five)
+  change = lambda new: jax.tree.map(
+    lambda a, b: np.asarray(a) - np.asarray(b), state.params, new.params
+  )
+  assert_same(change(new), change(expected))
+
+
+@pytest.mark.parametrize("name", nightly.of(MODELS, ["causal"]))
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(name, tmp_path):
+  run, state, teacher = jitted(name)
+  given = batch(name)
+  states = [state]
+  for _ in range(3):
+    states.append(run(states[-1], teacher, given)[0])
+  with opened(tmp_path) as checkpointer:
+    checkpointer.save(1, states[1])
+    new = checkpointer.restore(1, jax.eval_shape(lambda: states[1]))
+  for _ in range(2):
+    new, _ = run(new, teacher, given)
+  assert_identical(new, states[3])
 
 
 def test_the_fused_loss_caps_each_models_logits_by_its_own_cap():

@@ -5,12 +5,15 @@ import dataclasses
 import golden_hf
 import jax
 import jax.numpy as jnp
+import nightly
 import numpy as np
 import pytest
 import toy_decoder_only as toy
 import toy_models
+from loss_batches import log_softmax64
 
 from gkd_jax import models, network
+from gkd_jax.decoding import sampling
 from gkd_jax.network import rotary
 
 # Each way to compute is in one of them.
@@ -71,6 +74,11 @@ def test_gradients_equal_transformers(name):
 @each
 def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(golden_hf.causal_results(name))
+
+
+@pytest.mark.parametrize("name", nightly.of((*SHORT, *LONG), ["gemma2"]))
+def test_beams_and_their_scores_equal_transformers(name):
+  golden_hf.check_beams(golden_hf.causal_results(name))
 
 
 @pytest.mark.nightly
@@ -160,6 +168,7 @@ def test_packed_rows_have_the_logits_of_unpacked_ones(small):
 
 
 def test_samples_in_slots_are_those_of_all_rows_together(small):
+  """Their log-probs are those of the full forward pass, its capped logits."""
   model, params, pairs = small
   batch = toy.rows(pairs)
   draw = jax.jit(
@@ -173,6 +182,20 @@ def test_samples_in_slots_are_those_of_all_rows_together(small):
   np.testing.assert_allclose(slots.log_probs, together.log_probs, atol=1e-5)
   # Rows of several lengths, or the slots were not refilled.
   assert len(set(np.count_nonzero(np.asarray(slots.tokens), axis=1))) > 2
+  weights = sampling.sequence_weights(together.tokens)
+  rows = batch | model.output_features(batch, together.tokens, weights)
+  picked = np.take_along_axis(
+    log_softmax64(model.logits(params, rows)),
+    np.asarray(rows["decoder_target_tokens"])[..., None],
+    axis=-1,
+  )[..., 0]
+  for i, (prompt, _) in enumerate(pairs):
+    count = min(int(weights[i].sum()), toy.WIDTH - len(prompt))
+    np.testing.assert_allclose(
+      together.log_probs[i, :count],
+      picked[i, len(prompt) : len(prompt) + count],
+      atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import golden_hf
 import jax
 import jax.numpy as jnp
+import nightly
 import numpy as np
 import pytest
 import toy_models
@@ -46,6 +47,54 @@ def test_gradients_equal_transformers(name):
 @each
 def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(results(name))
+
+
+@pytest.mark.parametrize(
+  "name",
+  nightly.of(["t5gemma_wide", "t5gemma_untied", "t5gemma"], ["t5gemma_wide"]),
+)
+def test_beams_and_their_scores_equal_transformers(name):
+  golden_hf.check_beams(results(name))
+
+
+def test_rows_padded_on_either_side_equal_a_row_alone():
+  """Masks say what is padding: the encoder's rows may begin with it."""
+  got = results("t5gemma_wide")
+  given = got.expected
+  logits = jax.jit(got.model.logits)
+  lengths = given["attention_mask"].sum(axis=1)
+  left = [
+    np.roll(given[name], given["attention_mask"].shape[1] - n, axis=-1)[i]
+    for name in ("input_ids", "attention_mask")
+    for i, n in enumerate(lengths)
+  ]
+  assert len(set(lengths)) == 3
+  batch = {
+    "encoder_input_tokens": np.stack(left[:3]),
+    "encoder_input_mask": np.stack(left[3:]),
+    "decoder_input_tokens": given["decoder_input_ids"],
+    "decoder_target_tokens": given["decoder_input_ids"],
+  }
+  kept = given["logits_mask"] > 0
+  np.testing.assert_allclose(
+    logits(got.params, batch)[kept], got.logits[kept], rtol=0, atol=2e-5
+  )
+  row, end = 1, int(kept[1].sum())
+  alone = {
+    "encoder_input_tokens": given["input_ids"][row : row + 1, : lengths[row]],
+    "decoder_input_tokens": given["decoder_input_ids"][row : row + 1, :end],
+    "decoder_target_tokens": given["decoder_input_ids"][row : row + 1, :end],
+  }
+  np.testing.assert_allclose(
+    logits(got.params, alone)[0], got.logits[row, :end], rtol=0, atol=2e-5
+  )
+
+
+def test_a_model_axis_divides_the_heads_of_both_sides():
+  side = lambda heads: network.RotaryConfig(
+    vocab_size=16, num_heads=heads, num_kv_heads=1
+  )
+  assert network.T5GemmaConfig(side(6), side(4)).num_heads == 2
 
 
 def test_hidden_states_times_the_head_are_logits_before_the_cap():

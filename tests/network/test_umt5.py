@@ -2,6 +2,7 @@
 
 import golden_hf
 import jax
+import nightly
 import numpy as np
 import pytest
 import toy_models
@@ -43,6 +44,13 @@ def test_gradients_equal_transformers(name):
 @each
 def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(results(name))
+
+
+@pytest.mark.parametrize(
+  "name", nightly.of(["umt5", "umt5_tied"], ["umt5_tied"])
+)
+def test_beams_and_their_scores_equal_transformers(name):
+  golden_hf.check_beams(results(name))
 
 
 def test_scanned_layers_have_the_same_logits():
