@@ -242,6 +242,12 @@ def evaluate_checkpoint(
   if instruments:
     measured, tables = _measure(decoder, settings, teacher_checkpoint_path)
     scores |= measured
+    examples = tables.pop("examples")
+    for row, statistics in zip(rows, examples, strict=bool(examples)):
+      row["statistics"] |= statistics
+    about["metrics"] += [*examples[0]] if examples else []
+    _write(folder / "evaluation.json", about)
+    _write(folder / "predictions.jsonl", rows)
     _write(folder / "by_position.json", tables)
     _write(folder / "metrics.json", scores)
   for line in values.problems():
