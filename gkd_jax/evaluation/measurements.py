@@ -96,8 +96,8 @@ def measure(
     `{SOURCE: {NAME: [...], "count": [...]}}`, the means in nats at the first,
     second, ... token of an output for the names in `BY_POSITION`, and the number
     of outputs that have this token. `calibration` has the mean confidence, the
-    accuracy and the count of each bin. `examples` is besides: a list of what each
-    example adds to the means of its sample, as `tasks.example_statistics`.
+    accuracy and the count of each bin. `examples` is besides: of each example, by
+    its number, what its sample adds to the means, as `tasks.example_statistics`.
 
   Raises:
     ValueError: if there are no examples or no tokens.
@@ -109,12 +109,12 @@ def measure(
   )
   key = jax.random.key(seed)
   totals: Any = None
-  examples: list[dict[str, list[float]]] = []
+  examples: dict[int, dict[str, list[float]]] = {}
   for start, batch in evaluator.batches():
     sums = compiled(params, teacher_params, batch, key, start)
     # Added in float64: a split has more tokens than float32 can count exactly.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    examples += _by_example(sums.pop(_EXAMPLES, {}))
+    examples |= _by_example(sums.pop(_EXAMPLES, {}), start)
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
   if totals is None:
     raise ValueError(
@@ -123,7 +123,7 @@ def measure(
     )
   calibration = totals.pop("calibration")
   scores: dict[str, float] = {}
-  tables: dict[str, Any] = {"examples": examples}
+  tables: dict[str, Any] = {"examples": examples} if examples else {}
   if calibration["count"].sum() or not examples:
     scores["ece"] = expected_calibration_error(calibration)
     tables["calibration"] = _bins(calibration)
@@ -159,8 +159,7 @@ def _sums(model, params, teacher_params, batch, key, start):
   sampled = dict(batch) | student.output_features(batch, tokens, weights)
   logits = student.decoder_logits(params, encoded, sampled)
   sums[SAMPLES], by_row = _compare(model, teacher_params, sampled, logits)
-  ends = (tokens[..., None] == jnp.array(student.special_tokens.eos)).any(-1)
-  ended = jnp.any(ends & (weights > 0), axis=1)
+  ended = models.has_eos(tokens, weights, student.special_tokens.eos_id)
   sums[SAMPLES]["ended"] = jnp.sum(ended)
   sums[_EXAMPLES] = by_row | {"ended": ended}
   return sums
@@ -214,25 +213,28 @@ def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
   return {f"{source}/{name}": float(value) for name, value in means.items()}
 
 
-def _by_example(sums: Mapping[str, np.ndarray]) -> list[dict[str, list[float]]]:
+def _by_example(
+  sums: Mapping[str, np.ndarray], start: int
+) -> dict[int, dict[str, list[float]]]:
   """Returns what each example adds to each mean: a sum and its weight.
 
   Args:
     sums: over the tokens of each row, `[B]`; {} without a teacher. A row that
       fills up the last batch has no token.
+    start: number of the first row's example.
   """
   if not sums:
-    return []
+    return {}
   count = sums["count"]
   weights = {"ended": np.ones_like(count), "length": np.ones_like(count)}
   values = {k: x for k, x in sums.items() if k != "count"} | {"length": count}
-  return [
-    {
+  return {
+    start + int(row): {
       f"{SAMPLES}/{name}": [float(x[row]), float(weights.get(name, count)[row])]
       for name, x in values.items()
     }
     for row in np.flatnonzero(count)
-  ]
+  }
 
 
 def _by_position(table: Mapping[str, np.ndarray]) -> dict[str, list]:

@@ -35,6 +35,9 @@ def test_acceptance_is_the_expected_min_of_1_and_the_ratio():
   np.testing.assert_allclose(compared["forward_kl"], forward, rtol=1e-4)
   reverse = (q * np.log(q / p)).sum(-1)
   np.testing.assert_allclose(compared["reverse_kl"], reverse, rtol=1e-4)
+  agrees = p.argmax(-1) == q.argmax(-1)
+  assert 0 < agrees.sum() < agrees.size
+  np.testing.assert_array_equal(compared["top1_agreement"], agrees)
 
 
 def test_positions_are_counted_within_outputs():
