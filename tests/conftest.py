@@ -5,6 +5,7 @@ accelerator, and a broadcast that nobody asked for is an error.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -49,3 +50,9 @@ def pytest_collection_modifyitems(items):
   longest = ("multiprocess", "cli", "gin", "planning", "training", "models")
   rank = {folder: i for i, folder in enumerate(longest)}
   items.sort(key=lambda item: rank.get(item.path.parent.name, len(longest)))
+
+
+def pytest_collection_finish():
+  """Lets the garbage collector pass over what the imports made: it all stays."""
+  gc.freeze()
+  gc.set_threshold(100_000, 50, 50)

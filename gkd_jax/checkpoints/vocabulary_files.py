@@ -98,7 +98,10 @@ def of_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     Name to content, as of `read`; {} if the tokenizer is of another kind than
     pairs of bytes, or divides texts in a way that is not known here.
   """
-  said = lambda name: metadata.get(f"{_KEY}.{name}")
+
+  def said(name: str) -> Any:
+    return metadata.get(f"{_KEY}.{name}")
+
   divided = _DIVIDED.get(said("pre") or "")
   if said("model") != "gpt2" or divided is None:
     return {}

@@ -7,6 +7,7 @@ import json
 import signal
 
 import jax
+import nightly
 import numpy as np
 import pytest
 from command_line import (
@@ -110,7 +111,9 @@ def test_smoke_run_writes_what_it_says(whole):
   assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "how", nightly.of([signal.SIGKILL, signal.SIGTERM], [signal.SIGKILL])
+)
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   folder = tmp_path / "student"
   # Another step in every run of the test; pytest shows it if it fails. From 7
@@ -283,6 +286,7 @@ def test_a_wrong_setting_ends_the_process(some_teacher, tmp_path):
   assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.nightly
 def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
   folder = tmp_path / "student"
   done = gkd(

@@ -239,6 +239,7 @@ def test_a_configuration_in_a_bucket_is_read(teacher):
   assert len(files.read_json_lines(f"{folder}/out.jsonl")) == 2
 
 
+@pytest.mark.nightly
 def test_the_home_folder_is_filled_in_once(teacher, tmp_path, monkeypatch):
   home = tmp_path / "home"
   home.mkdir()

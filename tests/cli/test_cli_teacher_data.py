@@ -108,7 +108,11 @@ def test_other_settings_are_one_sentence(teacher, whole, capsys):
 
 
 @pytest.mark.parametrize(
-  ("file", "loss"), [("sft", "cross_entropy"), ("stored_teacher", "forward_kl")]
+  ("file", "loss"),
+  [
+    pytest.param("sft", "cross_entropy", marks=pytest.mark.nightly),
+    ("stored_teacher", "forward_kl"),
+  ],
 )
 def test_a_student_trains_on_the_shards(whole, tmp_path, file, loss):
   files = [f"--gin_file=runs/{file}.gin"]
@@ -145,6 +149,7 @@ def test_a_student_trains_on_the_shards(whole, tmp_path, file, loss):
     assert example["reference"].endswith(f"#{value}")
 
 
+@pytest.mark.nightly
 def test_two_processes_share_the_shards(teacher, whole, tmp_path):
   prefix = tmp_path / "out"
   with socket.socket() as free:

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import seqio
+import toy_models
 
 from gkd_jax import checkpoints, evaluation, models, network
 from gkd_jax.evaluation import entailment
@@ -31,8 +31,7 @@ def scorer(tmp_path_factory):
   )
   model = models.EncoderDecoderModel(network.Transformer(config))
   shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 1)}
-  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
-  params = jax.jit(draw)(jax.random.key(4))
+  params = toy_models.initial_params(model, 4, shapes)
   folder = tmp_path_factory.mktemp("scorer")
   checkpoints.save_safetensors(folder, params, dataclasses.asdict(config))
   return model, params, str(folder)

@@ -41,9 +41,7 @@ def toy():
     "encoder_input_tokens": (1, LENGTHS["inputs"]),
     "decoder_input_tokens": (1, LENGTHS["targets"]),
   }
-  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
-  params = jax.jit(draw)(jax.random.key(3))
-  params = jax.tree.map(lambda x: np.asarray(x) * 2, dict(params))
+  params = toy_models.initial_params(model, 3, shapes, 2)
   return model, params, data.load_task("arithmetic_cot")
 
 

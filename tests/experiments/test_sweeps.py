@@ -238,6 +238,7 @@ def _built_by(arguments):
   return gin_utils.bindings(train.train, precompile.SETTINGS)
 
 
+@pytest.mark.nightly
 def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
   def gkd(*arguments):
     return subprocess.run(

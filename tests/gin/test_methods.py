@@ -161,11 +161,8 @@ def batch_of(rows=8, seed=3):
 
 def params_of(model, seed):
   shapes = {k: v.shape for k, v in batch_of().items()}
-  tree = jax.jit(
-    lambda key: model.get_initial_variables(key, shapes)["params"]
-  )(jax.random.key(seed))
   # Larger, so that distributions differ from token to token and samples end early.
-  return jax.tree.map(lambda x: 1.5 * x, tree)
+  return toy_models.draw_params(model, seed, shapes, 1.5)
 
 
 def on_own_outputs(model, params, batch, key):
@@ -228,10 +225,7 @@ def test_negative_log_likelihood(method, toys, tmp_path):
   nightly.besides(
     [
       ("supervised_kd", "data"),
-      ("imitkd", "student"),
-      ("f_distill", "data"),
       ("f_distill", "student"),
-      ("on_policy_kd", "student"),
       ("gkd", "student"),
       ("self_distillation", "student"),
     ],
@@ -316,9 +310,7 @@ def task_of(method, folder):
   return outputs_of_a_teacher(folder) if method == "seqkd" else "arithmetic_cot"
 
 
-@pytest.mark.parametrize(
-  "method", nightly.of(METHODS, ["sft", "imitkd", "self_distillation"])
-)
+@pytest.mark.parametrize("method", nightly.of(METHODS, ["imitkd"]))
 def test_two_steps_change_the_student(method, toys, tmp_path):
   parts = gin_probe.parts_of(toys(method), tmp_path, **macros(method))
   model, optimizer, seed = parts["model"], parts["optimizer"], seed_of(method)
@@ -352,7 +344,9 @@ def test_two_steps_change_the_student(method, toys, tmp_path):
   assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.parametrize("method", ["seqkd", "self_distillation"])
+@pytest.mark.parametrize(
+  "method", nightly.of(["seqkd", "self_distillation"], ["self_distillation"])
+)
 def test_two_steps_by_the_training_script(method, toys, tmp_path):
   settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_NUM_EXAMPLES": 8}
   settings["MIXTURE_OR_TASK_NAME"] = repr(task_of(method, tmp_path))

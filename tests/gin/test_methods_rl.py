@@ -111,6 +111,7 @@ def test_rl_gkd_with_the_entailment_scorer(folders, tmp_path):
   assert "models.RLGKDModel" in (folder / "config.gin").read_text()
 
 
+@pytest.mark.nightly
 def test_rlef(folders, tmp_path):
   _, rows = train(
     "rlef",
@@ -137,6 +138,7 @@ def test_minillm(folders, tmp_path):
   assert max(moved) > 1e-5
 
 
+@pytest.mark.nightly
 def test_rl_gkd_stopped_and_resumed(folders, tmp_path):
   settings = of_teacher(folders) | {
     "BASELINE": "running_mean",

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import fork_server
-import jax
 import pytest
+import toy_models
 
 from gkd_jax import checkpoints, main, models, network
 
@@ -90,8 +90,7 @@ def save_toy(folder, emb_dim, num_heads, mlp_dim, vocab_size=24, seed=0):
   )
   model = models.EncoderDecoderModel(network.Transformer(config))
   shapes = {"encoder_input_tokens": (1, 2), "decoder_input_tokens": (1, 2)}
-  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
-  params = jax.jit(draw)(jax.random.key(seed))
+  params = toy_models.initial_params(model, seed, shapes)
   checkpoints.save_safetensors(folder, params, dataclasses.asdict(config))
   return str(folder)
 

@@ -37,16 +37,33 @@ def params(a_model, seed):
 _DRAWN = {}
 
 
-def draw_params(a_model, seed, shapes, scale):
-  """Initial parameters times `scale`: drawn once, copied for each caller."""
+def draw_params(a_model, seed, shapes, scale=1.0):
+  """Parameters spread as initial ones, times `scale`; copied for each caller.
+
+  Drawn by numpy: the program of all initial distributions takes seconds to
+  compile.
+  """
   key = repr((a_model.config, seed, shapes, scale))
   if key not in _DRAWN:
-    draw = lambda key: a_model.get_initial_variables(key, shapes)["params"]
-    tree = jax.jit(draw)(jax.random.key(seed))
-    _DRAWN[key] = jax.tree.map(
-      lambda x: np.asarray(x) * np.float32(scale), tree
-    )
+    _DRAWN[key] = initial_params(a_model, seed, shapes, scale)
   return jax.tree.map(jnp.array, _DRAWN[key])
+
+
+def initial_params(a_model, seed, shapes, scale=1.0):
+  """As `draw_params`, arrays of numpy, drawn anew."""
+  tree = jax.eval_shape(
+    lambda: a_model.get_initial_variables(jax.random.key(0), shapes)
+  )["params"]
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    values = np.ones(x.shape)
+    if path[-1].key != "scale":
+      fan_in = 1 if path[-1].key == "embedding" else x.shape[-2]
+      values = rng.normal(0, fan_in**-0.5, x.shape)
+    return (scale * values).astype(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def gkd(dropout_rate=0.0, **kwargs):

@@ -436,8 +436,7 @@ def test_hidden_states_times_the_head_are_the_logits(toy, tied):
   model = type(model)(type(model.module)(config))
   batch = toy.batch()
   shapes = {name: x.shape for name, x in batch.items()}
-  draw = lambda key: model.get_initial_variables(key, shapes)["params"]
-  params = jax.jit(draw)(jax.random.key(0))
+  params = toy_models.initial_params(model, 0, shapes)
 
   @jax.jit
   def both(params):

@@ -39,7 +39,8 @@ def short_targets():
 
 def gkd(**settings):
   """`toy_models.gkd`, but of samples that end early."""
-  model, student, teacher = toy_models.gkd(**settings)
+  model, _, teacher = toy_models.gkd(**settings)
+  student = toy_models.params(model.student, 9)
   model.sampling["suppress_ids"] = (0, *range(2, 11))
   return model, student, teacher
 

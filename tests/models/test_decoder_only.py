@@ -294,7 +294,7 @@ def test_beams_go_on_from_each_prompt_and_end_with_its_row(prefix_lm):
     inputs_bidirectional_attention=prefix_lm,
     default_decoder_params={"alpha": 0.6, "num_decodes": 3},
   )
-  params = toy.params(model, 3)
+  params = toy.params(model, 2)
   # Rooms of 2, 7 and 9 tokens.
   prompts = [[*range(2, 11), 1], [5, 7, 3, 9, 1], [6, 4, 1]]
   batch = toy.rows([(prompt, []) for prompt in prompts])
