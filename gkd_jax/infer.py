@@ -253,6 +253,13 @@ def evaluate_checkpoint(
   if instruments:
     measured, tables = _measure(decoder, settings, teacher_checkpoint_path)
     scores |= measured
+    examples = tables.pop("examples", {})
+    for number, statistics in examples.items():
+      rows[number]["statistics"] |= statistics
+    if examples:
+      about["metrics"] += [*next(iter(examples.values()))]
+      _write(folder / "evaluation.json", about)
+      _write(folder / "predictions.jsonl", rows)
     _write(folder / "by_position.json", tables)
     _write(folder / "metrics.json", scores)
   for line in values.problems():

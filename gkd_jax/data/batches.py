@@ -155,10 +155,12 @@ def feature_converter(
   """
   if isinstance(cls, str):
     cls = getattr(feature_converters, cls, None) or getattr(seqio, cls)
-  cls = feature_converters.for_prompts(cls)
   start = special_tokens.start
   if not special_tokens.zero_is_padding:
+    # It raises each id by one.
+    cls = feature_converters.for_prompts(cls, start + 1 if start else 0)
     return feature_converters.ZeroIsToken(cls(pack=pack, bos_id=start + 1))
+  cls = feature_converters.for_prompts(cls, start)
   return cls(pack=pack, bos_id=start) if start else cls(pack=pack)
 
 

@@ -18,14 +18,18 @@ _INPUTS = "encoder_input_tokens"
 
 
 @functools.cache
-def for_prompts(cls: type) -> type:
+def for_prompts(cls: type, start: int = 0) -> type:
   """Returns a class like a converter's that takes prompts without targets.
 
   Their targets are empty, and a batch has no loss weights for them.
 
   Args:
     cls: a subclass of `seqio.FeatureConverter`.
+    start: what a decoder reads first. A prompt that is a decoder's, and begins
+      with it already, as a tokenizer's may, has it once. 0: prompts stay as they
+      are.
   """
+  has_encoder = _INPUTS in getattr(cls, "MODEL_FEATURES", {})
 
   class Converter(cls):
     def __call__(
@@ -34,7 +38,14 @@ def for_prompts(cls: type) -> type:
       if "targets" not in set(ds.element_spec):
         empty = {"targets": tf.zeros([0], tf.int32)}
         ds = ds.map(lambda example: example | empty)
+      if start and not has_encoder and "inputs" in set(ds.element_spec):
+        ds = ds.map(_without_start)
       return super().__call__(ds, task_feature_lengths)
+
+  def _without_start(example):
+    prompt = example["inputs"]
+    begins = tf.reduce_any(prompt[:1] == tf.cast(start, prompt.dtype))
+    return example | {"inputs": prompt[tf.cast(begins, tf.int32) :]}
 
   return Converter
 

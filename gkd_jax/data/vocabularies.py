@@ -58,6 +58,22 @@ def text(
   return vocabulary.decode(tokens)
 
 
+def prompt_text(vocabulary: Any, tokens: Sequence[int]) -> str:
+  """Decodes a prompt, in which an EOS may end each turn of a conversation.
+
+  Args:
+    vocabulary: seqio's, which decodes up to an EOS.
+    tokens: of the prompt.
+  """
+  eos = types.SpecialTokens.of(vocabulary).eos
+  turns: list[list[int]] = [[]]
+  for token in map(int, tokens):
+    turns[-1].append(token)
+    if token in eos:
+      turns.append([])
+  return "".join(vocabulary.decode(turn) for turn in turns if turn)
+
+
 def fitted(
   model: Any, task: Any, stated: Mapping[str, types.SpecialTokens | None]
 ) -> Any:

@@ -33,6 +33,7 @@ from gkd_jax.evaluation import evaluate
 
 # Sources of outputs, as named in results.
 SAMPLES, DATA = "student_samples", "data"
+_EXAMPLES = "examples"
 # In `by_position.json`; the other names only have means over tokens.
 BY_POSITION = ("forward_kl", "reverse_kl")
 NUM_BINS = 15  # as in Guo et al.
@@ -88,13 +89,15 @@ def measure(
     `NUM_BINS` bins of equal width. With a teacher also, for each SOURCE in
     `student_samples` and `data`: `SOURCE/NAME`, the mean over tokens of each of
     `token_divergences`, and `SOURCE/length`, the mean number of tokens of an
-    output, EOS included.
+    output, EOS included; and `student_samples/ended`, the share of samples that
+    EOS ends. Where the split has prompts alone, there is no `ece` and no `data`.
 
     Tables, the content of `by_position.json`:
     `{SOURCE: {NAME: [...], "count": [...]}}`, the means in nats at the first,
     second, ... token of an output for the names in `BY_POSITION`, and the number
     of outputs that have this token. `calibration` has the mean confidence, the
-    accuracy and the count of each bin.
+    accuracy and the count of each bin. `examples` is besides: of each example, by
+    its number, what its sample adds to the means, as `tasks.example_statistics`.
 
   Raises:
     ValueError: if there are no examples or no tokens.
@@ -106,10 +109,12 @@ def measure(
   )
   key = jax.random.key(seed)
   totals: Any = None
+  examples: dict[int, dict[str, list[float]]] = {}
   for start, batch in evaluator.batches():
     sums = compiled(params, teacher_params, batch, key, start)
     # Added in float64: a split has more tokens than float32 can count exactly.
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    examples |= _by_example(sums.pop(_EXAMPLES, {}), start)
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
   if totals is None:
     raise ValueError(
@@ -117,12 +122,16 @@ def measure(
       " EVAL_NUM_EXAMPLES"
     )
   calibration = totals.pop("calibration")
-  scores = {"ece": expected_calibration_error(calibration)}
-  tables: dict[str, Any] = {}
+  scores: dict[str, float] = {}
+  tables: dict[str, Any] = {"examples": examples} if examples else {}
+  if calibration["count"].sum() or not examples:
+    scores["ece"] = expected_calibration_error(calibration)
+    tables["calibration"] = _bins(calibration)
+  else:  # prompts alone
+    totals.pop(DATA)
   for source, table in totals.items():
     scores |= _means(source, table)
     tables[source] = _by_position(table)
-  tables["calibration"] = _bins(calibration)
   return scores, tables
 
 
@@ -141,7 +150,7 @@ def _sums(model, params, teacher_params, batch, key, start):
   }
   if model.teacher is None:
     return sums
-  sums[DATA] = _compare(model, teacher_params, batch, logits)
+  sums[DATA], _ = _compare(model, teacher_params, batch, logits)
   encoded = student.encode(params, batch)
   row_ids = start + jnp.arange(weights.shape[0])
   tokens, weights, _ = model.draw(params, encoded, batch, key, row_ids=row_ids)
@@ -149,7 +158,10 @@ def _sums(model, params, teacher_params, batch, key, start):
   weights *= student.has_inputs(batch)[:, None]
   sampled = dict(batch) | student.output_features(batch, tokens, weights)
   logits = student.decoder_logits(params, encoded, sampled)
-  sums[SAMPLES] = _compare(model, teacher_params, sampled, logits)
+  sums[SAMPLES], by_row = _compare(model, teacher_params, sampled, logits)
+  ended = models.has_eos(tokens, weights, student.special_tokens.eos_id)
+  sums[SAMPLES]["ended"] = jnp.sum(ended)
+  sums[_EXAMPLES] = by_row | {"ended": ended}
   return sums
 
 
@@ -158,8 +170,8 @@ def _compare(
   teacher_params: Any,
   batch: types.Batch,
   student_logits: jax.Array,
-) -> dict[str, jax.Array]:
-  """Returns sums by position `[T]` of `token_divergences`, and counts."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """Returns sums of `token_divergences` and counts, by position and by row."""
   real = model.student.num_real_tokens
   teacher_logits, student_logits = losses.of_one_size(
     model.teacher.logits(teacher_params, batch), student_logits, real
@@ -179,7 +191,11 @@ def _compare(
   sums = {
     name: sum_by_position(value, weights) for name, value in values.items()
   }
-  return sums | {"rows": jnp.sum(jnp.any(weights > 0, axis=1))}
+  by_row = {
+    name: jnp.sum(jnp.where(weights > 0, value, 0.0), axis=1)
+    for name, value in values.items()
+  }
+  return sums | {"rows": jnp.sum(jnp.any(weights > 0, axis=1))}, by_row
 
 
 def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -189,10 +205,36 @@ def _means(source: str, table: Mapping[str, np.ndarray]) -> dict[str, float]:
     raise ValueError(
       f"expected tokens of {source} to measure on, got none; set EVAL_SPLIT"
     )
-  names = [name for name in table if name not in ("count", "rows")]
+  of_rows = {"length": tokens / rows}
+  if "ended" in table:
+    of_rows["ended"] = table["ended"] / rows
+  names = [name for name in table if name not in ("count", "rows", "ended")]
+  means = {name: table[name].sum() / tokens for name in names} | of_rows
+  return {f"{source}/{name}": float(value) for name, value in means.items()}
+
+
+def _by_example(
+  sums: Mapping[str, np.ndarray], start: int
+) -> dict[int, dict[str, list[float]]]:
+  """Returns what each example adds to each mean: a sum and its weight.
+
+  Args:
+    sums: over the tokens of each row, `[B]`; {} without a teacher. A row that
+      fills up the last batch has no token.
+    start: number of the first row's example.
+  """
+  if not sums:
+    return {}
+  count = sums["count"]
+  weights = {"ended": np.ones_like(count), "length": np.ones_like(count)}
+  values = {k: x for k, x in sums.items() if k != "count"} | {"length": count}
   return {
-    f"{source}/{name}": float(table[name].sum() / tokens) for name in names
-  } | {f"{source}/length": float(tokens / rows)}
+    start + int(row): {
+      f"{SAMPLES}/{name}": [float(x[row]), float(weights.get(name, count)[row])]
+      for name, x in values.items()
+    }
+    for row in np.flatnonzero(count)
+  }
 
 
 def _by_position(table: Mapping[str, np.ndarray]) -> dict[str, list]:
@@ -253,8 +295,9 @@ def token_divergences(
     student_log_probs: `[..., V]` log q.
 
   Returns:
-    `forward_kl`, `reverse_kl`, `teacher_entropy`, `student_entropy` in nats, and
-    `acceptance` (see `acceptance_rate`), each `[...]`.
+    `forward_kl`, `reverse_kl`, `teacher_entropy`, `student_entropy` in nats,
+    `acceptance` (see `acceptance_rate`), and `top1_agreement`, whether both rank
+    the same token first, each `[...]`.
   """
   p, q = teacher_log_probs, student_log_probs
   return {
@@ -263,6 +306,7 @@ def token_divergences(
     "teacher_entropy": divergences.entropy(p),
     "student_entropy": divergences.entropy(q),
     "acceptance": acceptance_rate(p, q),
+    "top1_agreement": jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1),
   }
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tiny_tokenizers
 
 from gkd_jax import data, types
+from gkd_jax.data import vocabularies
 
 TEXTS = [
   "hello",
@@ -104,6 +105,16 @@ def test_conversations_are_read_as_by_transformers(bytes_folder):
   assert vocabulary.encode_chat(MESSAGES[:1]) == prompt
   whole = vocabulary.encode_chat(MESSAGES, to_answer=False)
   assert whole == [*prompt, 261, 2, 201]
+
+
+def test_a_prompt_of_several_turns_is_shown_whole(bytes_folder):
+  vocabulary = data.TokenizerVocabulary(bytes_folder)
+  ids = vocabulary.encode_chat(MESSAGES[:1])
+  assert vocabularies.prompt_text(vocabulary, ids) == (
+    "system\nhelp\nuser\nhello\n\nuser 🙂\nassistant\n"
+  )
+  pieces = seqio.ByteVocabulary()
+  assert vocabularies.prompt_text(pieces, [*pieces.encode("ab"), 1]) == "ab"
 
 
 def test_a_message_spells_no_special_token(bytes_folder):

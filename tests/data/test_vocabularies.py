@@ -119,6 +119,30 @@ def test_unknown_0_counts_as_a_token_of_the_data():
   ]
 
 
+@pytest.mark.parametrize("zero_is_padding", [True, False])
+def test_a_decoder_reads_a_start_once_that_its_prompt_has(zero_is_padding):
+  task = token_layouts.task(
+    f"starts_{zero_is_padding}", "sentencepiece", [("ab", "b"), ("b", "aa")]
+  )
+  # As if "a" (6) were BOS.
+  tokens = data.special_tokens(task)._replace(
+    start=6, zero_is_padding=zero_is_padding
+  )
+  got = features(task.name, "DecoderFeatureConverter", tokens)
+  assert got["decoder_input_tokens"] == [
+    [6, 7, 2, 7, 2, 0, 0, 0, 0],
+    [6, 7, 2, 6, 6, 2, 0, 0, 0],
+  ]
+  assert got["decoder_target_tokens"] == [
+    [7, 2, 7, 2, 0, 0, 0, 0, 0],
+    [7, 2, 6, 6, 2, 0, 0, 0, 0],
+  ]
+  assert got["decoder_causal_attention"] == [[1] * 3 + [0] * 6] * 2
+  # An encoder reads all of it.
+  got = features(task.name, "EncDecFeatureConverter", tokens)
+  assert got["encoder_input_tokens"] == [[6, 7, 2, 0], [7, 2, 0, 0]]
+
+
 def test_packed_rows_count_a_0():
   token_layouts.task("short_zeros", "sentencepiece", [("a", "?"), ("?", "b?")])
   got = features("short_zeros", "EncDecFeatureConverter", pack=True)

@@ -169,6 +169,12 @@ def test_instruments_of_a_model_against_itself(greedy, tmp_path):
   # The first pronunciation and EOS: what teacher forcing has gone through.
   phonemes = [len(x["target"][0].split()) + 1 for x in rows]
   assert scores["data/length"] == pytest.approx(np.mean(phonemes))
+  # `gkd compare` has intervals of what is measured, too.
+  assert "examples" not in tables
+  name = "student_samples/length"
+  result = compare.compare(str(tmp_path), str(tmp_path), name)[name]
+  assert result.a.low < result.a.value < result.a.high
+  assert result.a.value == pytest.approx(scores[name])
 
 
 def test_two_evaluations_are_compared(greedy, sampled):

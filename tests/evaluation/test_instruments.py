@@ -37,6 +37,13 @@ def test_acceptance_is_the_expected_min_of_1_and_the_ratio():
   np.testing.assert_allclose(compared["reverse_kl"], reverse, rtol=1e-4)
 
 
+def test_agreement_is_of_the_likeliest_tokens():
+  p = np.log(np.array([[0.5, 0.3, 0.2]] * 2, np.float32))
+  q = np.log(np.array([[0.6, 0.1, 0.3], [0.4, 0.5, 0.1]], np.float32))
+  got = jax.jit(measurements.token_divergences)(p, q)["top1_agreement"]
+  assert got.tolist() == [True, False]
+
+
 def test_positions_are_counted_within_outputs():
   rng = np.random.default_rng(0)
   values = rng.normal(size=(4, 6)).astype(np.float32)

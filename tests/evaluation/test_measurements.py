@@ -113,6 +113,46 @@ def test_on_the_students_own_samples(measured):
   )
 
 
+def test_examples_say_what_each_adds_to_the_means(measured):
+  gkd, features, (scores, tables) = measured
+  model, params, _ = gkd
+  tokens = np.asarray(
+    jax.jit(model.sample_batch)(params, features, jax.random.key(3))
+  )
+  lengths = sampling.sequence_weights(tokens).sum(1)
+  ended = (tokens == 1).any(1)
+  assert 0 < ended.sum() < len(ended)
+  assert [*tables["examples"]] == [*range(len(tokens))]
+  examples = [*tables["examples"].values()]
+  assert [x["student_samples/ended"] for x in examples] == [
+    [end, 1] for end in ended
+  ]
+  assert [x["student_samples/length"][0] for x in examples] == lengths.tolist()
+  assert [x["student_samples/forward_kl"][1] for x in examples] == (
+    lengths.tolist()
+  )
+  for name in examples[0]:
+    total, weight = np.sum([x[name] for x in examples], axis=0)
+    assert scores[name] == pytest.approx(total / weight, rel=1e-5), name
+
+
+def test_prompts_alone_are_measured_on_samples(measured):
+  gkd, features, (scores, _) = measured
+  prompts = features | {
+    name: np.zeros_like(features[name])
+    for name in (
+      "decoder_target_tokens",
+      "decoder_input_tokens",
+      "decoder_loss_weights",
+    )
+  }
+  got, tables = measure(gkd, prompts, 10)
+  assert {k: pytest.approx(x) for k, x in got.items()} == {
+    k: x for k, x in scores.items() if k.startswith("student_samples/")
+  }
+  assert tables.keys() == {"student_samples", "examples"}
+
+
 def test_calibration_is_at_temperature_1_and_by_token(measured):
   (model, params, _), features, (scores, tables) = measured
   probs = np.exp(
