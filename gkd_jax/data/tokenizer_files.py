@@ -267,6 +267,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
       kept.append(token)
     return self._decode(kept)
 
+  def decode_whole(self, ids: Iterable[int]) -> str:
+    """Returns the text of all ids, without special tokens."""
+    return self._decode(ids)
+
   def _decode(self, ids: Iterable[int]) -> str:
     return self._pieces.decode(list(ids), skip_special_tokens=True)
 

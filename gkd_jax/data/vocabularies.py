@@ -58,6 +58,21 @@ def text(
   return vocabulary.decode(tokens)
 
 
+def prompt_text(
+  vocabulary: Any, tokens: Sequence[int], special_tokens: types.SpecialTokens
+) -> str:
+  """Decodes a prompt to its end: turns of a conversation may end with EOS.
+
+  Args:
+    vocabulary: seqio's. One with `decode_whole` knows conversations.
+    tokens: of the prompt.
+    special_tokens: of the model.
+  """
+  if hasattr(vocabulary, "decode_whole"):
+    return vocabulary.decode_whole([int(token) for token in tokens])
+  return text(vocabulary, tokens, special_tokens)
+
+
 def fitted(
   model: Any, task: Any, stated: Mapping[str, types.SpecialTokens | None]
 ) -> Any:

@@ -144,7 +144,10 @@ class Evaluator:
         for row, length in zip(tokens, lengths, strict=True)
       ]
       results[name] = Predictions(
-        [inputs.decode(e["inputs"].tolist()) for e in examples],
+        [
+          vocabularies.prompt_text(inputs, e["inputs"], model.special_tokens)
+          for e in examples
+        ],
         outputs,
         [float(s) for s in scores],
         [_target(task, e) for e in examples],

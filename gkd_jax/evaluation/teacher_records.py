@@ -165,12 +165,13 @@ def _record(task, example, row, shards, special_tokens):
   else:
     targets = example["targets"]
   record = {"score": row["score"], "ended": int(row["ended"])}
-  for name, ids, vocabulary in (
-    ("inputs", example["inputs"], task.output_features["inputs"].vocabulary),
-    ("targets", targets, data.target_vocabulary(task)),
+  inputs = task.output_features["inputs"].vocabulary
+  for name, ids, vocabulary, decode in (
+    ("inputs", example["inputs"], inputs, vocabularies.prompt_text),
+    ("targets", targets, data.target_vocabulary(task), vocabularies.text),
   ):
     # A vocabulary without text decodes to numbers.
-    text = str(vocabularies.text(vocabulary, ids, special_tokens))
+    text = str(decode(vocabulary, ids, special_tokens))
     record |= {name: ids, f"{name}_pretokenized": text}
   if shards.top_k:
     here = row["weights"] > 0

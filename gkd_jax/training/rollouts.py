@@ -174,7 +174,9 @@ class RolloutBatches:
   def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
     vocabulary = self._vocabularies[name]
     tokens = self._model.student.special_tokens
-    return [vocabularies.text(vocabulary, row, tokens) for row in rows]
+    is_prompt = name == "inputs"
+    decode = vocabularies.prompt_text if is_prompt else vocabularies.text
+    return [decode(vocabulary, row, tokens) for row in rows]
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into the folder `path`."""
