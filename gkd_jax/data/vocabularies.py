@@ -71,7 +71,10 @@ def prompt_text(vocabulary: Any, tokens: Sequence[int]) -> str:
     turns[-1].append(token)
     if token in eos:
       turns.append([])
-  return "".join(vocabulary.decode(turn) for turn in turns if turn)
+  turns = [turn for turn in turns if turn]
+  if len(turns) < 2:  # a vocabulary without text decodes to numbers
+    return vocabulary.decode([*map(int, tokens)])
+  return "".join(map(vocabulary.decode, turns))
 
 
 def fitted(

@@ -165,13 +165,18 @@ def _record(task, example, row, shards, special_tokens):
   else:
     targets = example["targets"]
   record = {"score": row["score"], "ended": int(row["ended"])}
-  for name, ids, vocabulary in (
-    ("inputs", example["inputs"], task.output_features["inputs"].vocabulary),
-    ("targets", targets, data.target_vocabulary(task)),
+  inputs = task.output_features["inputs"].vocabulary
+  outputs = data.target_vocabulary(task)
+  for name, ids, text in (
+    (
+      "inputs",
+      example["inputs"],
+      vocabularies.prompt_text(inputs, example["inputs"]),
+    ),
+    ("targets", targets, vocabularies.text(outputs, targets, special_tokens)),
   ):
     # A vocabulary without text decodes to numbers.
-    text = str(vocabularies.text(vocabulary, ids, special_tokens))
-    record |= {name: ids, f"{name}_pretokenized": text}
+    record |= {name: ids, f"{name}_pretokenized": str(text)}
   if shards.top_k:
     here = row["weights"] > 0
     if np.count_nonzero(here) != len(targets):

@@ -173,6 +173,8 @@ class RolloutBatches:
 
   def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
     vocabulary = self._vocabularies[name]
+    if name == "inputs":
+      return [vocabularies.prompt_text(vocabulary, row) for row in rows]
     tokens = self._model.student.special_tokens
     return [vocabularies.text(vocabulary, row, tokens) for row in rows]
 

@@ -94,6 +94,9 @@ def test_each_eos_ends_a_text(tmp_path):
   (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
   vocabulary = data.TokenizerVocabulary(folder)
   assert vocabulary.decode([262, 0, 262, 2]) == "hello"
+  # What does not end one is left out as well, and so are EOS of a prompt.
+  assert vocabulary.decode([1, 262, 300]) == "hello"
+  assert vocabularies.prompt_text(vocabulary, [262, 0, 262, 2]) == "hellohello"
 
 
 def test_conversations_are_read_as_by_transformers(bytes_folder):
