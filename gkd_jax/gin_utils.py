@@ -13,7 +13,8 @@ from absl import logging
 
 import gin
 from gin import config as gin_config
-from gkd_jax import checks, files, gin_files
+from gkd_jax import checks, files
+from gkd_jax.command_line import gin_files
 
 
 def parse(

@@ -146,7 +146,7 @@ def _precompile(args):
 
 def _check_gin(args: Any) -> None:
   """Checks gin's files and bindings as text, before the heavy imports."""
-  from gkd_jax import gin_files
+  from gkd_jax.command_line import gin_files
 
   if not args.gin_file and not args.gin_bindings:
     command = f"gkd {args.command}"
@@ -200,7 +200,7 @@ def _parse_gin(args):
 
 
 def _sweep(args):
-  from gkd_jax import gin_files
+  from gkd_jax.command_line import gin_files
   from gkd_jax.experiments import sweep_runner, sweeps
 
   if not args.gin_file and not args.sweep_file:

@@ -11,8 +11,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 
 import gkd_jax
-from gkd_jax import gin_files
-from gkd_jax.command_line import commands
+from gkd_jax.command_line import commands, gin_files
 
 
 def version() -> str:

@@ -258,7 +258,7 @@ def test_settings_of_a_run(teacher, tmp_path, capsys, name):
 
 
 def test_the_table_has_each_macro_of_a_run():
-  from gkd_jax import gin_files
+  from gkd_jax.command_line import gin_files
 
   found = gin_files.read(["runs/gkd.gin"], [], [])
   macros = {b.selector for b in found if not b.argument}

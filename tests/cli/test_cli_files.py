@@ -92,7 +92,11 @@ def train_and_use():
   exported = checkpoints.load_params("hf")
   trained = checkpoints.load_params("run")
   start = checkpoints.load_params("student")
-  embedding = lambda params: params["token_embedder"]["embedding"]
+
+  def embedding(params):
+    of_decoder = params["decoder"].get("token_embedder")
+    return (of_decoder or params["token_embedder"])["embedding"]
+
   np.testing.assert_array_equal(embedding(exported), embedding(trained))
   assert not np.array_equal(embedding(start), embedding(trained))
   assert checkpoints.load_special_tokens("hf") == (

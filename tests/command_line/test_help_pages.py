@@ -7,7 +7,8 @@ import sys
 import pytest
 from command_line import ENV, ROOT, here
 
-from gkd_jax import command_line, gin_files
+from gkd_jax import command_line
+from gkd_jax.command_line import gin_files
 
 
 def test_every_command_has_a_function_and_a_page():

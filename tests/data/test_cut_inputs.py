@@ -65,7 +65,7 @@ def test_steps_are_those_of_whole_inputs_and_compile_once_per_length():
   def metrics(*buckets):
     lengths = [3, 2, 5, 1, 6, 3]
     batches = data.CutInputs(Batches(*lengths), buckets, FEATURES)
-    state = toy_models.state(toy_models.params(model, 1), optimizer)
+    state = toy_models.state(toy_models.params(model, 5), optimizer)
     state = jax.device_put(state, partitioning.replicated(mesh))
     for _ in lengths:
       state, of_step = run(

@@ -10,7 +10,8 @@ import pytest
 import sweep_folders
 
 import gin
-from gkd_jax import command_line, gin_files, gin_utils, train
+from gkd_jax import command_line, gin_utils, train
+from gkd_jax.command_line import gin_files
 from gkd_jax.experiments import sweep_runner, sweeps
 from gkd_jax.planning import precompile
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gkd_jax import gin_files
+from gkd_jax.command_line import gin_files
 
 
 def write(folder, **texts):

@@ -18,7 +18,7 @@ from typing import Any
 from gin import config_parser
 from gkd_jax import files
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @dataclasses.dataclass(frozen=True)
