@@ -1,5 +1,6 @@
 """The training script: what is saved, when it stops, how it goes on."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -261,11 +262,13 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
 
 
 def test_parameters_that_are_not_finite_are_refused(tmp_path):
-  params = toy_models.params(toy_models.model(8), 1)
+  model = toy_models.model(8)
+  params = toy_models.params(model, 1)
   name = "INITIAL_CHECKPOINT_PATH"
   kernel = params["decoder"]["logits_dense"]["kernel"]
   params["decoder"]["logits_dense"]["kernel"] = kernel.at[0, 0].set(np.nan)
-  checkpoints.save_safetensors(tmp_path / "bad", params, {"vocab_size": 16})
+  fields = dataclasses.asdict(model.config)
+  checkpoints.save_safetensors(tmp_path / "bad", params, fields)
   with pytest.raises(ValueError, match=f"logits_dense/kernel.*set {name}"):
     run(tmp_path / "run", initial_checkpoint_path=str(tmp_path / "bad"))
   assert not (tmp_path / "run").exists()

@@ -137,6 +137,8 @@ def of_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
   config: dict[str, Any] = named | {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
+    # Or transformers 4 also returns token types, which its models refuse.
+    "model_input_names": ["input_ids", "attention_mask"],
   }
   template = metadata.get("tokenizer.chat_template")
   if template is not None:

@@ -134,7 +134,7 @@ def test_no_step_where_nothing_is_active():
 def test_models_sample_alike_in_slots(kind):
   if kind == "encoder-decoder":
     model = toy_models.model(8)
-    params, batch = toy_models.params(model, 1), toy_models.batch(7)
+    params, batch = toy_models.params(model, 6), toy_models.batch(7)
     params = jax.tree.map(lambda x: 2 * x, params)  # rows end sooner
   else:
     model = toy_decoder_only.model(8)

@@ -26,7 +26,7 @@ def decode(options, all_decodes=True, real=None, beam=False):
     num_real_tokens=real,
     default_decoder_params=dict(options),
   )
-  params = toy_models.params(model, 1)
+  params = toy_models.params(model, 2)
   predict = functools.partial(
     model.predict_batch_with_aux, return_all_decodes=all_decodes
   )
@@ -41,7 +41,7 @@ def scored(tokens, real=None):
     "decoder_input_tokens": sampling.shift_right(tokens),
     "decoder_target_tokens": tokens,
   }
-  logits = jax.jit(model.logits)(toy_models.params(model, 1), batch)
+  logits = jax.jit(model.logits)(toy_models.params(model, 2), batch)
   log_probs = loss_batches.log_softmax64(logits[:, :, :real])
   picked = np.take_along_axis(log_probs, tokens[:, :, None], axis=2)[:, :, 0]
   return (picked * sampling.sequence_weights(tokens)).sum(axis=1)
@@ -69,7 +69,7 @@ def test_samples_of_a_prompt_are_ascending_and_scored():
 
 def test_one_beam_of_the_model_is_the_search_as_described():
   model = toy_models.model(8, decode_fn=decoding.beam_search)
-  params, batch = toy_models.params(model, 1), toy_models.batch(3)
+  params, batch = toy_models.params(model, 2), toy_models.batch(3)
   tokens = np.asarray(jax.jit(model.predict_batch)(params, batch))
 
   @jax.jit
@@ -95,7 +95,7 @@ def test_one_beam_of_the_model_is_the_search_as_described():
 
 def test_options_override_defaults_and_the_default_is_greedy():
   model = toy_models.model(8)
-  params, batch = toy_models.params(model, 1), toy_models.batch()
+  params, batch = toy_models.params(model, 2), toy_models.batch()
   greedy = jax.jit(model.predict_batch)(params, batch)
   cold = decode((("temperature", 0.0),), all_decodes=False)[0]
   np.testing.assert_array_equal(greedy, cold)
@@ -111,7 +111,7 @@ def test_options_override_defaults_and_the_default_is_greedy():
 
 def test_wrong_options_say_what_to_change():
   model = toy_models.model(8, decode_fn=decoding.beam_search)
-  params, batch = toy_models.params(model, 1), toy_models.batch()
+  params, batch = toy_models.params(model, 2), toy_models.batch()
   with pytest.raises(
     ValueError, match=r"beam_search, got temperature; set DEC"
   ):
@@ -163,7 +163,7 @@ def test_padding_of_the_vocabulary_is_never_decoded(options, beam):
 
 def test_on_policy_samples_hold_no_padding():
   model = toy_models.model(8, num_real_tokens=REAL)
-  params, batch = toy_models.params(model, 1), toy_models.batch()
+  params, batch = toy_models.params(model, 2), toy_models.batch()
   result = jax.jit(
     lambda p, b: model.sample(
       p,

@@ -4,6 +4,7 @@ Three outputs by hand, in vocabularies whose special tokens have other ids: two 
 end, one of them with a token 0 inside where 0 is a token, and one that was cut.
 """
 
+import dataclasses
 import json
 
 import nightly
@@ -35,8 +36,9 @@ def _registry():
 def _checkpoint(tmp_path_factory):
   """Parameters of the network that the scripted model has and does not use."""
   folder = tmp_path_factory.mktemp("params")
-  params = toy_models.params(toy_models.model(8), 1)
-  checkpoints.save_safetensors(folder, params, {"vocab_size": 16})
+  model = toy_models.model(8)
+  fields = dataclasses.asdict(model.config)
+  checkpoints.save_safetensors(folder, toy_models.params(model, 1), fields)
   return folder
 
 
@@ -132,8 +134,7 @@ def test_an_eos_that_only_the_checkpoint_knows_ends_outputs(
 ):
   folder = tmp_path / "two"
   params = checkpoints.load_params(checkpoint)
-  stated = {
-    "vocab_size": 16,
+  stated = dataclasses.asdict(toy_models.model(8).config) | {
     "special_tokens": {"eos": [1, B], "pad": 0, "start": 0},
   }
   checkpoints.save_safetensors(folder, params, stated)

@@ -317,12 +317,9 @@ def test_only_what_is_asked_for_is_built():
   with pytest.raises(ValueError, match="none of MODEL_DIR; set MODEL_DIR"):
     gin_utils.bindings(train.train, ["model_dir"])
   gin_utils.parse(["methods/gkd.gin"], ["STUDENT_DATA_FRACTION = 0.5"], [])
-  with pytest.raises(ValueError, match=r"got none of ") as error:
+  # Sizes and task may come from folders and files.
+  with pytest.raises(ValueError, match=r"got none of .*; set TASK_FEATURE_LEN"):
     gin_utils.bindings(train.train, ["model", "dataset"])
-  names = str(error.value).split("; set ")[1]
-  assert {*names.split(", ")} == {
-    *("STUDENT", "TEACHER", "MIXTURE_OR_TASK_NAME", "TASK_FEATURE_LENGTHS")
-  }
 
 
 def test_command_needs_neither_data_nor_checkpoints(tmp_path):
