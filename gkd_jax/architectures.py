@@ -30,7 +30,7 @@ def model(
   dropout_rate: float | None = None,
   dtype: str | None = None,
 ) -> Any:
-  """Returns an `EncoderDecoderModel` or a `DecoderOnlyModel`.
+  """Builds an `EncoderDecoderModel` or a `DecoderOnlyModel`, without parameters.
 
   What gin binds of both and of the networks holds, in the scope of the call.
 
@@ -112,7 +112,7 @@ def _configured(cls):
   """Returns a class with what gin binds of it."""
   try:
     return gin.get_configurable(cls)
-  except ValueError:
+  except ValueError:  # no gin file imports it: nothing is bound of it
     return cls
 
 

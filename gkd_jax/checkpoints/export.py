@@ -58,7 +58,8 @@ def import_checkpoint(
     which have none.
 
   Raises:
-    ValueError: if the checkpoint cannot be read, or is not a T5.
+    ValueError: the checkpoint cannot be read, or is of no network of ours, or
+      there are no such layers.
   """
   flat, config, _ = _open(checkpoint_path)
   if layers is not None:

@@ -109,7 +109,6 @@ def fused_distillation_loss(
     student_hidden, student_head, teacher_hidden, teacher_head, weights
   )
   vocab_size = student_head.shape[1]
-  _check_chunk_size(chunk_size)
   vocabulary.check_temperatures(teacher_temperature, student_temperature)
   vocabulary.check_num_real_tokens(num_real_tokens, vocab_size)
   shares, weight_sum = distillation.token_weights(
@@ -225,6 +224,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(shape, vocab_size, chunk_size, data_axis, model_axis):
+  _check_chunk_size(chunk_size)
   sizes = partitioning.auto_axes()
   row_axes, shards = meshes.rows(sizes, data_axis)
   parts = sizes.get(model_axis, 1)

@@ -13,6 +13,10 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
   >>> soft_cap(jnp.array([0.0, 1e9]), 30.0).tolist()
   [0.0, 30.0]
+
+  Args:
+    x: logits, of any shape.
+    cap: c > 0, the bound of what is returned; None: there is none.
   """
   return x if cap is None else cap * jnp.tanh(x / cap)
 

@@ -121,6 +121,8 @@ def _update(state, grads, optimizer, rate, finite):
   The updated arrays are computed twice: to look at them, and to keep them. Kept
   for the choice, they would take as much memory as the state again.
   """
+  # A conditional, since XLA repeats a chosen array's condition, which reads all
+  # arrays, in the update of each of them: programs grow as their square.
   finite &= _all_finite(_updated(state, grads, optimizer, rate))
   params, opt_state = jax.lax.cond(
     finite,

@@ -51,9 +51,6 @@ def draw_params(a_model, seed, shapes, scale=1.0):
 
 def initial_params(a_model, seed, shapes, scale=1.0):
   """As `draw_params`, arrays of numpy, drawn anew."""
-  tree = jax.eval_shape(
-    lambda: a_model.get_initial_variables(jax.random.key(0), shapes)
-  )["params"]
   rng = np.random.default_rng(seed)
 
   def draw(path, x):
@@ -63,7 +60,13 @@ def initial_params(a_model, seed, shapes, scale=1.0):
       values = rng.normal(0, fan_in**-0.5, x.shape)
     return (scale * values).astype(x.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, tree)
+  return jax.tree_util.tree_map_with_path(draw, _abstract(a_model, shapes))
+
+
+def _abstract(a_model, shapes):
+  return jax.eval_shape(
+    lambda: a_model.get_initial_variables(jax.random.key(0), shapes)
+  )["params"]
 
 
 def gkd(dropout_rate=0.0, **kwargs):
@@ -136,13 +139,10 @@ def deep(width, depth=2):
 
 
 def normal_params(model, seed):
-  """Random parameters of a toy, without compiling their distributions."""
-  shapes = jax.eval_shape(
-    lambda: model.get_initial_variables(jax.random.key(0), SHAPES)
-  )["params"]
+  """Parameters of a toy, all as N(0, 0.4), the norms' scales too."""
   rng = np.random.default_rng(seed)
   normal = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)
-  return jax.tree.map(normal, shapes)
+  return jax.tree.map(normal, _abstract(model, SHAPES))
 
 
 def inputs(source, rows=8, key=None):
