@@ -28,6 +28,7 @@ _TEST = [
   "hypothesis>=6.100",
   "pyright>=1.1.380",
   "pytest>=8",
+  "pytest-timeout>=2.3",
   "pytest-xdist>=3.8",
   "pyyaml>=6",
   "ruff>=0.6",
