@@ -37,7 +37,7 @@ MAY_IMPORT = {
   "train": "architectures checkpoints data evaluation files models optimizers partitioning"
   " training types",
   "infer": "architectures checkpoints data evaluation files models partitioning tasks types",
-  "adapters": "checkpoints decoding models partitioning training types",
+  "adapters": "checkpoints decoding losses models partitioning training types",
   "main": ALL,
 }
 
