@@ -19,6 +19,8 @@ _MODELS = {
 }
 # How a network is computed, not what.
 _FREE = "dtype", "dropout_rate", "remat_policy", "float32_attention_logits"
+# What only an export says.
+_NAMES = "family", "max_positions"
 
 
 def model(
@@ -130,7 +132,7 @@ def _fields(fields, prefix=""):
   for name, value in fields.items():
     if isinstance(value, dict):
       result |= _fields(value, f"{prefix}{name}.")
-    elif name not in (*_FREE, "family"):
+    elif name not in (*_FREE, *_NAMES):
       result[prefix + name] = tuple(value) if type(value) is list else value
   if "window_pattern" in fields:
     pattern = fields["window_pattern"] or (False,)
