@@ -10,7 +10,7 @@ from typing import Any
 import gin
 from gkd_jax import checkpoints, checks, models, network
 from gkd_jax.checkpoints import parameters
-from gkd_jax.network import blocks
+from gkd_jax.network import blocks, layer_loops
 
 _MODELS = {
   network.T5Config: (models.EncoderDecoderModel, network.Transformer),
@@ -32,6 +32,7 @@ def model(
   path_setting: str,
   dropout_rate: float | None = None,
   dtype: str | None = None,
+  remat_policy: str | None = None,
 ) -> Any:
   """Builds an `EncoderDecoderModel` or a `DecoderOnlyModel`, without parameters.
 
@@ -46,6 +47,7 @@ def model(
     path_setting: what the path is set with.
     dropout_rate: of a configuration that is the checkpoint's.
     dtype: of activations; None: as the configuration says.
+    remat_policy: what the backward pass computes again; None: likewise.
 
   Raises:
     ValueError: there is no configuration, or the checkpoint has another one.
@@ -61,6 +63,9 @@ def model(
   if dtype is not None:
     checks.one_of(dtype, "ACTIVATION_DTYPE", ("float32", "bfloat16"))
     config = _with(config, dtype=dtype)
+  if remat_policy is not None:
+    checks.one_of(remat_policy, "REMAT_POLICY", layer_loops.REMAT_POLICIES)
+    config = _with(config, remat_policy=remat_policy)
   of_model, of_network = map(_configured, _MODELS[type(config)])
   return of_model(module=of_network(config=config))
 

@@ -167,6 +167,7 @@ def test_gin_s_bindings_hold_for_each_kind():
         f"student/network.{of_network.__name__}.scan_layers = True",
         "DECODER_PARAMS = {'top_k': 3}",
         "DROPOUT_RATE = 0.25",
+        "REMAT_POLICY = 'full'",
       ],
       [],
     )
@@ -175,6 +176,8 @@ def test_gin_s_bindings_hold_for_each_kind():
     assert kind(student) == kind(teacher) == (of_model, of_network)
     assert student.module.scan_layers and teacher.module.scan_layers
     assert student.config.dropout_rate == 0.25
+    policies = student.config.remat_policy, teacher.config.remat_policy
+    assert policies == ("full", "none")
     assert teacher.module.weights == "bfloat16"
     assert student.module.weights == "float32"
     assert student.default_decoder_params == {"top_k": 3}
