@@ -74,7 +74,11 @@ def bucket_logs(teacher, student, top_k):
     return p, q
   return tuple(
     np.concatenate(
-      [x[:, :top_k], np.logaddexp.reduce(x[:, top_k:], -1, keepdims=True)], -1
+      [
+        x[..., :top_k],
+        np.logaddexp.reduce(x[..., top_k:], -1, keepdims=True),
+      ],
+      -1,
     )
     for x in (p, q)
   )
