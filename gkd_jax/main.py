@@ -186,14 +186,16 @@ def _start(args: Any) -> None:
 
 
 def _parse_gin(args):
-  from gkd_jax import gin_utils
+  from gkd_jax import files, gin_utils
 
   gin_utils.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
-  if args.tfds_data_dir or args.seqio_additional_cache_dirs:
+  data_dir = args.tfds_data_dir and files.expanded(args.tfds_data_dir)
+  cache_dirs = [*map(files.expanded, args.seqio_additional_cache_dirs or ())]
+  if data_dir or cache_dirs:
     import seqio
 
-    seqio.set_tfds_data_dir_override(args.tfds_data_dir)
-    seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs)
+    seqio.set_tfds_data_dir_override(data_dir)
+    seqio.add_global_cache_dirs(cache_dirs)
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------
