@@ -357,17 +357,35 @@ def add(name, text, split="train"):
   )
 
 
+seqio.TaskRegistry.add(
+  "of_bad_inputs_prompts",
+  source=seqio.TextLineDataSource({"train": str(here / "fine.tsv")}),
+  preprocessors=[
+    lambda rows: columns(rows).map(lambda x: {"inputs": x["inputs"]}),
+    seqio.preprocessors.tokenize,
+    seqio.preprocessors.append_eos,
+  ],
+  output_features=like.output_features,
+  metric_fns=[],
+)
 add("gone", None)
 add("columns", "1+1\\t2\\n3\\n")
 add("empty", "")
 add("fine", "1+1\\t2\\n" * 20)
 add("test", "1+1\\t2\\n" * 20, "test")
+mixed = ["of_bad_inputs_prompts", "of_bad_inputs_fine"]
+seqio.MixtureRegistry.add("of_bad_inputs_mixed", mixed, 1.0)
 """
 DATA = [
   ("gone", {}, "gone.tsv; No such file or directory"),
   ("columns", {}, "got 'Expect 2 fields but have 1 in record 0'"),
   ("empty", {}, "enough examples for a batch in the split 'train'"),
   ("test", {}, "a split 'train', got of_bad_inputs_test with ['test']"),
+  (
+    "mixed",
+    {"STUDENT_DATA_FRACTION": 0.5},
+    "alone from of_bad_inputs_prompts;",
+  ),
   ("fine", {"USE_CACHED_TASKS": True}, "set USE_CACHED_TASKS = False or --seq"),
 ]
 
