@@ -208,3 +208,24 @@ def test_several_samples_without_sampling_are_refused(tmp_path):
   ):
     written_outputs.evaluate(tmp_path, task, ["a", "b"], num_samples=3)
   assert not list(tmp_path.iterdir())
+
+
+def test_rouge_lsum_by_hand():
+  """Lin 2004, section 3.2: w1 w2 w3 w4 w5 and two sentences of an output.
+
+  The longest common subsequences with `w1 w3 w8 w9 w5` and `w4 w1 w2 w6 w7 w8`
+  are w1 w3 w5 and w1 w2. Their union has 4 of the reference's 5 words, and of the
+  output's 11: F = 2 * 4 / (5 + 11). As one sentence, the output has w1 w3 w5 in
+  this order (w1 w3 w4 too, and w2 only after them): F = 2 * 3 / 16. All 5 words
+  are in it: F = 2 * 5 / 16, and no pair of words but w1 w2: F = 2 * 1 / (4 + 10).
+  """
+  expected = {
+    "rouge1": 100 * 10 / 16,
+    "rouge2": 100 * 2 / 14,
+    "rougeL": 100 * 6 / 16,
+    "rougeLsum": 100 * 8 / 16,
+  }
+  for between in (" . ", "\n"):
+    output = f"w1 w3 w8 w9 w5{between}w4 w1 w2 w6 w7 w8"
+    found = text_metrics.rouge(["w1 w2 w3 w4 w5"], [output])
+    assert found == pytest.approx(expected), between
