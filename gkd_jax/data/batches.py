@@ -117,6 +117,9 @@ def distilled_task(
   Raises:
     ValueError: the original is no task, or the name is one already.
   """
+  checks.path(prefix, "TEACHER_DATA_PATH")
+  checks.text(original_task, "ORIGINAL_TASK")
+  checks.boolean(drop_cut, "DROP_CUT_OUTPUTS")
   prefix = files.expanded(prefix)
   original = load_task(original_task, module, setting="ORIGINAL_TASK")
   if not isinstance(original, seqio.Task):
