@@ -93,8 +93,11 @@ def _train(args):
   gin_utils.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
+  line = " ".join(args.line.splitlines())
   gin.get_configurable(train.train)(
-    config=gin.config_str(), dry_run=args.dry_run
+    # What made the run, for whoever finds its folder.
+    config=f"# {line}\n# {command_line.version()}\n\n{gin.config_str()}",
+    dry_run=args.dry_run,
   )
 
 
