@@ -17,23 +17,45 @@ from etils import epath
 
 Path = os.PathLike[str] | str
 
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{(\w+)\})")
+
+
+def expanded(path: Path) -> str:
+  """Returns a path with `$NAME`, `${NAME}` and `~` filled in, as a shell does.
+
+  Raises:
+    ValueError: an environment variable is not set.
+  """
+  text = os.fspath(path)
+
+  def value(match):
+    name = match[1] or match[2]
+    if name not in os.environ:
+      raise ValueError(
+        f"expected environment variables that are set, got {match[0]} in"
+        f" {text!r}; set {name}, or a path without it"
+      )
+    return os.environ[name]
+
+  return os.path.expanduser(_VARIABLE.sub(value, text))
+
 
 def absolute(path: Path) -> epath.Path:
-  """Returns the absolute path, with `~` expanded.
+  """Returns the absolute path, with what `expanded` fills in.
 
   A URI such as `gs://bucket/folder` is absolute already.
 
   Raises:
-    ValueError: if the file system of a URI is unknown.
+    ValueError: if the file system of a URI is unknown, or a variable in the path.
   """
   try:
-    place = epath.Path(path)
+    place = epath.Path(expanded(path))
   except KeyError as error:
     raise ValueError(
       f"expected a local path, gs:// or s3://, got {os.fspath(path)!r}; set a"
       " path of these"
     ) from error
-  return place if is_remote(place) else place.expanduser().resolve()
+  return place if is_remote(place) else place.resolve()
 
 
 def is_remote(path: Path) -> bool:
@@ -128,9 +150,9 @@ def check_folder(path: Path, setting: str) -> None:
   Raises:
     ValueError: the nearest folder that exists cannot be written into.
   """
-  if is_remote(path):
-    return
   place = absolute(path)
+  if is_remote(place):
+    return
   nearest = next(p for p in (place, *place.parents) if p.exists())
   if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(

@@ -50,7 +50,7 @@ def parse(
   logging.set_verbosity(logging.FATAL)
   try:
     gin.parse_config_files_and_bindings(
-      [os.path.expanduser(name) for name in names],
+      [*map(files.expanded, names)],
       list(bindings),
       skip_unknown=False,
       finalize_config=False,

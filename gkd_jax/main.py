@@ -93,8 +93,11 @@ def _train(args):
   gin_utils.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
+  line = " ".join(args.line.splitlines())
   gin.get_configurable(train.train)(
-    config=gin.config_str(), dry_run=args.dry_run
+    # What made the run, for whoever finds its folder.
+    config=f"# {line}\n# {command_line.version()}\n\n{gin.config_str()}",
+    dry_run=args.dry_run,
   )
 
 
@@ -186,14 +189,16 @@ def _start(args: Any) -> None:
 
 
 def _parse_gin(args):
-  from gkd_jax import gin_utils
+  from gkd_jax import files, gin_utils
 
   gin_utils.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
-  if args.tfds_data_dir or args.seqio_additional_cache_dirs:
+  data_dir = args.tfds_data_dir and files.expanded(args.tfds_data_dir)
+  cache_dirs = [*map(files.expanded, args.seqio_additional_cache_dirs or ())]
+  if data_dir or cache_dirs:
     import seqio
 
-    seqio.set_tfds_data_dir_override(args.tfds_data_dir)
-    seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs)
+    seqio.set_tfds_data_dir_override(data_dir)
+    seqio.add_global_cache_dirs(cache_dirs)
 
 
 # ---- commands on runs, files and checkpoints ---------------------------------

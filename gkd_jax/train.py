@@ -106,6 +106,15 @@ def train(
   )
   # Of an iterator of its own: the run's stays where it is.
   batch = preflight.draw(examples())
+  if set(model.sources) != {"student"}:
+    data.check_targets(
+      task,
+      "train",
+      dataset.task_feature_lengths,
+      use_cached=dataset.use_cached,
+      otherwise="STUDENT_DATA_FRACTION = 1.0 of runs/gkd.gin",
+    )
+  judged = preflight.try_reward(model, task, batch)
   teacher_params = _teacher_params(run.teacher, teacher_checkpoint_path)
   evaluations = run_evaluations.RunEvaluations(
     model,
@@ -117,7 +126,7 @@ def train(
     best_metric=checkpoints.best_metric,
   )
   found = preflight.table(run, model, dataset, teacher_params, batch)
-  found += evaluations.table()
+  found += judged + evaluations.table()
 
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.

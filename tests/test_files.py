@@ -31,6 +31,30 @@ def test_home_and_working_directory_are_filled_in(monkeypatch, tmp_path):
   assert not files.is_remote(tmp_path / "a:" / "b")
 
 
+def test_variables_are_filled_in(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setenv("OF_USER", "me")
+  monkeypatch.setenv("BASE", "gs://bucket/a")
+  monkeypatch.delenv("NOT_SET", raising=False)
+  for path in ("$HOME/run", "${HOME}/run", "~/run"):
+    assert os.fspath(files.absolute(path)) == str(tmp_path / "run")
+  for path in ("$HOME/${OF_USER}_$OF_USER/x", "~/${OF_USER}_$OF_USER/x"):
+    assert os.fspath(files.absolute(path)) == str(tmp_path / "me_me/x")
+  assert os.fspath(files.absolute("$BASE/run")) == "gs://bucket/a/run"
+  files.check_folder("$BASE/run", "MODEL_DIR")
+  assert os.fspath(files.absolute("gs://$OF_USER/~")) == "gs://me/~"
+  # What no shell would take for a variable is part of a name.
+  for name in ("a$", "5$7", "a$-b"):
+    assert files.absolute(tmp_path / name).name == name
+  for path, got in (("a/$NOT_SET/b", "$NOT_SET"), ("${NOT_SET}", "${NOT_SET}")):
+    with pytest.raises(ValueError) as error:
+      files.absolute(path)
+    assert str(error.value) == (
+      f"expected environment variables that are set, got {got} in {path!r};"
+      " set NOT_SET, or a path without it"
+    )
+
+
 def test_an_unknown_file_system_is_a_sentence():
   with pytest.raises(ValueError, match="gs:// or s3://, got 'nowhere://run'"):
     files.absolute("nowhere://run")

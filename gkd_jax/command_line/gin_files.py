@@ -85,8 +85,7 @@ def shipped() -> str:
 
 def folders(search_paths: Sequence[str]) -> list[str]:
   """Returns where gin files are looked up, in this order."""
-  expanded = map(os.path.expanduser, search_paths)
-  return [os.getcwd(), *expanded, shipped()]
+  return [os.getcwd(), *map(files.expanded, search_paths), shipped()]
 
 
 def find(name: str, folders: Sequence[str], by: str = "--gin_file") -> str:
@@ -100,7 +99,7 @@ def find(name: str, folders: Sequence[str], by: str = "--gin_file") -> str:
   Raises:
     ValueError: there is none.
   """
-  name = os.path.expanduser(name)
+  name = files.expanded(name)
   if files.is_remote(name):
     paths = [name] if files.absolute(name).is_file() else []
   else:

@@ -6,6 +6,7 @@ positions: a reader of one shard; its position counts rows.
 shards: which shards of the data each process reads.
 errors: those of seqio, TFDS and TensorFlow, as sentences.
 feature_converters: seqio's: prompts alone, stored top-k log-probs, 0 as a token.
+optional_targets: prompts alone, and mixtures with these.
 vocabularies: what a task's vocabulary says of a model, and whether the two fit.
 tokenizer_files: the tokenizer of a Hugging Face folder as a vocabulary.
 tokenizer_folders: where checkpoints have their tokenizers.
@@ -31,6 +32,7 @@ with epy.lazy_api_imports(globals()):
     try_saving,
   )
   from gkd_jax.data.file_tasks import task_of_files
+  from gkd_jax.data.optional_targets import check as check_targets
   from gkd_jax.data.tokenizer_files import TokenizerVocabulary
   from gkd_jax.data.vocabularies import (
     fitted,

@@ -1,6 +1,5 @@
 """Batches of numpy arrays from a seqio task, with a position that can be saved."""
 
-import dataclasses
 import difflib
 import functools
 import importlib
@@ -20,6 +19,7 @@ from gkd_jax.data import (
   errors,
   feature_converters,
   identity,
+  optional_targets,
   positions,
   shards,
   vocabularies,
@@ -37,7 +37,7 @@ def load_task(
   *,
   setting: str = "MIXTURE_OR_TASK_NAME",
 ) -> Any:
-  """Returns a seqio task or mixture by name.
+  """Returns a copy of a seqio task or mixture whose examples may lack targets.
 
   Args:
     name: of the task or mixture.
@@ -63,19 +63,7 @@ def load_task(
       f"expected a seqio task or mixture such as {', '.join(near)}, got"
       f" {name!r}; set {setting} or MIXTURE_OR_TASK_MODULE"
     )
-  task = seqio.get_mixture_or_task(name)
-  for sub in seqio.get_subtasks(task):
-    _allow_prompts(sub)
-  return task
-
-
-def _allow_prompts(task):
-  """Lets examples lack targets: on-policy training and decoding read none."""
-  feature = task.output_features.get("targets")
-  if feature is not None and feature.required:
-    task.output_features["targets"] = dataclasses.replace(
-      feature, required=False
-    )
+  return optional_targets.allow(seqio.get_mixture_or_task(name))
 
 
 def has_split(task: Any, split: str) -> bool:
@@ -129,6 +117,10 @@ def distilled_task(
   Raises:
     ValueError: the original is no task, or the name is one already.
   """
+  checks.path(prefix, "TEACHER_DATA_PATH")
+  checks.text(original_task, "ORIGINAL_TASK")
+  checks.boolean(drop_cut, "DROP_CUT_OUTPUTS")
+  prefix = files.expanded(prefix)
   original = load_task(original_task, module, setting="ORIGINAL_TASK")
   if not isinstance(original, seqio.Task):
     raise ValueError(
@@ -237,7 +229,7 @@ class TrainIterator:
     }
     self._sources = lambda: _sources(task, split, use_cached)
     self._dataset = lambda shard: seqio.get_dataset(
-      mixture_or_task_name=task.name,
+      mixture_or_task_name=task,
       task_feature_lengths=dict(lengths),
       feature_converter=feature_converter(converter, pack, special_tokens),
       dataset_split=split,

@@ -13,6 +13,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax import types
+from gkd_jax.data import optional_targets
 
 _INPUTS = "encoder_input_tokens"
 
@@ -35,9 +36,7 @@ def for_prompts(cls: type, start: int = 0) -> type:
     def __call__(
       self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
-      if "targets" not in set(ds.element_spec):
-        empty = {"targets": tf.zeros([0], tf.int32)}
-        ds = ds.map(lambda example: example | empty)
+      ds = optional_targets.with_targets(ds)
       if start and not has_encoder and "inputs" in set(ds.element_spec):
         ds = ds.map(_without_start)
       return super().__call__(ds, task_feature_lengths)

@@ -58,6 +58,7 @@ class EntailmentReward:
     num_partitions: int = 1,
     shard_params_over_data: bool = False,
   ):
+    _check(checkpoint_path, vocabulary, answers, input_prefix)
     self._mesh = partitioning.make_mesh(num_partitions)
     data_axis = partitioning.row_shards(self._mesh)
     checks.whole(batch_size, "SCORER_BATCH_SIZE")
@@ -74,7 +75,7 @@ class EntailmentReward:
         f"expected answers whose first tokens differ, got {answers}, which both"
         f" begin with {firsts[0]}; set SCORER_ANSWERS"
       )
-    stated = checkpoint_path and checkpoints.load_special_tokens(
+    stated = checkpoints.load_special_tokens(
       checkpoint_path, setting="SCORER_CHECKPOINT_PATH"
     )
     tokens = types.SpecialTokens.of(vocabulary)
@@ -133,6 +134,24 @@ class EntailmentReward:
     )
     scores = self._score(self._params, batch["tokens"])
     return partitioning.local_rows(scores)[: len(tokens)]
+
+
+def _check(checkpoint_path, vocabulary, answers, input_prefix):
+  """Refuses settings of wrong types, before anything is read."""
+  checks.path(checkpoint_path, "SCORER_CHECKPOINT_PATH")
+  if not hasattr(vocabulary, "vocab_size"):
+    checks.refuse(
+      "a vocabulary such as @seqio.SentencePieceVocabulary()",
+      vocabulary,
+      "SCORER_VOCABULARY",
+    )
+  are_texts = isinstance(answers, list | tuple) and all(
+    isinstance(answer, str) and answer for answer in answers
+  )
+  if not are_texts or len(answers) != 2:
+    checks.refuse("two texts such as ('1', '0')", answers, "SCORER_ANSWERS")
+  if not isinstance(input_prefix, str):
+    checks.refuse("a text in quotes", input_prefix, "SCORER_INPUT_PREFIX")
 
 
 def entailment(

@@ -97,6 +97,21 @@ class Evaluator:
     return sum(len(examples) for _, examples, _ in self._tasks.values())
 
   def predict(
+    self, model: Any, params: Any, **options: Any
+  ) -> dict[str, Predictions]:
+    """Decodes all tasks, greedily unless `decoder_params` differ.
+
+    Args:
+      model: see `decode`.
+      params: see `decode`.
+      **options: of `decode`.
+
+    Returns:
+      Task name to predictions.
+    """
+    return self.predictions(model, self.decode(model, params, **options))
+
+  def decode(
     self,
     model: Any,
     params: Any,
@@ -105,8 +120,10 @@ class Evaluator:
     seed: int = 0,
     sample_number: int = 0,
     decoder_params: Mapping[str, Any] | None = None,
-  ) -> dict[str, Predictions]:
-    """Decodes all tasks, greedily unless `decoder_params` differ.
+  ) -> dict[str, list[np.ndarray]]:
+    """Runs the programs of `predict`, in all processes together.
+
+    Runs no code of a task, so that it fails in none of the processes or in all.
 
     The random numbers of an output depend only on seed, sample number and place
     of the example in its task's split, as those of `teacher_records`.
@@ -120,7 +137,8 @@ class Evaluator:
       decoder_params: options of the model's `decode_fn`.
 
     Returns:
-      Task name to predictions.
+      Task name to tokens `[n, T]`, scores, lengths and whether they ended `[n]`,
+      and, for metrics that need them, scores of the targets `[n]`.
     """
     options = tuple(sorted((decoder_params or {}).items()))
     decode = _compiled_predict(model, options, self._mesh)
@@ -128,15 +146,29 @@ class Evaluator:
     results = {}
     for name, (task, examples, features) in self._tasks.items():
       count = len(examples) if limit is None else min(limit, len(examples))
-      examples = examples[:count]
-      tokens, scores, lengths, ended = self._run(
-        decode, params, features, count, key
-      )
-      target_scores = []
+      results[name] = self._run(decode, params, features, count, key)
       if task.score_metric_fns:
-        (target_scores,) = self._run(
-          _compiled_score(model, self._mesh), params, features, count, None
-        )
+        score = _compiled_score(model, self._mesh)
+        results[name] += self._run(score, params, features, count, None)
+    return results
+
+  def predictions(
+    self, model: Any, decoded: Mapping[str, Sequence[np.ndarray]]
+  ) -> dict[str, Predictions]:
+    """Returns what a task's code makes of outputs, in this process alone.
+
+    Args:
+      model: that decoded them.
+      decoded: from `decode`.
+
+    Returns:
+      Task name to predictions.
+    """
+    results = {}
+    for name, (tokens, scores, lengths, ended, *more) in decoded.items():
+      task, examples, _ = self._tasks[name]
+      examples = examples[: len(tokens)]
+      target_scores = more[0] if more else []
       inputs = task.output_features["inputs"].vocabulary
       targets = data.target_vocabulary(task)
       outputs = [

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from gkd_jax.tasks import example_statistics
 
+_NO_REFERENCES = "expected references, got prompts alone"
+
 
 class Predictions(NamedTuple):
   """Examples and outputs of one task, in the order of the split.
@@ -92,6 +94,8 @@ def calls(
 def of_task(task: Any, result: Predictions) -> MetricValues:
   """Computes a task's metrics.
 
+  On prompts alone, those that need a reference are left out.
+
   Args:
     task: a seqio task.
     result: its predictions.
@@ -101,14 +105,22 @@ def of_task(task: Any, result: Predictions) -> MetricValues:
   """
   found = MetricValues({}, {}, {}, {})
   sources: dict[str, str] = {}
+  alone = all(target is None for target in result.targets)
   for function, arguments in calls(task, result):
     name = function_name(function)
+    if alone and function in task.score_metric_fns:
+      found.left_out[name] = _NO_REFERENCES
+      continue
     try:
       values = function(*arguments)
       if not isinstance(values, Mapping):
         raise TypeError(f"expected a dictionary of values, got {_kind(values)}")
     except Exception as error:
-      found.failed[name] = error
+      if alone:
+        reason = f" ({type(error).__name__}: {error})"
+        found.left_out[name] = _NO_REFERENCES + reason
+      else:
+        found.failed[name] = error
       continue
     for key, value in values.items():
       if key in sources:

@@ -1,12 +1,13 @@
 """The evaluations of a training run; one that fails costs no step."""
 
+import json
 import os
 import traceback
-from collections.abc import Mapping
 from typing import Any
 
+from gkd_jax import partitioning
 from gkd_jax.checkpoints import parameters
-from gkd_jax.evaluation import evaluate, metric_values
+from gkd_jax.evaluation import compare, evaluate, metric_values
 
 
 class RunEvaluations:
@@ -102,22 +103,25 @@ class RunEvaluations:
       return {}
     scores: dict[str, float] = {}
     try:
-      errors = self._evaluate(self._periodic, step, params, log, scores)
+      decoded = self._decode(self._periodic, params)
+      errors = self._evaluate(self._periodic, decoded, step, log, scores)
     except Exception as error:
       errors = [error]
-    if not errors:
-      return scores
-    if self._settings.errors_stop:
-      raise errors[0]
-    if os.environ.get("GKD_TRACEBACK"):
-      traceback.print_exception(errors[0])
-    self.failed += 1
     words = "; ".join(map(_in_words, errors))
-    log.failed_evaluation(step, words, self.failed)
+    failed, scores = _agreed(words, scores)
+    if errors and os.environ.get("GKD_TRACEBACK"):
+      traceback.print_exception(errors[0])
+    if failed:
+      if self._settings.errors_stop:
+        raise errors[0] if errors else RuntimeError(failed)
+      self.failed += 1
+      log.failed_evaluation(step, failed, self.failed)
     return scores
 
   def final(self, params: Any, seed: int, log: Any) -> None:
     """Scores all of `final_split`, greedy and sampled at temperature 1.
+
+    With the scores go their 95 % bootstrap intervals over the examples.
 
     Args:
       params: the student's.
@@ -132,25 +136,43 @@ class RunEvaluations:
       "params": parameters.count_array_elements(params),
       "split": split,
     }
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-      outputs = evaluator.predict(
-        self._model.student.with_decode_fn(),
+    student = self._model.student.with_decode_fn()
+    # All programs first: an error of a metric keeps no other process waiting.
+    decoded = {
+      name: evaluator.decode(
+        student,
         params,
         seed=seed,
         decoder_params={"temperature": temperature},
       )
-      result[name] = evaluator.score(outputs)
-    log.final(result)
+      for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
+    }
+    intervals: dict[str, list[float]] = {}
+    for name, outputs in decoded.items():
+      results = evaluator.predictions(student, outputs)
+      result[name] = evaluator.score(results)
+      statistics = evaluator.example_statistics(results)
+      found = compare.intervals(statistics, result[name])
+      intervals |= {f"{name}/{metric}": ends for metric, ends in found.items()}
+    log.final(result | {"intervals": intervals})
 
-  def _evaluate(self, evaluator, step, params, log, scores):
+  def _decode(self, evaluator, params):
+    """Returns the student's outputs and the teacher's first, {} without one."""
+    model = self._model
+    student = evaluator.decode(model.student, params)
+    if model.teacher is None:
+      return student, {}
+    return student, evaluator.decode(
+      model.teacher, self._teacher_params, limit=5
+    )
+
+  def _evaluate(self, evaluator, decoded, step, log, scores):
     """Fills in the scores, and returns the errors of metrics without values."""
     model = self._model
-    results = evaluator.predict(model.student, params)
+    results = evaluator.predictions(model.student, decoded[0])
     values = evaluator.values(results)
     scores |= values.numbers
-    teacher: Mapping[str, evaluate.Predictions] = {}
-    if model.teacher is not None:
-      teacher = evaluator.predict(model.teacher, self._teacher_params, limit=5)
+    teacher = evaluator.predictions(model.teacher, decoded[1])
     examples = []
     for name, result in results.items():
       for i in range(min(5, len(result.inputs))):
@@ -167,6 +189,26 @@ class RunEvaluations:
       log.say(f"left out: {name}: {reason}")
     metric_values.check_best_metric(self._best_metric, values)
     return [*values.failed.values()]
+
+
+def _agreed(words, scores):
+  """Returns what failed in any process, and the scores of the first one.
+
+  Whether a checkpoint is the best, and is saved, has to be the same in all.
+  """
+  said = partitioning.of_processes(json.dumps([words, scores]))
+  found = [json.loads(text) for text in said]
+  reasons: dict[str, list[int]] = {}
+  for index, (reason, _) in enumerate(found):
+    reasons.setdefault(reason, []).append(index)
+  if len(reasons) > 1:
+    named = [
+      f"process {', '.join(map(str, indices))}: {reason}"
+      for reason, indices in reasons.items()
+      if reason
+    ]
+    return "; ".join(named), found[0][1]
+  return words, found[0][1]
 
 
 def _in_words(error: Exception) -> str:

@@ -74,6 +74,14 @@ def write(
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
   _check(model, task, split, shards, temperature)
+  if shards.targets == teacher_records.REFERENCES:
+    data.check_targets(
+      task,
+      split,
+      lengths,
+      use_cached=use_cached,
+      otherwise="TARGETS = 'outputs'",
+    )
   dataset = functools.partial(
     _examples, task, lengths, model, split, num_examples, use_cached, seed
   )

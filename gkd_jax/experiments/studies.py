@@ -40,6 +40,8 @@ class Run:
     folder: of its curves and examples.
     on_grid: whether it is one of the methods to compare, and not a point of a
       λ, divergence or α axis.
+    intervals: score to the 95 % bootstrap interval over its examples, as far as
+      the run has written these.
   """
 
   place: Mapping[str, str]
@@ -47,6 +49,9 @@ class Run:
   scores: Mapping[str, float]
   folder: str
   on_grid: bool
+  intervals: Mapping[str, tuple[float, float]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +283,7 @@ def _single(name, folder) -> Run:
     _only_scores(run_folders.read_cell(folder)),
     folder,
     True,
+    run_folders.read_intervals(folder),
   )
 
 
@@ -299,7 +305,8 @@ def _of_sweep(folder, sweep):
     place = {_known_axis(axis): label for axis, label in cell["axes"].items()}
     on_grid = not {"lambda", "divergence", "alpha"} & set(place)
     place.setdefault("method", cell["stage"])
-    runs.append(Run(place, cell["seed"], _only_scores(row), path, on_grid))
+    scores, within = _only_scores(row), run_folders.read_intervals(path)
+    runs.append(Run(place, cell["seed"], scores, path, on_grid, within))
   return runs, missing
 
 
@@ -307,7 +314,8 @@ def _only_scores(row):
   return {
     k: float(v)
     for k, v in row.items()
-    if "/" in k or k in ("seconds", "step_seconds", "params", "steps")
+    if "/" in k
+    or k in ("seconds", "start_seconds", "step_seconds", "params", "steps")
   }
 
 

@@ -48,6 +48,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gkd_jax import files
+
 # The macros that a command's cells always bind, and the file that says that a
 # cell is finished.
 _COMMANDS = {
@@ -143,12 +145,13 @@ def read(path: str, search_paths: Sequence[str] = ()) -> dict[str, Any]:
   Raises:
     ValueError: there is no such file, or it is not TOML.
   """
-  places = [os.path.join(folder, path) for folder in ("", *search_paths)]
+  folders = ["", *map(files.expanded, search_paths)]
+  places = [os.path.join(folder, files.expanded(path)) for folder in folders]
   found = next((p for p in places if os.path.isfile(p)), None)
   if found is None:
     raise ValueError(
       f"expected a sweep file, got {path!r}, which is not in"
-      f" {', '.join(f or os.getcwd() for f in ('', *search_paths))};"
+      f" {', '.join(f or os.getcwd() for f in folders)};"
       " set --sweep_file"
     )
   with open(found, "rb") as f:

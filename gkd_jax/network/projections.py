@@ -24,6 +24,7 @@ from flax.linen import partitioning as flax_partitioning
 from gkd_jax import checks, kernels, partitioning, types
 
 param_with_axes = flax_partitioning.param_with_axes
+_SETTINGS = "TEACHER_WEIGHTS, SCORER_WEIGHTS or WEIGHTS"
 WEIGHTS = ("float32", "auto", "bfloat16", "int8")
 # A matrix's name to the axis of its scales, whose name ends with `SCALE`.
 SCALED_AXIS = {"kernel": 1, "embedding": 0}
@@ -40,10 +41,10 @@ def check_module(module: Any) -> None:
     checks.refuse(
       "sizes such as %T5_1_1_SMALL of models/t5_1_1.gin",
       module.config,
-      "STUDENT, or TEACHER",
+      "STUDENT, TEACHER or SCORER",
     )
   weights = getattr(module, "weights", "auto")
-  checks.one_of(weights, "TEACHER_WEIGHTS (or WEIGHTS)", WEIGHTS)
+  checks.one_of(weights, _SETTINGS, WEIGHTS)
   checks.boolean(getattr(module, "scan_layers", False), "TEACHER_SCAN_LAYERS")
 
 
@@ -63,7 +64,7 @@ def stored_dtype(weights: str, used_in: Any) -> jnp.dtype:
   if weights not in WEIGHTS:
     raise ValueError(
       f"expected weights of {', '.join(map(repr, WEIGHTS))}, got {weights!r};"
-      " set TEACHER_WEIGHTS"
+      f" set {_SETTINGS}"
     )
   return jnp.dtype(used_in if weights == "auto" else weights)
 

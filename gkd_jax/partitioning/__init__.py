@@ -15,6 +15,7 @@ with epy.lazy_api_imports(globals()):
     batch_sharding,
     local_rows,
     make_mesh,
+    of_processes,
     process_grid,
     put_batch,
     replicated,

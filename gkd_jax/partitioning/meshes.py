@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -176,3 +176,20 @@ def process_grid(mesh: Mesh) -> np.ndarray:
   """Returns the process of each device of a mesh, `[slices x data, model]`."""
   processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
   return processes.reshape(-1, mesh.shape[MODEL_AXIS])
+
+
+def of_processes(text: str) -> list[str]:
+  """Returns the texts of all processes, in their order; each waits for all.
+
+  Args:
+    text: of this process.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(content.size))
+  padded = np.pad(content, (0, int(sizes.max()) - content.size))
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)
+  ]

@@ -86,7 +86,7 @@ class TrainLog:
     self._total, self._last = total, start
     self._started = time.monotonic()
     self._pace = progress.Pace(start, total)
-    self._begun = False
+    self._begun, self._start_seconds = False, 0.0
     self._skipped: float | None = None
     self._restart()
     self._writes = jax.process_index() == 0
@@ -134,6 +134,7 @@ class TrainLog:
     if not self._begun:
       self._begun = True
       self.say(first_step(metrics))
+      self._start_seconds = time.monotonic() - self._started
     self._pace.advance()
     self._steps.append(metrics)
     self._on_policy += source != "data"
@@ -217,8 +218,14 @@ class TrainLog:
     self._time = time.monotonic()
 
   def final(self, result: Mapping[str, Any]):
-    """Writes `final.json`, with the seconds since the log was opened."""
+    """Writes `final.json`, with the seconds since the log was opened.
+
+    Those until the first step was done, most of them of compiling, are
+    `start_seconds`.
+    """
     result = dict(result) | {"seconds": time.monotonic() - self._started}
+    if self._begun:
+      result["start_seconds"] = self._start_seconds
     if self._writes:
       files.write_json(self._dir / "final.json", result)
     self.say(f"final: {json.dumps(result)}")

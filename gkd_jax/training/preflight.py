@@ -1,7 +1,8 @@
 """Checks of a run before its first step, printed as one table.
 
 What can be known to be wrong costs no step here: a batch is drawn, its position is
-saved, and the teacher is looked at. `evaluation.RunEvaluations` tries the metrics.
+saved, the reward is called, and the teacher is looked at.
+`evaluation.RunEvaluations` tries the metrics.
 """
 
 import math
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from gkd_jax import data, partitioning
-from gkd_jax.training import runs, settings, teacher_check
+from gkd_jax.training import rollouts, runs, settings, teacher_check
 
 
 def draw(batches: Any) -> Mapping[str, np.ndarray]:
@@ -64,6 +65,30 @@ def table(
   )
   rows.append(("tokens", _special(model.student.special_tokens)))
   return rows + _distributions(model)
+
+
+def try_reward(
+  model: Any, task: Any, batch: Mapping[str, np.ndarray]
+) -> list[tuple[str, str]]:
+  """Calls a reward once, and returns what it gave as a row; [] without one.
+
+  Args:
+    model: see `train.train`.
+    task: from `data.load_task`.
+    batch: this process's rows, from `draw`.
+
+  Raises:
+    ValueError: see `rollouts.Judge.try_on`.
+  """
+  if not model.needs_rewards:
+    return []
+  rewards = rollouts.Judge(model, task).try_on(batch)
+  found = rewards[np.isfinite(rewards)]
+  of = f"{found.size} of {rewards.size} references as outputs"
+  if not found.size:
+    return [("reward", of)]
+  mean, low, high = found.mean(), found.min(), found.max()
+  return [("reward", f"{mean:.3g} in [{low:.3g}, {high:.3g}] for {of}")]
 
 
 def text(rows: Sequence[tuple[str, str]], warnings: Sequence[str] = ()) -> str:

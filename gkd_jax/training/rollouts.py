@@ -8,6 +8,7 @@ the data's.
 
 import functools
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,110 @@ from gkd_jax import files, losses, partitioning, types
 from gkd_jax.data import vocabularies
 
 _FILE = "running_mean.json"
+
+
+class Judge:
+  """A model's reward, and the texts that it judges.
+
+  Args:
+    model: see `train.train`; one that needs rewards.
+    task: its vocabularies decode inputs and outputs.
+  """
+
+  def __init__(self, model: Any, task: Any):
+    self._model = model
+    self._vocabularies = {
+      name: feature.vocabulary
+      for name, feature in task.output_features.items()
+      if name in ("inputs", "targets")
+    }
+    # Prompts alone: outputs are of the same vocabulary.
+    self._vocabularies.setdefault("targets", self._vocabularies.get("inputs"))
+
+  def rewards(
+    self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+  ) -> np.ndarray:
+    """Returns the reward of each output, `[B N]` float32; NaN where there is none.
+
+    Args:
+      batch: features `[B, ...]` of the prompts and references.
+      outputs: features `[B N, ...]`, N outputs for each prompt.
+
+    Raises:
+      ValueError: the reward did not return a number or None for each output.
+    """
+    rewards = self._model.reward(*self._texts(batch, outputs))
+    return _numbers(rewards, len(outputs["decoder_target_tokens"]))
+
+  def check_missing(self, missing: np.ndarray, present: np.ndarray) -> None:
+    """Raises a ValueError if too many outputs of a batch have no reward."""
+    most = self._model.max_missing_rewards
+    share = np.mean(missing[present]) if present.any() else 0.0
+    if share > most:
+      raise ValueError(
+        f"expected rewards of at least {1 - most:.0%} of a batch's outputs, got"
+        f" None, NaN or an infinite number for {share:.0%} of them; set REWARD"
+        " or MAX_MISSING_REWARDS"
+      )
+
+  def ended(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns which outputs have ended, bool `[B N]`, and were not cut."""
+    eos = self._model.student.special_tokens.eos
+    is_eos = np.isin(outputs["decoder_target_tokens"], eos)
+    return np.any(is_eos & (outputs["decoder_loss_weights"] > 0), axis=1)
+
+  def _texts(self, batch, outputs):
+    """Returns a reward's arguments: decoded inputs, outputs and examples."""
+    inputs = self._decode("inputs", prompts(batch))
+    ended = self.ended(outputs)
+    n = len(ended) // len(inputs)
+    examples = [
+      {"inputs": a, "targets": b}
+      for a, b in zip(
+        inputs, self._decode("targets", targets(batch)), strict=True
+      )
+    ]
+    several = lambda texts: [text for text in texts for _ in range(n)]
+    decoded = self._decode("targets", targets(outputs))
+    examples = [
+      example | {"ended": bool(has_ended)}
+      for example, has_ended in zip(several(examples), ended, strict=True)
+    ]
+    return several(inputs), decoded, examples
+
+  def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
+    vocabulary = self._vocabularies[name]
+    if name == "inputs":
+      return [vocabularies.prompt_text(vocabulary, row) for row in rows]
+    tokens = self._model.student.special_tokens
+    return [vocabularies.text(vocabulary, row, tokens) for row in rows]
+
+  def try_on(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns rewards of a batch's references as if they were outputs, `[B]`.
+
+    A row without a reference has its prompt for an output.
+
+    Args:
+      batch: features `[B, ...]` of the prompts and references.
+
+    Raises:
+      ValueError: the reward raised, or did not return what a step needs.
+    """
+    inputs, outputs, examples = self._texts(batch, batch)
+    outputs = [b or a for a, b in zip(inputs, outputs, strict=True)]
+    try:
+      rewards = self._model.reward(inputs, outputs, examples)
+    except Exception as error:
+      place = traceback.extract_tb(error.__traceback__)[-1]
+      reason = " ".join(str(error).split())[:300]
+      raise ValueError(
+        "expected a reward for each reference of the first batch, got"
+        f" {type(error).__name__}: {reason}"
+        f" ({os.path.basename(place.filename)}:{place.lineno}); set REWARD"
+      ) from error
+    rewards = _numbers(rewards, len(outputs))
+    self.check_missing(np.isnan(rewards), np.ones(len(outputs), bool))
+    return rewards
 
 
 class RolloutBatches:
@@ -40,16 +145,9 @@ class RolloutBatches:
   ):
     self._iterator, self._model, self._seed = iterator, model, seed
     self._mesh = mesh
-    features = task.output_features
-    self._vocabularies = {
-      name: feature.vocabulary
-      for name, feature in features.items()
-      if name in ("inputs", "targets")
-    }
-    # Prompts alone: outputs are of the same vocabulary.
-    self._vocabularies.setdefault("targets", self._vocabularies.get("inputs"))
     self.judged = model.needs_rewards
     if self.judged:
+      self._judge = Judge(model, task)
       self._roll_out = partitioning.jit(
         model.roll_out,
         mesh,
@@ -84,14 +182,15 @@ class RolloutBatches:
       partitioning.local_rows,
       self._roll_out(params, placed, key, np.int32(step)),
     )
-    return outputs | self._judge(batch, outputs)
+    return outputs | self._judged(batch, outputs)
 
-  def _judge(self, batch, outputs):
+  def _judged(self, batch, outputs):
     """Returns rewards `[B N]` and advantages `[B N, T]` of this process's outputs."""
     n = self._model.samples_per_prompt
     weights = outputs["decoder_loss_weights"]
     rows, length = weights.shape
-    judged, ended = self.rewards(batch, outputs), self._ended(outputs)
+    judged = self._judge.rewards(batch, outputs)
+    ended = self._judge.ended(outputs)
     # Whitening and the running mean are of the whole batch.
     every, of_all = judged, weights
     if jax.process_count() > 1:
@@ -100,7 +199,7 @@ class RolloutBatches:
       )
     # Rows of padding alone have no output, and nothing to judge.
     present = of_all.any(axis=1)
-    self._check_missing(np.isnan(every), present)
+    self._judge.check_missing(np.isnan(every), present)
     mean = self._mean.mean()
     used = np.where(ended, every, every - self._model.cut_penalty)
     used = np.where(present, used, np.nan).astype(np.float32).reshape(-1, n)
@@ -119,64 +218,6 @@ class RolloutBatches:
       types.REWARDS: judged,
       types.ADVANTAGES: advantages[start : start + rows],
     }
-
-  def rewards(
-    self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-  ) -> np.ndarray:
-    """Returns the reward of each output, `[B N]` float32; NaN where there is none.
-
-    Args:
-      batch: features `[B, ...]` of the prompts and references.
-      outputs: features `[B N, ...]`, N outputs for each prompt.
-
-    Raises:
-      ValueError: the reward did not return a number or None for each output.
-    """
-    rewards = self._model.reward(*self._texts(batch, outputs))
-    return _numbers(rewards, len(outputs["decoder_target_tokens"]))
-
-  def _check_missing(self, missing, present):
-    """Raises a ValueError if too many outputs of a batch have no reward."""
-    most = self._model.max_missing_rewards
-    share = np.mean(missing[present]) if present.any() else 0.0
-    if share > most:
-      raise ValueError(
-        f"expected rewards of at least {1 - most:.0%} of a batch's outputs, got"
-        f" None, NaN or an infinite number for {share:.0%} of them; set REWARD"
-        " or MAX_MISSING_REWARDS"
-      )
-
-  def _ended(self, outputs):
-    """Returns which outputs have ended, bool `[B N]`, and were not cut."""
-    eos = self._model.student.special_tokens.eos
-    is_eos = np.isin(outputs["decoder_target_tokens"], eos)
-    return np.any(is_eos & (outputs["decoder_loss_weights"] > 0), axis=1)
-
-  def _texts(self, batch, outputs):
-    """Returns a reward's arguments: decoded inputs, outputs and examples."""
-    inputs = self._decode("inputs", prompts(batch))
-    ended = self._ended(outputs)
-    n = len(ended) // len(inputs)
-    examples = [
-      {"inputs": a, "targets": b}
-      for a, b in zip(
-        inputs, self._decode("targets", targets(batch)), strict=True
-      )
-    ]
-    several = lambda texts: [text for text in texts for _ in range(n)]
-    decoded = self._decode("targets", targets(outputs))
-    examples = [
-      example | {"ended": bool(has_ended)}
-      for example, has_ended in zip(several(examples), ended, strict=True)
-    ]
-    return several(inputs), decoded, examples
-
-  def _decode(self, name, rows: Sequence[np.ndarray]) -> list[str]:
-    vocabulary = self._vocabularies[name]
-    if name == "inputs":
-      return [vocabularies.prompt_text(vocabulary, row) for row in rows]
-    tokens = self._model.student.special_tokens
-    return [vocabularies.text(vocabulary, row, tokens) for row in rows]
 
   def save_state(self, path: str | os.PathLike[str]) -> None:
     """Writes the state into the folder `path`."""

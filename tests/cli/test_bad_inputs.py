@@ -10,6 +10,7 @@ import pytest
 from command_line import gin, refused, save_toy_teacher
 
 ROOT = pathlib.Path(__file__).parents[2]
+RUN_FILES = sorted(path.name for path in (ROOT / "gin/runs").glob("*.gin"))
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,26 @@ def test_the_table_has_each_macro_of_a_run():
   assert macros == {*WRONG, *OF_FILES, "PREFIX_LM"}
 
 
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_the_tables_have_each_macro_of_a_run_file(file):
+  from gkd_jax.command_line import gin_files
+
+  tables = [WRONG, *(table for _, table in LINES.values())]
+  for binding in gin_files.read([f"runs/{file}"], [], []):
+    if not binding.argument:
+      # Of another macro's name: it sets three temperatures.
+      known = binding.selector == "INSTRUMENTS_TEMPERATURE"
+      assert known or any(binding.selector in t for t in tables), binding
+
+
+def test_the_temperature_of_instruments(capsys):
+  line = [*LINES["eval"][0], "--gin_file=runs/instruments.gin"]
+  line.append("--gin.TEACHER=%TOY_TEACHER")
+  for value in (-4, None, "x"):
+    said = refused(capsys, *line, *gin(INSTRUMENTS_TEMPERATURE=value))
+    assert f"got {value!r}; set " in said and said.endswith("_TEMPERATURE")
+
+
 def test_a_run_without_models_says_what_to_set(teacher, tmp_path, capsys):
   line = ["train", SMOKE, *gin(MODEL_DIR=f"{tmp_path}/a"), "--dry_run"]
   said = refused(capsys, *line)
@@ -358,17 +379,35 @@ def add(name, text, split="train"):
   )
 
 
+seqio.TaskRegistry.add(
+  "of_bad_inputs_prompts",
+  source=seqio.TextLineDataSource({"train": str(here / "fine.tsv")}),
+  preprocessors=[
+    lambda rows: columns(rows).map(lambda x: {"inputs": x["inputs"]}),
+    seqio.preprocessors.tokenize,
+    seqio.preprocessors.append_eos,
+  ],
+  output_features=like.output_features,
+  metric_fns=[],
+)
 add("gone", None)
 add("columns", "1+1\\t2\\n3\\n")
 add("empty", "")
 add("fine", "1+1\\t2\\n" * 20)
 add("test", "1+1\\t2\\n" * 20, "test")
+mixed = ["of_bad_inputs_prompts", "of_bad_inputs_fine"]
+seqio.MixtureRegistry.add("of_bad_inputs_mixed", mixed, 1.0)
 """
 DATA = [
   ("gone", {}, "gone.tsv; No such file or directory"),
   ("columns", {}, "got 'Expect 2 fields but have 1 in record 0'"),
   ("empty", {}, "enough examples for a batch in the split 'train'"),
   ("test", {}, "a split 'train', got of_bad_inputs_test with ['test']"),
+  (
+    "mixed",
+    {"STUDENT_DATA_FRACTION": 0.5},
+    "alone from of_bad_inputs_prompts;",
+  ),
   ("fine", {"USE_CACHED_TASKS": True}, "set USE_CACHED_TASKS = False or --seq"),
 ]
 
@@ -405,6 +444,25 @@ OF_RL = {
   "CREDIT": (0, None, "tokens"),
   "DISCOUNT": (0, -4, 16.0, None, "x"),
   "WHITEN_REWARDS": (0, None, "x"),
+  "CUT_OUTPUTS": (0, None, "leave"),
+  "CUT_PENALTY": (-4, None, "x"),
+  "MAX_MISSING_REWARDS": (16.0, -4, None, "x"),
+}
+OF_DISTILLED = {
+  "TEACHER_DATA_PATH": (0, None, ""),
+  "ORIGINAL_TASK": (0, None, "", "aritmetic_cot"),
+  "DROP_CUT_OUTPUTS": (0, None, "x"),
+}
+OF_SCORER = {
+  "SCORER": (0, None, "toy"),
+  "SCORER_CHECKPOINT_PATH": (0, None, ""),
+  "SCORER_VOCABULARY": (0, None, "x"),
+  "SCORER_INPUT_LENGTH": (1, -4, 16.0, None, "x"),
+  "SCORER_BATCH_SIZE": (0, -4, 16.0, None, "x"),
+  "SCORER_ANSWERS": (0, None, "10", ("1",), ("1", 0), ("1", "")),
+  "SCORER_OVER": (0, None, "answer"),
+  "SCORER_WEIGHTS": (0, None, "int4"),
+  "SCORER_INPUT_PREFIX": (0, None),
 }
 OF_FILES = {
   **dict.fromkeys(("TRAIN_FILES", "VALIDATION_FILES", "TEST_FILES"), ("", 0)),
@@ -460,6 +518,23 @@ DECODE = [*TOY, "--gin.CHECKPOINT_PATH='c'", "--gin.DROPOUT_RATE=0.0"]
 REWARD = "--gin.REWARD=@optimizers.adafactor"
 LINES = {
   "rl": ([*TRAIN, "--gin_file=runs/rl_gkd.gin", REWARD], OF_RL),
+  "distilled": (
+    [
+      *(*TRAIN, "--gin_file=runs/gkd.gin"),
+      *("--gin_file=runs/distilled_task.gin", "--gin.TEACHER_DATA_PATH='d'"),
+      *gin(ORIGINAL_TASK="arithmetic_cot"),
+      "--gin.MIXTURE_OR_TASK_NAME=@data.distilled_task()",
+    ],
+    OF_DISTILLED,
+  ),
+  "scorer": (
+    [
+      *(*TRAIN, "--gin_file=runs/rl_gkd.gin", "--gin_file=runs/entailment.gin"),
+      *("--gin.SCORER=%TOY_TEACHER", "--gin.SCORER_CHECKPOINT_PATH='s'"),
+      "--gin_file=my.gin",
+    ],
+    OF_SCORER,
+  ),
   "minillm": ([*TRAIN, "--gin_file=methods/minillm.gin"], OF_MINILLM),
   "decoder_only": (
     [
@@ -500,7 +575,11 @@ LINES = {
   ("name", "macro"),
   [(name, macro) for name, (_, table) in LINES.items() for macro in table],
 )
-def test_settings_of_other_run_files(capsys, name, macro):
+def test_settings_of_other_run_files(tmp_path, capsys, name, macro):
+  (tmp_path / "my.gin").write_text(
+    "from __gin__ import dynamic_registration\nimport seqio\n"
+    "SCORER_VOCABULARY = @seqio.ByteVocabulary()\n"
+  )
   line, table = LINES[name]
   for value in table[macro]:
     said = refused(capsys, *line, *gin(**{macro: value}))

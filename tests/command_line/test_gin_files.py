@@ -41,6 +41,17 @@ def test_the_first_folder_that_has_a_file_counts(tmp_path, monkeypatch):
   assert found == str(tmp_path / "runs" / "gkd.gin")
 
 
+def test_variables_in_names_of_files_and_folders(tmp_path, monkeypatch):
+  monkeypatch.setenv("OF_USER", str(tmp_path))
+  write(tmp_path, a="include '$OF_USER/b.gin'\n", b="X = 1\nf.x = %X\n")
+  for name, paths in (("${OF_USER}/a.gin", []), ("a.gin", ["$OF_USER"])):
+    assert [b.selector for b in gin_files.read([name], [], paths)] == ["X", "f"]
+  with pytest.raises(
+    ValueError, match=r"got [$]NO_ONE in '[$]NO_ONE/a.gin'; set"
+  ):
+    gin_files.read(["$NO_ONE/a.gin"], [], [])
+
+
 RUN = "include 'base.gin'\n"
 BASE = "A = 1\nB = %A\nf.x = %B\nf.y = %C\nC = 2\n"
 

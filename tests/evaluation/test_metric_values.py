@@ -10,6 +10,7 @@ import written_outputs
 
 from gkd_jax import data, evaluation, partitioning
 from gkd_jax.evaluation import metric_values
+from gkd_jax.tasks import text_metrics
 
 
 def right(targets, predictions):
@@ -87,6 +88,36 @@ def test_values_that_are_no_numbers_are_texts_or_left_out(tmp_path, capsys):
   assert [row["prediction"] for row in rows] == ["a", "c"]
   assert [row["statistics"]["right"] for row in rows] == [[100, 1], [0, 1]]
   assert {row["task"] for row in rows} == {"odd_metrics"}
+
+
+def length(targets, predictions):
+  return {"length": float(np.mean([*map(len, predictions)]))}
+
+
+def test_metrics_that_need_references_are_left_out_of_prompts_alone(
+  tmp_path, capsys
+):
+  prompts = written_outputs.add_task(
+    "prompts_to_score",
+    {"inputs": COLUMNS["inputs"]},
+    [length, text_metrics.exact_match, likelihood],
+  )
+  pairs = written_outputs.add_task("pairs_to_score", COLUMNS, [right])
+  seqio.MixtureRegistry.add("prompts_and_pairs", [prompts, pairs], 1.0)
+  # No failure: `gkd eval` has the values that there are.
+  scores = written_outputs.evaluate(tmp_path, "prompts_and_pairs", ["a", "xyz"])
+  assert scores == {
+    "prompts_to_score/length": 2.0,
+    "pairs_to_score/right": 50.0,
+  }
+  alone = "expected references, got prompts alone"
+  said = capsys.readouterr().out
+  assert f"left out: prompts_to_score/likelihood: {alone}\n" in said
+  assert f"left out: prompts_to_score/exact_match: {alone} (Attr" in said
+  with pytest.raises(
+    ValueError, match="metric of length, got 'exact'; set BES"
+  ):
+    metric_values.check_best_metric("exact", evaluator(prompts).try_metrics())
 
 
 def test_two_metrics_of_one_name_are_refused():
@@ -177,3 +208,24 @@ def test_several_samples_without_sampling_are_refused(tmp_path):
   ):
     written_outputs.evaluate(tmp_path, task, ["a", "b"], num_samples=3)
   assert not list(tmp_path.iterdir())
+
+
+def test_rouge_lsum_by_hand():
+  """Lin 2004, section 3.2: w1 w2 w3 w4 w5 and two sentences of an output.
+
+  The longest common subsequences with `w1 w3 w8 w9 w5` and `w4 w1 w2 w6 w7 w8`
+  are w1 w3 w5 and w1 w2. Their union has 4 of the reference's 5 words, and of the
+  output's 11: F = 2 * 4 / (5 + 11). As one sentence, the output has w1 w3 w5 in
+  this order (w1 w3 w4 too, and w2 only after them): F = 2 * 3 / 16. All 5 words
+  are in it: F = 2 * 5 / 16, and no pair of words but w1 w2: F = 2 * 1 / (4 + 10).
+  """
+  expected = {
+    "rouge1": 100 * 10 / 16,
+    "rouge2": 100 * 2 / 14,
+    "rougeL": 100 * 6 / 16,
+    "rougeLsum": 100 * 8 / 16,
+  }
+  for between in (" . ", "\n"):
+    output = f"w1 w3 w8 w9 w5{between}w4 w1 w2 w6 w7 w8"
+    found = text_metrics.rouge(["w1 w2 w3 w4 w5"], [output])
+    assert found == pytest.approx(expected), between

@@ -161,6 +161,13 @@ def test_errors_of_a_file_name_the_setting(tmp_path, old, new, message):
     sweeps.cells(sweep_folders.read(tmp_path, METHODS.replace(old, new, 1)))
 
 
+def test_variables_in_the_name_of_a_sweep_file(tmp_path, monkeypatch):
+  monkeypatch.setenv("OF_USER", str(tmp_path))
+  (tmp_path / "a.toml").write_text("seeds = 3\n")
+  assert sweeps.read("$OF_USER/a.toml") == {"seeds": 3}
+  assert sweeps.read("a.toml", ["${OF_USER}"]) == {"seeds": 3}
+
+
 def test_errors_of_flags():
   with pytest.raises(ValueError, match="set --axis"):
     sweeps.from_flags([], ["BETA"], 1)

@@ -181,5 +181,7 @@ def test_names_for_gin(tmp_path, registry):
   with pytest.raises(ValueError, match="expected a new name"):
     data.distilled_task("b", "arithmetic_cot")
   assert data.distilled_task("b", "arithmetic_cot", name="two") == "two"
+  with pytest.raises(ValueError, match=r"got [$]NO_ONE in .*; set NO_ONE"):
+    data.distilled_task("$NO_ONE/a", "arithmetic_cot")
   with pytest.raises(ValueError, match="set ORIGINAL_TASK or"):
     data.distilled_task("a", "aritmetic_cot")

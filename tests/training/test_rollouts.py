@@ -10,7 +10,7 @@ import toy_decoder_only
 import toy_models
 import toy_rollouts
 
-from gkd_jax import files
+from gkd_jax import data, files
 from gkd_jax.training import rollouts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,3 +202,43 @@ def test_a_reward_of_another_shape(bad):
   model, params, _ = toy_rollouts.rl(lambda *_: bad)
   with pytest.raises(ValueError, match=r"each of 16 outputs.*set REWARD"):
     toy_rollouts.make(model, [toy_models.batch()]).next(0, params)
+
+
+def judge(reward):
+  model, *_ = toy_rollouts.rl(reward, max_missing_rewards=0.25)
+  return rollouts.Judge(model, data.load_task("arithmetic_cot"))
+
+
+def test_a_reward_is_tried_on_references_and_on_prompts_without_them():
+  batch = toy_models.batch()
+  weights = np.array(batch["decoder_loss_weights"])
+  alone = [bool(text_of(row)) for row in batch["encoder_input_tokens"]]
+  weights[alone.index(True)] = 0  # a prompt of some symbols, alone
+  judged = judge(toy_rollouts.score).try_on(
+    batch | {"decoder_loss_weights": weights}
+  )
+  expected = []
+  for prompt, target, weight in zip(
+    batch["encoder_input_tokens"],
+    batch["decoder_target_tokens"],
+    weights,
+    strict=True,
+  ):
+    a, b = len(text_of(prompt)), len(text_of(target[weight > 0]))
+    expected.append((b or a) + 0.1 * a + 0.01 * b)
+  np.testing.assert_allclose(judged, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("rewards", "said"),
+  [
+    (lambda *_: 1 / 0, r"ZeroDivisionError: division by zero \(test_roll"),
+    (lambda *_: [1.0] * 7, r"one reward for each of 8 outputs, .*\(7,\)"),
+    (lambda *_: [[1.0]] * 8, r"each of 8 outputs, .* shape \(8, 1\)"),
+    (lambda *_: [1.0] * 5 + [None, np.nan, np.inf], "infinite number for 38%"),
+  ],
+  ids=["raises", "too few", "of another shape", "missing"],
+)
+def test_a_reward_that_fails_is_refused_when_it_is_tried(rewards, said):
+  with pytest.raises(ValueError, match=f"^expected .*{said}.*; set REWARD"):
+    judge(rewards).try_on(toy_models.batch())
