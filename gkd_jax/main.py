@@ -306,6 +306,11 @@ def _export(args):
     extra_ids=args.extra_ids,
     card=model_card.write,
   )
+  print(
+    f"exported {args.checkpoint_path} to {args.output_path}, in format"
+    f" {args.format}",
+    flush=True,
+  )
 
 
 def _check_paths(args):

@@ -30,6 +30,14 @@ def find(path: files.Path) -> epath.Path | None:
   return None
 
 
+def path_of(vocabulary: Any) -> str | None:
+  """Returns the file of a vocabulary, ours or a SentencePiece's; None without."""
+  for name in ("path", "sentencepiece_model_file"):
+    if (path := getattr(vocabulary, name, None)) is not None:
+      return os.fspath(path)
+  return None
+
+
 def copy(source: files.Path | None, folder: files.Path) -> bool:
   """Copies the tokenizer that belongs to a path into a folder.
 
