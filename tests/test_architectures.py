@@ -40,7 +40,9 @@ def test_a_folder_says_what_it_is(folder):
   expected = huggingface.read_config(GOLDEN / folder, setting="X")
   assert model.config == expected
   # The same sizes, given, agree; how they are computed is free.
-  given = architectures._with(expected, dtype="bfloat16", dropout_rate=0.1)
+  given = architectures._with(
+    expected, dtype="bfloat16", dropout_rate=0.1, remat_policy="full"
+  )
   again = architectures.model(given, GOLDEN / folder, **STUDENT)
   assert again.config == given
   architectures.check_equal(given, GOLDEN / folder, **STUDENT)
@@ -83,6 +85,10 @@ def test_sizes_that_differ_from_the_folder_are_refused():
     config, query_pre_attn_scalar=float(config.query_pre_attn_scalar or 8)
   )
   architectures.check_equal(same, path, **STUDENT)
+  # Without windowed layers the width of windows decides nothing.
+  full = huggingface.read_config(GOLDEN / "llama3", setting="X")
+  unused = dataclasses.replace(full, window=4, local_rope_theta=1e4)
+  architectures.check_equal(unused, GOLDEN / "llama3", **STUDENT)
   t5 = network.T5Config(vocab_size=8)
   with pytest.raises(
     ValueError, match=r"network.RotaryConfig, as .* got network.T5Config; set S"

@@ -140,6 +140,27 @@ def test_quantised_arrays_are_scales_times_integers(tmp_path):
     np.testing.assert_array_equal(array.read(part), matrix.T[part])
 
 
+def test_what_metadata_say_besides_sizes(tmp_path):
+  file = tmp_path / "a.gguf"
+  scaled = {"type": "linear", "factor": 2.0}
+  write(
+    file,
+    "llama",
+    **{f"llama.rope.scaling.{k}": v for k, v in scaled.items()},
+    **{"tokenizer.ggml.eot_token_id": 7},
+  )
+  assert checkpoints.load_config(file)["rope_factor"] == 2
+  assert checkpoints.load_special_tokens(file).eos[1:] == (7,)
+  # The same name, written anew; as many key heads as heads where it is silent.
+  write(file, "llama", **{"llama.attention.head_count_kv": None})
+  config = checkpoints.load_config(file)
+  assert config["rope_factor"] == 1
+  assert config["num_kv_heads"] == config["num_heads"]
+  integers = np.zeros(32, np.int32)
+  write(file, "llama", arrays={"model.norm.weight": integers})
+  assert "arrays that gguf dequantises, got I32" in refusal(file)
+
+
 def refusal(file):
   with pytest.raises((ValueError, ImportError)) as error:
     checkpoints.load_params(file, setting="--checkpoint_path")

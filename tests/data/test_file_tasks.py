@@ -8,7 +8,7 @@ import seqio
 import tiny_tokenizers
 
 from gkd_jax import data, evaluation, partitioning
-from gkd_jax.data import tokenizer_folders
+from gkd_jax.data import file_tasks, tokenizer_folders
 
 LENGTHS = {"inputs": 24, "targets": 8}
 EOS = 2
@@ -105,6 +105,14 @@ def test_what_a_tokenizer_puts_around_a_prompt_is_kept(tmp_path):
   (example,) = examples(task_of(model, write(tmp_path / "a.jsonl", rows)))
   ids = data.TokenizerVocabulary(model).encode("hello")
   assert example["inputs"] == example["targets"] == [*ids, 1]
+
+
+def test_a_vocabulary_of_pieces_ends_prompts_and_answers():
+  encoded = file_tasks._encoded(seqio.ByteVocabulary(), "ab", "c")
+  ids = [
+    np.frombuffer(encoded[k], "<i4").tolist() for k in ("inputs", "targets")
+  ]
+  assert ids == [[100, 101, 1], [102, 1]]
 
 
 def test_rows_without_answers_are_prompts(model, tmp_path):
@@ -212,6 +220,8 @@ def test_validation_is_a_share_of_the_train_rows(model, tmp_path):
   task = task_of(model, more, validation_fraction=0.1)
   assert {*validation} <= {*texts("validation", task)} | {b"new"}
   assert not data.has_split(task_of(model, path), "validation")
+  tested = task_of(model, path, test_files=[more], validation_fraction=0.1)
+  assert len(texts("test", tested)) == 81
   own = task_of(model, path, validation_files=[more], validation_fraction=0.1)
   assert len(texts("train", own)) == 80
   assert len(texts("validation", own)) == 81
@@ -274,6 +284,7 @@ def test_student_and_teacher_have_one_tokenizer(model, tmp_path):
   same = tiny_tokenizers.byte_level(tmp_path / "same", eos_token="<|im_start|>")
   other = tiny_tokenizers.unigram(tmp_path / "other")
   assert task_of(model, path, teacher_path=str(same))
+  assert task_of(model, path).name != task_of(other, path).name
   with pytest.raises(ValueError, match="one tokenizer of student and teacher"):
     task_of(model, path, teacher_path=str(other))
   # A student without one has its teacher's.

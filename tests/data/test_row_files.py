@@ -21,7 +21,7 @@ def test_each_line_of_json_is_a_row_and_bad_ones_say_why(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_bytes(
     b'\xef\xbb\xbf{"a": "\xc3\xa9", "b": 1}\r\n'
-    b"\n"
+    b" \t\r\n"
     b'{"a": "\xff"}\n'
     b"{'a': 1}\n"
     b"[1, 2]\n"
@@ -54,8 +54,12 @@ def test_tables_have_names_in_their_first_line(tmp_path):
     ("9", {"a": "5", "b": "€"}),
   ]
   path = tmp_path / "a.tsv"
-  path.write_text("a\tb\nx, y\tz\n")
-  assert rows(path) == [("2", {"a": "x, y", "b": "z"})]
+  # With the mark that Windows writes first, and its ends of lines in a cell.
+  path.write_bytes(b'\xef\xbb\xbfa\tb\nx, y\tz\n"x\r\ny"\tz\n')
+  assert rows(path) == [
+    ("2", {"a": "x, y", "b": "z"}),
+    ("3", {"a": "x\r\ny", "b": "z"}),
+  ]
 
 
 def test_parquet_keeps_lists_and_numbers(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 import tiny_tokenizers
+import tokenizers
 
 from gkd_jax import data, types
 from gkd_jax.data import vocabularies
@@ -70,6 +71,19 @@ def test_no_text_spells_a_special_token(bytes_folder, tmp_path):
   # T5's tokenizer puts EOS after a text.
   ids = vocabulary.encode("hello")
   assert vocabulary.with_special_tokens("hello") == [*ids, 1]
+
+
+def test_rows_are_whole_whatever_the_file_s_batches_are(bytes_folder):
+  ids = data.TokenizerVocabulary(bytes_folder).encode("hello user a")
+  file = str(bytes_folder / "tokenizer.json")
+  made = tokenizers.Tokenizer.from_file(file)
+  for change in (
+    lambda: made.enable_truncation(2),
+    lambda: (made.no_truncation(), made.enable_padding(length=16)),
+  ):
+    change()
+    made.save(file)
+    assert data.TokenizerVocabulary(bytes_folder).encode("hello user a") == ids
 
 
 def test_special_tokens_are_those_of_the_folder(tmp_path):
