@@ -85,9 +85,16 @@ def test_sizes_that_differ_from_the_folder_are_refused():
     config, query_pre_attn_scalar=float(config.query_pre_attn_scalar or 8)
   )
   architectures.check_equal(same, path, **STUDENT)
+  longer = dataclasses.replace(config, window_pattern=config.window_pattern * 2)
+  architectures.check_equal(longer, path, **STUDENT)
   # Without windowed layers the width of windows decides nothing.
   full = huggingface.read_config(GOLDEN / "llama3", setting="X")
-  unused = dataclasses.replace(full, window=4, local_rope_theta=1e4)
+  unused = dataclasses.replace(
+    full,
+    window=4,
+    local_rope_theta=1e4,
+    query_pre_attn_scalar=full.head_dim,
+  )
   architectures.check_equal(unused, GOLDEN / "llama3", **STUDENT)
   t5 = network.T5Config(vocab_size=8)
   with pytest.raises(

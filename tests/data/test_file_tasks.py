@@ -127,6 +127,11 @@ def test_rows_without_answers_are_prompts(model, tmp_path):
   )
   values = evaluator.try_metrics()
   assert not values.numbers and not values.failed
+  never = lambda targets, predictions: {"a": 1 / 0}
+  (function,) = task_of(
+    model, str(tmp_path / "a.jsonl"), metrics=[never]
+  ).metric_fns
+  assert function([None, None], ["a", "b"]) == {}
   # As with answers that TARGET_FIELD = None leaves out.
   rows = [row | {"targets": "a"} for row in rows]
   path = write(tmp_path / "b.jsonl", rows)
@@ -186,7 +191,7 @@ def test_rows_of_other_fields_say_what_to_set(model, tmp_path, capsys):
 
 def test_long_lines_are_left_out_cut_or_refused(model, tmp_path, capsys):
   rows = [
-    {"inputs": "hello", "targets": "hell"},
+    {"inputs": "a" * 24, "targets": "a" * 7},  # as long as may be
     {"inputs": "a" * 25, "targets": "hell"},
     {"inputs": "hello", "targets": "a" * 8},  # and EOS
   ]
@@ -197,7 +202,7 @@ def test_long_lines_are_left_out_cut_or_refused(model, tmp_path, capsys):
     f" {path}:3 (9 tokens of targets, of 8)\n"
   )
   cut = examples(task_of(model, path, long_lines="cut"))
-  assert [len(e["inputs"]) for e in cut] == [1, 24, 1]
+  assert [len(e["inputs"]) for e in cut] == [24, 24, 1]
   assert cut[2]["targets"] == [67] * 8  # without EOS
   with pytest.raises(
     ValueError, match="set TASK_FEATURE_LENGTHS, or LONG_LINES = 'cut'"

@@ -6,6 +6,7 @@ from gkd_jax.data import row_texts
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
+TOOL = {"role": "tool", "content": "42"}
 FORM = row_texts.RowForm()
 GOOD = [
   (FORM, {"inputs": "q", "targets": "a"}, ("q", "a")),
@@ -16,6 +17,11 @@ GOOD = [
   (FORM, {"prompt": "q", "completion": "a"}, ("q", "a")),
   (FORM, {"messages": [USER, ASSISTANT]}, ([USER], "a")),
   (FORM, {"messages": [USER]}, ([USER], None)),
+  (
+    FORM,
+    {"messages": [USER, ASSISTANT, TOOL]},
+    ([USER, ASSISTANT, TOOL], None),
+  ),
   (
     FORM,
     {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
@@ -66,6 +72,7 @@ BAD = [
   (FORM, {"messages": []}, "no messages with 'role' and 'content'"),
   (FORM, {"messages": "hello"}, "no messages with 'role' and 'content'"),
   (FORM, {"messages": [{"from": "user", "value": "q"}]}, "no messages with"),
+  (FORM, {"messages": [{"role": "user", "content": None}]}, "no messages with"),
   (FORM, {"messages": [ASSISTANT]}, "no message before the answer"),
   (FORM, {"prompt": [USER], "completion": [USER]}, "not one message of the as"),
   (
