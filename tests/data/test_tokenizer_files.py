@@ -124,6 +124,26 @@ def test_conversations_are_read_as_by_transformers(bytes_folder):
   assert whole == [*prompt, 261, 2, 201]
 
 
+def test_an_answer_has_its_tokens_and_an_eos_whatever_the_template(tmp_path):
+  # No EOS ends a turn; the prompt ends with a line's end, which is a token with
+  # a second one.
+  folder = tiny_tokenizers.byte_level(
+    tmp_path,
+    chat_template=(
+      "{% for m in messages %}{{ m.content }}"
+      "{% if m.role == 'user' %}{{ '\n' }}{% endif %}{% endfor %}"
+    ),
+  )
+  vocabulary = data.TokenizerVocabulary(folder)
+  user = [{"role": "user", "content": "hello"}]
+  assert vocabulary.encode("hello\n\nhell") == [262, 267, 261]
+  for answer, expected in (
+    ("hell", ([262, 201], [261, 2])),
+    ("\nhell", ([262, 201], [201, 261, 2])),
+  ):
+    assert vocabulary.encode_exchange(user, answer) == expected
+
+
 def test_a_prompt_of_several_turns_is_shown_whole(bytes_folder):
   vocabulary = data.TokenizerVocabulary(bytes_folder)
   ids = vocabulary.encode_chat(MESSAGES[:1])
@@ -188,5 +208,8 @@ def test_equal_folders_are_equal_vocabularies(tmp_path):
   )
   of = data.TokenizerVocabulary
   assert of(one) == of(two) and hash(of(one)) == hash(of(two))
-  assert of(one) != of(three)
+  chat = tiny_tokenizers.byte_level(
+    tmp_path / "chat", chat_template=tiny_tokenizers.TEMPLATE
+  )
+  assert of(one) != of(three) and of(one) != of(chat)
   assert seqio.Feature(of(one)) == seqio.Feature(of(two))
