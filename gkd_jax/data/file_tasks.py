@@ -120,7 +120,7 @@ def task_of_files(
 
 def _registered(settings, vocabulary, metrics):
   """Returns the name of the task; the same settings have one name."""
-  identity = getattr(vocabulary, "fingerprint", lambda: str(vocabulary))()
+  identity = tokenizer_folders.fingerprint(vocabulary)
   text = repr((settings, identity, [m.__name__ for m in metrics]))
   first = settings.files[0][1][0]
   stem = re.sub(r"\W+", "_", files.absolute(first).stem, flags=re.ASCII)

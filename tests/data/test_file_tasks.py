@@ -1,9 +1,11 @@
 """Tasks of a user's files, made from settings alone."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import seqio
 import tiny_tokenizers
 
@@ -296,6 +298,37 @@ def test_student_and_teacher_have_one_tokenizer(model, tmp_path):
   (tmp_path / "empty").mkdir()
   task = task_of(tmp_path / "empty", path, teacher_path=str(other))
   assert data.target_vocabulary(task) == data.TokenizerVocabulary(other)
+
+
+def test_equal_sentencepiece_models_are_one_tokenizer(tmp_path):
+  path = write(tmp_path / "a.jsonl", [{"inputs": "ab", "targets": "ba"}])
+
+  def pieces(name, texts):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(texts * 8),
+      model_writer=model,
+      model_type="char",
+      vocab_size=6,
+      pad_id=0,
+      eos_id=1,
+      unk_id=2,
+      bos_id=-1,
+      minloglevel=2,
+    )
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "spiece.model").write_bytes(model.getvalue())
+    return tmp_path / name
+
+  student, teacher = pieces("student", ["ab"]), pieces("teacher", ["ab"])
+  task = task_of(student, path, teacher_path=str(teacher))
+  assert task.name == task_of(teacher, path).name
+  (example,) = examples(task)
+  assert example["inputs"][-1] == example["targets"][-1] == 1
+  other = pieces("other", ["cd"])
+  with pytest.raises(ValueError, match="one tokenizer of student and teacher"):
+    task_of(student, path, teacher_path=str(other))
+  assert task_of(other, path).name != task.name
 
 
 def test_a_copied_tokenizer_gives_the_same_ids(model, tmp_path):

@@ -125,23 +125,16 @@ def test_conversations_are_read_as_by_transformers(bytes_folder):
 
 
 def test_an_answer_has_its_tokens_and_an_eos_whatever_the_template(tmp_path):
-  # No EOS ends a turn; the prompt ends with a line's end, which is a token with
-  # a second one.
+  # No EOS ends a turn, and nothing stands between turns.
   folder = tiny_tokenizers.byte_level(
     tmp_path,
-    chat_template=(
-      "{% for m in messages %}{{ m.content }}"
-      "{% if m.role == 'user' %}{{ '\n' }}{% endif %}{% endfor %}"
-    ),
+    chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
   )
   vocabulary = data.TokenizerVocabulary(folder)
-  user = [{"role": "user", "content": "hello"}]
-  assert vocabulary.encode("hello\n\nhell") == [262, 267, 261]
-  for answer, expected in (
-    ("hell", ([262, 201], [261, 2])),
-    ("\nhell", ([262, 201], [201, 261, 2])),
-  ):
-    assert vocabulary.encode_exchange(user, answer) == expected
+  user = [{"role": "user", "content": "he"}]
+  assert vocabulary.encode("hell") == [261]  # a token of both turns
+  for answer, expected in ((" hello", [263, 2]), ("ll", [260, 2])):
+    assert vocabulary.encode_exchange(user, answer) == ([259], expected)
 
 
 def test_a_prompt_of_several_turns_is_shown_whole(bytes_folder):
