@@ -358,7 +358,7 @@ def test_two_steps_change_the_student(method, toys, tmp_path):
   "method", nightly.of(["seqkd", "self_distillation"], ["self_distillation"])
 )
 def test_two_steps_by_the_training_script(method, toys, tmp_path):
-  settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_NUM_EXAMPLES": 8}
+  settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_SPLIT": None}
   settings["MIXTURE_OR_TASK_NAME"] = repr(task_of(method, tmp_path))
   if method == "self_distillation":
     parts = gin_probe.parts_of(
