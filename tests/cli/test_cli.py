@@ -81,6 +81,8 @@ def test_smoke_run_writes_what_it_says(whole):
     "checkpoint_20",
   }
   assert "step 20/20" in printed and "step 20 evaluation" in printed
+  for whose in ("the data", "the student's samples"):
+    assert printed.count(f"signal on {whose} at step ") == 1
   rows = _lines(folder / "metrics.jsonl")
   last = next(r for r in reversed(rows) if "loss" in r)
   assert last["step"] == 20
