@@ -225,6 +225,8 @@ def _sweep(args):
     definition = sweeps.read(args.sweep_file, folders)
     if args.seeds is not None:
       definition["seeds"] = args.seeds
+  # `sweep.json` keeps the settings of the report.
+  definition["report"] = definition.get("report", {}) | {"command": args.line}
   options = []
   if args.tfds_data_dir:
     options.append(f"--tfds_data_dir={args.tfds_data_dir}")
