@@ -72,7 +72,7 @@ def _sentence(error: Exception) -> str | None:
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
     return (
       f"expected programs that fit into the devices' memory, got {text}; set"
-      " NUM_MICROBATCHES, LOSS_CHUNK_SIZE, SHARD_PARAMS_OVER_DATA or what else"
+      " NUM_MICROBATCHES, REMAT_POLICY, SHARD_PARAMS_OVER_DATA or what else"
       " docs/settings.md names, and try it with `gkd precompile`"
     )
   if not isinstance(error, ValueError | ImportError | FloatingPointError):
@@ -307,6 +307,11 @@ def _export(args):
     vocabulary_path=args.vocabulary_path,
     extra_ids=args.extra_ids,
     card=model_card.write,
+  )
+  print(
+    f"exported {args.checkpoint_path} to {args.output_path}, in format"
+    f" {args.format}",
+    flush=True,
   )
 
 

@@ -236,7 +236,7 @@ def train(
 
 def _keep_tokenizer(task, model_dir):
   """Copies the tokenizer's files, so that what reads the run finds them."""
-  path = getattr(data.target_vocabulary(task), "path", None)
+  path = tokenizer_folders.path_of(data.target_vocabulary(task))
   if path is not None and jax.process_index() == 0:
     tokenizer_folders.copy(path, model_dir)
 

@@ -77,13 +77,9 @@ class RunEvaluations:
     """Returns what is evaluated, as `training.preflight.table`."""
     if self._periodic is None:
       return []
-    return [
-      (
-        "evaluation",
-        f"{self._periodic.num_examples:,} examples of"
-        f" {self._settings.split!r}, by {', '.join(self._metrics) or 'nothing'}",
-      )
-    ]
+    number, split = self._periodic.num_examples, self._settings.split
+    by = f"by {', '.join(self._metrics)}" if self._metrics else "without scores"
+    return [("evaluation", f"{number:,} examples of {split!r}, {by}")]
 
   def at(self, step: int, params: Any, log: Any) -> dict[str, float]:
     """Returns the scores of the student's greedy outputs, {} if there are none.

@@ -51,10 +51,11 @@ def use_cache(folder: str | None = None) -> str:
 def first_step(metrics: object) -> str:
   """Waits for the first step's `metrics`; returns a line about the time taken."""
   jax.block_until_ready(metrics)
+  hits = progress.cache_hits()
   return (
     f"first step {time.monotonic() - gkd_jax.STARTED:.1f} s after the start,"
     f" {progress.compile_seconds():.1f} s of it compiling;"
-    f" {progress.cache_hits()} programs from the cache"
+    f" {hits} program{'s' if hits != 1 else ''} from the cache"
   )
 
 
@@ -199,6 +200,7 @@ class TrainLog:
         [{"step": step, **example} for example in examples],
       )
     shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+    shown = shown or "no scores; outputs are in examples.jsonl"
     self.say(f"step {step} evaluation: {shown}")
     self._time = time.monotonic()
 
