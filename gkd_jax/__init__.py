@@ -9,7 +9,7 @@
   training, evaluation   the step and its surroundings; a checkpoint's scores
   partitioning, kernels  the device mesh; what one backend is faster at
   planning, experiments  programs for absent devices; sweeps and reports
-  optimizers, schedules, types, files, checks, tasks
+  optimizers, schedules, types, files, model_folders, checks, tasks
 
 Modules load when they are first used: `import gkd_jax` does not import jax.
 """

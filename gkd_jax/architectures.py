@@ -10,6 +10,7 @@ from typing import Any
 import gin
 from gkd_jax import checkpoints, checks, models, network
 from gkd_jax.checkpoints import parameters
+from gkd_jax.network import blocks, layer_loops
 
 _MODELS = {
   network.T5Config: (models.EncoderDecoderModel, network.Transformer),
@@ -19,6 +20,8 @@ _MODELS = {
 }
 # How a network is computed, not what.
 _FREE = "dtype", "dropout_rate", "remat_policy", "float32_attention_logits"
+# What only an export says.
+_NAMES = "family", "max_positions"
 
 
 def model(
@@ -29,6 +32,7 @@ def model(
   path_setting: str,
   dropout_rate: float | None = None,
   dtype: str | None = None,
+  remat_policy: str | None = None,
 ) -> Any:
   """Builds an `EncoderDecoderModel` or a `DecoderOnlyModel`, without parameters.
 
@@ -43,6 +47,7 @@ def model(
     path_setting: what the path is set with.
     dropout_rate: of a configuration that is the checkpoint's.
     dtype: of activations; None: as the configuration says.
+    remat_policy: what the backward pass computes again; None: likewise.
 
   Raises:
     ValueError: there is no configuration, or the checkpoint has another one.
@@ -58,6 +63,9 @@ def model(
   if dtype is not None:
     checks.one_of(dtype, "ACTIVATION_DTYPE", ("float32", "bfloat16"))
     config = _with(config, dtype=dtype)
+  if remat_policy is not None:
+    checks.one_of(remat_policy, "REMAT_POLICY", layer_loops.REMAT_POLICIES)
+    config = _with(config, remat_policy=remat_policy)
   of_model, of_network = map(_configured, _MODELS[type(config)])
   return of_model(module=of_network(config=config))
 
@@ -66,6 +74,8 @@ def check_equal(
   config: Any, checkpoint_path: str, *, setting: str, path_setting: str
 ) -> None:
   """Checks that a model computes what a checkpoint's folder says.
+
+  What the folder does not say (old ones hold few fields) may be anything.
 
   Args:
     config: of the model; of another class than those of `network`, it is its own.
@@ -76,16 +86,20 @@ def check_equal(
   Raises:
     ValueError: it does not, with all differences.
   """
-  stored = _stored(checkpoint_path, path_setting)
-  if stored is None or type(config) not in _MODELS:
+  said = _stated(checkpoint_path, path_setting)
+  if said is None or type(config) not in _MODELS:
     return
-  if type(config) is not type(stored):
+  stored = _network_config(said, checkpoint_path, path_setting)
+  # What all networks but T5Gemma have says nothing of which it is.
+  common = _names(blocks.Config) & _names(config)
+  if type(config) is not type(stored) and not said.keys() <= common:
     kinds = [f"network.{type(c).__name__}" for c in (stored, config)]
     raise ValueError(
       f"expected {kinds[0]}, as {path_setting} has it, got {kinds[1]}; set"
       f" {setting} = None, or {path_setting}"
     )
-  theirs, ours = (_fields(dataclasses.asdict(c)) for c in (stored, config))
+  given = dataclasses.asdict(config)
+  theirs, ours = (_fields(fields) for fields in (_over(given, said), given))
   wrong = [name for name in theirs if theirs[name] != ours[name]]
   if wrong:
     shown = lambda fields: ", ".join(f"{n} {fields[n]!r}" for n in wrong)
@@ -97,15 +111,34 @@ def check_equal(
 
 def _stored(path, setting):
   """Returns the configuration in a checkpoint's folder, None without one."""
+  said = _stated(path, setting)
+  return said and _network_config(said, path, setting)
+
+
+def _stated(path, setting):
+  """Returns the fields of that configuration that the folder says."""
   if path is gin.REQUIRED:  # of `gkd precompile`, which asks for no paths
     return None
   checks.path(path, setting, none=True)
   if path is None:
     return None
-  fields = checkpoints.load_config(path, setting=setting)
-  if not fields:
-    return None
-  return parameters.network_config(fields, setting=setting, path=path)
+  return checkpoints.load_config(path, setting=setting) or None
+
+
+def _network_config(said, path, setting):
+  return parameters.network_config(said, setting=setting, path=path)
+
+
+def _names(config):
+  return {field.name for field in dataclasses.fields(config)}
+
+
+def _over(fields, said):
+  """Returns fields with those that are said in place of their own."""
+  return fields | {
+    name: _over(fields[name], value) if isinstance(value, dict) else value
+    for name, value in said.items()
+  }
 
 
 def _configured(cls):
@@ -130,7 +163,7 @@ def _fields(fields, prefix=""):
   for name, value in fields.items():
     if isinstance(value, dict):
       result |= _fields(value, f"{prefix}{name}.")
-    elif name not in (*_FREE, "family"):
+    elif name not in (*_FREE, *_NAMES):
       result[prefix + name] = tuple(value) if type(value) is list else value
   if "window_pattern" in fields:
     pattern = fields["window_pattern"] or (False,)

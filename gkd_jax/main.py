@@ -72,7 +72,7 @@ def _sentence(error: Exception) -> str | None:
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
     return (
       f"expected programs that fit into the devices' memory, got {text}; set"
-      " NUM_MICROBATCHES, LOSS_CHUNK_SIZE, SHARD_PARAMS_OVER_DATA or what else"
+      " NUM_MICROBATCHES, REMAT_POLICY, SHARD_PARAMS_OVER_DATA or what else"
       " docs/settings.md names, and try it with `gkd precompile`"
     )
   if not isinstance(error, ValueError | ImportError | FloatingPointError):
@@ -93,8 +93,11 @@ def _train(args):
   gin_utils.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
+  line = " ".join(args.line.splitlines())
   gin.get_configurable(train.train)(
-    config=gin.config_str(), dry_run=args.dry_run
+    # What made the run, for whoever finds its folder.
+    config=f"# {line}\n# {command_line.version()}\n\n{gin.config_str()}",
+    dry_run=args.dry_run,
   )
 
 
@@ -222,6 +225,8 @@ def _sweep(args):
     definition = sweeps.read(args.sweep_file, folders)
     if args.seeds is not None:
       definition["seeds"] = args.seeds
+  # `sweep.json` keeps the settings of the report.
+  definition["report"] = definition.get("report", {}) | {"command": args.line}
   options = []
   if args.tfds_data_dir:
     options.append(f"--tfds_data_dir={args.tfds_data_dir}")
@@ -302,6 +307,11 @@ def _export(args):
     vocabulary_path=args.vocabulary_path,
     extra_ids=args.extra_ids,
     card=model_card.write,
+  )
+  print(
+    f"exported {args.checkpoint_path} to {args.output_path}, in format"
+    f" {args.format}",
+    flush=True,
   )
 
 

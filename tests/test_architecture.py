@@ -14,6 +14,7 @@ MAY_IMPORT = {
   "types": "",
   "checks": "",
   "files": "",
+  "model_folders": "files",
   "schedules": "types",
   "optimizers": "schedules types",
   "divergences": "types",
@@ -23,9 +24,9 @@ MAY_IMPORT = {
   "network": "kernels losses partitioning types",
   "decoding": "kernels losses partitioning types",
   "models": "decoding divergences losses network partitioning schedules types",
-  "data": "files tasks types",
+  "data": "files model_folders tasks types",
   "training": "data files losses models optimizers partitioning schedules types",
-  "checkpoints": "files network partitioning types",
+  "checkpoints": "files model_folders network partitioning types",
   "evaluation": "checkpoints data decoding divergences files losses models"
   " partitioning tasks types",
   "architectures": "checkpoints models network",
@@ -37,7 +38,7 @@ MAY_IMPORT = {
   "train": "architectures checkpoints data evaluation files models optimizers partitioning"
   " training types",
   "infer": "architectures checkpoints data evaluation files models partitioning tasks types",
-  "adapters": "checkpoints decoding models partitioning training types",
+  "adapters": "checkpoints decoding losses models partitioning training types",
   "main": ALL,
 }
 

@@ -98,6 +98,41 @@ def test_sizes_that_differ_from_the_folder_are_refused():
     )
 
 
+def test_what_an_old_folder_does_not_say_may_be_anything(tmp_path):
+  folder = save_toy(tmp_path / "toy", 32, 4, 64)
+  old = {"format": "gkd_jax", "vocab_size": 24}
+  (tmp_path / "toy" / "config.json").write_text(json.dumps(old))
+  sizes = {"vocab_size": 24, "emb_dim": 32, "num_heads": 4, "mlp_dim": 64}
+  for config in (network.T5Config(**sizes), network.TransformerConfig(**sizes)):
+    architectures.check_equal(config, folder, **STUDENT)
+  (tmp_path / "decoder").mkdir()
+  of_decoder = dataclasses.asdict(network.TransformerConfig(**sizes))
+  (tmp_path / "decoder" / "config.json").write_text(
+    json.dumps({"format": "gkd_jax"} | of_decoder)
+  )
+  shutil.copy(tmp_path / "toy" / "model.safetensors", tmp_path / "decoder")
+  rotary = network.RotaryConfig(**of_decoder, num_kv_heads=4)
+  with pytest.raises(ValueError, match=r"expected network.Transformer"):
+    architectures.check_equal(rotary, tmp_path / "decoder", **STUDENT)
+  other = network.T5Config(**sizes | {"vocab_size": 32})
+  with pytest.raises(ValueError) as error:
+    architectures.check_equal(other, folder, **STUDENT)
+  assert str(error.value) == (
+    "expected vocab_size 24, as INITIAL_CHECKPOINT_PATH has it, got vocab_size"
+    " 32; set STUDENT = None, or INITIAL_CHECKPOINT_PATH"
+  )
+  # A part of a side.
+  t5gemma = huggingface.read_config(GOLDEN / "t5gemma_wide", setting="X")
+  (tmp_path / "toy" / "config.json").write_text(
+    json.dumps(
+      {"format": "gkd_jax", "encoder": {"vocab_size": 96, "num_layers": 7}}
+      | {"decoder": {"vocab_size": 96}}
+    )
+  )
+  with pytest.raises(ValueError, match=r"expected encoder.num_layers 7, "):
+    architectures.check_equal(t5gemma, folder, **STUDENT)
+
+
 def test_the_public_sizes_agree_with_folders_of_them(tmp_path):
   for family, macro in (
     ("gemma", "GEMMA3_270M"),
@@ -132,6 +167,7 @@ def test_gin_s_bindings_hold_for_each_kind():
         f"student/network.{of_network.__name__}.scan_layers = True",
         "DECODER_PARAMS = {'top_k': 3}",
         "DROPOUT_RATE = 0.25",
+        "REMAT_POLICY = 'full'",
       ],
       [],
     )
@@ -140,6 +176,8 @@ def test_gin_s_bindings_hold_for_each_kind():
     assert kind(student) == kind(teacher) == (of_model, of_network)
     assert student.module.scan_layers and teacher.module.scan_layers
     assert student.config.dropout_rate == 0.25
+    policies = student.config.remat_policy, teacher.config.remat_policy
+    assert policies == ("full", "none")
     assert teacher.module.weights == "bfloat16"
     assert student.module.weights == "float32"
     assert student.default_decoder_params == {"top_k": 3}

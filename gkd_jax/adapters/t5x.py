@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from gkd_jax import checkpoints, models, types
+from gkd_jax import checkpoints, losses, models, types
 
 try:
   from t5x import metrics as t5x_metrics
@@ -319,8 +319,10 @@ class _SumOfLosses:
       params, self._teacher_params, batch, inputs
     )
     # T5X merges the metrics of steps name by name: all have the same names.
+    zero = jnp.zeros(())
+    if self._gkd.hard_label_weight:
+      metrics.setdefault(losses.HARD_LABELS, (zero, zero))
     if len(self._gkd.sources) > 1 and self._source == models.DATA:
-      zero = jnp.zeros(())
       present = jnp.any(batch["encoder_input_tokens"] > 0, axis=1)
       metrics |= {name: (zero, zero) for name in _SAMPLE_METRICS}
       metrics["on_policy_share"] = (zero, jnp.sum(present.astype(jnp.float32)))

@@ -32,11 +32,13 @@ _FIELDS = {
   "attention.key_length": "head_dim",
   "attention.layer_norm_rms_epsilon": "rms_norm_eps",
   "rope.freq_base": "rope_theta",
+  "context_length": "max_position_embeddings",
 }
 _OPTIONAL = {
   "attention.head_count_kv",
   "attention.key_length",
   "rope.freq_base",
+  "context_length",
 }
 _NAMES = {
   "token_embd": "model.embed_tokens",

@@ -34,7 +34,11 @@ _FIELDS = {
   "query_pre_attn_scalar": "query_pre_attn_scalar",
   "attn_logit_softcapping": "attention_softcap",
   "final_logit_softcapping": "final_softcap",
+  "max_position_embeddings": "max_positions",
 }
+# In exports of models of which no longest row is known: there is none, since
+# there are no tables of positions.
+_MAX_POSITIONS = 131072
 # Fixed in our network, in all families that have the field.
 _FIXED = {
   "attention_bias": False,
@@ -121,7 +125,8 @@ def read_fields(
 
 def _known(family):
   """Returns the fields that a family has in `config.json`."""
-  return {*family.defaults, "num_key_value_heads", "head_dim"}
+  common = "num_key_value_heads", "head_dim", "max_position_embeddings"
+  return {*family.defaults, *common}
 
 
 def _activation(family):
@@ -232,6 +237,7 @@ def _computation(config):
   return dataclasses.replace(
     config,
     family="",
+    max_positions=None,
     query_pre_attn_scalar=scalar,
     window_pattern=config.layer_kinds,
     # How it is trained.
@@ -295,8 +301,7 @@ def write_fields(
     _activation(family): names.get(config.mlp_activations),
     "rope_theta": config.rope_theta,
     "rope_scaling": _rope_scaling(config),
-    # No tables of positions: there is no longest row.
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": config.max_positions or _MAX_POSITIONS,
   }
 
 

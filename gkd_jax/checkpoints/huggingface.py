@@ -19,6 +19,7 @@ A module of `_MODULES` knows the configurations and names of its families:
   special_tokens             fields of special tokens that are left out
 """
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from gkd_jax import types
+from gkd_jax import model_folders, types
 from gkd_jax.checkpoints import (
   errors,
   hf_rotary,
@@ -38,7 +39,7 @@ from gkd_jax.checkpoints import (
   stored_arrays,
 )
 
-GENERATION_FILE = "generation_config.json"
+GENERATION_FILE = model_folders.GENERATION_FILE
 INDEX_FILE = "model.safetensors.index.json"
 _MODULES = (hf_t5, hf_t5gemma, hf_rotary)
 _BY_KIND = {kind: module for module in _MODULES for kind in module.KINDS}
@@ -108,21 +109,17 @@ def read_special_tokens(
 ) -> types.SpecialTokens:
   """Returns what a folder says of EOS, PAD and the decoder's start.
 
-  As in transformers, `generation_config.json` comes before `config.json`.
-
   Args:
     folder: with `config.json`.
     setting: what the user set the path with, for the messages.
   """
   text, module = _read_text(folder, setting)
-  said = module.special_tokens(text)
-  for name in (safetensors_io.CONFIG_FILE, GENERATION_FILE):
-    if (folder / name).exists():
-      text = safetensors_io.read_json(folder / name, setting=setting)
-      said |= {k: v for k, v in text.items() if v is not None}
-  eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
-  if not isinstance(eos, list):
-    eos = [] if eos is None else [eos]
+  said = model_folders.stated_tokens(
+    folder,
+    module.special_tokens(text),
+    functools.partial(safetensors_io.read_json, setting=setting),
+  )
+  eos, pad = said["eos_token_id"], said.get("pad_token_id")
   # A model without a start was trained on texts that follow an EOS.
   starts = said.get(module.START), pad, *eos, 0
   start = next(i for i in starts if i is not None)

@@ -23,12 +23,12 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from gkd_jax import files, types
+from gkd_jax import files, model_folders, types
 from gkd_jax.checkpoints import stored_arrays
 
 FORMAT = "gkd_jax"
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+CONFIG_FILE = model_folders.CONFIG_FILE
 _DTYPES = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "BOOL": np.dtype(np.bool_),
@@ -163,8 +163,7 @@ def open_file(
   return arrays
 
 
-# The key of `config.json` with the model's special tokens.
-SPECIAL_TOKENS = "special_tokens"
+SPECIAL_TOKENS = model_folders.SPECIAL_TOKENS
 
 
 def with_special_tokens(

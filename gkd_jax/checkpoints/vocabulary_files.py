@@ -13,16 +13,10 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-NAMES = (
-  TOKENIZER_FILE,
-  CONFIG_FILE,
-  "special_tokens_map.json",
-  "chat_template.jinja",
-  "tokenizer.model",
-  "spiece.model",
-)
+from gkd_jax import model_folders
+
+TOKENIZER_FILE = model_folders.TOKENIZER_FILE
+CONFIG_FILE = model_folders.TOKENIZER_CONFIG_FILE
 _KEY = "tokenizer.ggml"
 # Types of a token in GGUF.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -52,7 +46,7 @@ _DIVIDED: dict[str, Callable[[], Any]] = {
 
 def read(folder: epath.Path) -> dict[str, bytes]:
   """Returns the tokenizer's files in a folder, name to content."""
-  found = {name: folder / name for name in NAMES}
+  found = {name: folder / name for name in model_folders.TOKENIZER_FILES}
   return {k: file.read_bytes() for k, file in found.items() if file.is_file()}
 
 

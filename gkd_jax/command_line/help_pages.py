@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import shutil
+import subprocess
 import textwrap
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,22 @@ def version() -> str:
       parts.append(f"{name} {importlib.metadata.version(name)}")
     except importlib.metadata.PackageNotFoundError:
       continue
+  if commit := _commit():
+    parts.append(f"commit {commit}")
   return f"gkd {gkd_jax.__version__} ({', '.join(parts)})"
+
+
+def _commit() -> str:
+  """Returns the commit of a checkout, with a + if files differ; "" of a package."""
+  root = os.path.dirname(os.path.dirname(os.path.abspath(gkd_jax.__file__)))
+  if not os.path.exists(os.path.join(root, ".git")):
+    return ""
+  words = ["git", "-C", root, "describe", "--always", "--dirty=+"]
+  try:
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return ""
+  return done.stdout.strip()
 
 
 def of_all() -> str:

@@ -189,9 +189,17 @@ class FilesSource(sources.ColumnsDataSource):
       self._report(lines, total, "have an answer", "BAD_LINES", "skip")
       kept = [e for e in kept if e["targets"] is not None]
     if not kept:
+      fields = ", INPUT_FIELD or PROMPT_TEMPLATE" if bad else ""
       raise ValueError(
         f"expected rows of {split!r} that can be used, got none of {total}; set"
-        f" {setting}"
+        f" {setting}{fields}"
+      )
+    target = self._settings.form.target_field
+    if target and not any(with_answer):
+      print(
+        f"prompts alone: none of {total:,} rows of {split!r} has an answer in"
+        f" {target!r} or 'completion'; set TARGET_FIELD, or None if that is meant",
+        flush=True,
       )
     names = ["inputs", "inputs_pretokenized"]
     if any(with_answer):
@@ -233,10 +241,14 @@ class FilesSource(sources.ColumnsDataSource):
       shown += f" and {len(lines) - _SHOWN} more"
     chosen = getattr(self._settings, setting.lower())
     if chosen == "refuse":
-      mend = "mend the files" if setting == "BAD_LINES" else "the lengths"
+      mend = f"mend the files, or set {setting} = '{other}'"
+      if setting == "LONG_LINES":
+        mend = f"set TASK_FEATURE_LENGTHS, or {setting} = '{other}'"
+      elif len(lines) == total and "(no field " in shown:
+        mend = "set INPUT_FIELD, TARGET_FIELD or PROMPT_TEMPLATE"
       raise ValueError(
         f"expected rows that {what}, got {len(lines):,} of {total:,} that do"
-        f" not: {shown}; {mend}, or set {setting} = '{other}'"
+        f" not: {shown}; {mend}"
       )
     done = "cut" if chosen == "cut" else "left out"
     print(f"{done}: {len(lines):,} of {total:,} rows: {shown}", flush=True)

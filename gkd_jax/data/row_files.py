@@ -55,6 +55,9 @@ def read(path: epath.Path) -> Iterator[Row]:
 
   Args:
     path: from `find`; its suffix says what it is.
+
+  Raises:
+    ValueError: a Parquet file is damaged, which has no rows then.
   """
   return _READERS[path.suffix](path)
 
@@ -121,7 +124,13 @@ def _table(path, delimiter):
 def _parquet(path):
   import pyarrow.parquet
 
-  table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
+  try:
+    table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
+  except pyarrow.ArrowException as error:
+    raise ValueError(
+      f"expected a whole Parquet file, got {str(error).splitlines()[0]} in"
+      f" {path}; write it again, or set other files"
+    ) from error
   number = 0
   for batch in table.to_batches():
     for fields in batch.to_pylist():

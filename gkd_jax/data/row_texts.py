@@ -78,7 +78,10 @@ def _parts(fields, form):
     name = "prompt"
   else:
     names = dict.fromkeys([form.input_field, "messages", "prompt"])
-    raise BadRow(f"no field {' or '.join(map(repr, names))}")
+    raise BadRow(
+      f"no field {' or '.join(map(repr, names))} among"
+      f" {', '.join(map(repr, fields)) or 'none'}"
+    )
   value = fields[name]
   prompt = value if isinstance(value, list) else _text(value, name)
   if isinstance(prompt, str) and not prompt:

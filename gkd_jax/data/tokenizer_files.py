@@ -13,10 +13,10 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from gkd_jax import files
-from gkd_jax.data import chat, tokenizer_folders
+from gkd_jax import files, model_folders
+from gkd_jax.data import chat
 
-TOKENIZER_FILE = tokenizer_folders.TOKENIZER_FILE
+TOKENIZER_FILE = model_folders.TOKENIZER_FILE
 _SPECIAL = "bos_token", "eos_token", "pad_token", "unk_token"
 # Unicode's noncharacters: no text has them. Special tokens are spelled between
 # two of them, so that no text of a user spells one.
@@ -97,7 +97,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
     """`tokenizer_config.json`, with what older folders have beside it."""
     fields = files.read_json(self._folder / "special_tokens_map.json") or {}
     return fields | (
-      files.read_json(self._folder / "tokenizer_config.json") or {}
+      files.read_json(self._folder / model_folders.TOKENIZER_CONFIG_FILE) or {}
     )
 
   @functools.cached_property
@@ -135,7 +135,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
   @functools.cached_property
   def eos_ids(self) -> tuple[int, ...]:
     """All ids that end a sequence, the tokenizer's own first."""
-    ids = [self._id("eos_token"), *tokenizer_folders.stated_eos(self._folder)]
+    stated = model_folders.stated_tokens(self._folder)["eos_token_id"]
+    ids = [self._id("eos_token"), *stated]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
   @property

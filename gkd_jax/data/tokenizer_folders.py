@@ -8,17 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax import files
+from gkd_jax import files, model_folders
 
-TOKENIZER_FILE = "tokenizer.json"
-_PIECES = "spiece.model", "tokenizer.model", "sentencepiece.model"
-_GENERATION_FILE = "generation_config.json"
-_BESIDE = (
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-)
+_NAMES = model_folders.TOKENIZER_FILE, *model_folders.PIECES_FILES
 
 
 def find(path: files.Path) -> epath.Path | None:
@@ -32,25 +24,18 @@ def find(path: files.Path) -> epath.Path | None:
   if place.is_file():
     return place if place.suffix in (".json", ".model") else None
   for folder in (place, place.parent):
-    for name in (TOKENIZER_FILE, *_PIECES):
+    for name in _NAMES:
       if (folder / name).is_file():
         return folder / name
   return None
 
 
-def stated_eos(folder: epath.Path) -> list[int]:
-  """Returns the EOS that a model's configuration names besides its tokenizer.
-
-  As in transformers, `generation_config.json` comes before `config.json`, which
-  may be ours.
-  """
-  for name in (_GENERATION_FILE, "config.json"):
-    fields = files.read_json(folder / name) or {}
-    ours = fields.get("special_tokens") or {}
-    said = fields.get("eos_token_id", ours.get("eos"))
-    if said is not None:
-      return said if isinstance(said, list) else [said]
-  return []
+def path_of(vocabulary: Any) -> str | None:
+  """Returns the file of a vocabulary, ours or a SentencePiece's; None without."""
+  for name in ("path", "sentencepiece_model_file"):
+    if (path := getattr(vocabulary, name, None)) is not None:
+      return os.fspath(path)
+  return None
 
 
 def copy(source: files.Path | None, folder: files.Path) -> bool:
@@ -67,13 +52,16 @@ def copy(source: files.Path | None, folder: files.Path) -> bool:
   if found is None:
     return False
   target = files.absolute(folder)
-  beside = (*_BESIDE, TOKENIZER_FILE, *_PIECES)
-  for name in {found.name, *beside}:
-    file = found.parent / name
+  # A file of another name gets one by which `find` finds it.
+  usual = _NAMES[0] if found.suffix == ".json" else _NAMES[1]
+  copies = {name: found.parent / name for name in model_folders.TOKENIZER_FILES}
+  copies[found.name if found.name in _NAMES else usual] = found
+  for name, file in copies.items():
     if file.is_file() and file != target / name:
       files.write_bytes(target / name, file.read_bytes())
-  generation = target / _GENERATION_FILE
-  if not generation.exists() and (eos := stated_eos(found.parent)):
+  generation = target / model_folders.GENERATION_FILE
+  eos = model_folders.stated_tokens(found.parent)["eos_token_id"]
+  if eos and not generation.exists():
     files.write_json(generation, {"eos_token_id": eos})
   return True
 

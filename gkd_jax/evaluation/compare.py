@@ -11,7 +11,7 @@ Sources: percentile bootstrap (Efron 1979; Koehn 2004 for pairs) and paired
 approximate randomisation (Riezler and Maxwell 2005), as in sacrebleu.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ Values = Callable[[np.ndarray], np.ndarray]
 _BATCH_NUMBERS = 4_000_000
 # Of a metric function that is called on each resample.
 _FUNCTION_RESAMPLES = 1_000
+# Of a run's own scores, at its end.
+_WITHIN_RUN_RESAMPLES = 2_000
 
 
 class Interval(NamedTuple):
@@ -89,6 +91,40 @@ def bootstrap_interval(
   _check_settings(level, num_resamples)
   values = _of_sums(metric, stats)
   return _interval(values, len(stats), level, num_resamples, seed)
+
+
+def intervals(
+  statistics: Sequence[Mapping[str, example_statistics.Statistics]],
+  values: Mapping[str, float],
+) -> dict[str, list[float]]:
+  """Returns the ends of 95 % bootstrap intervals over the examples of one run.
+
+  They say how far another draw of examples would move a score, and nothing of
+  another seed.
+
+  Args:
+    statistics: of each example, see `Evaluator.example_statistics`.
+    values: metric name to value.
+
+  Returns:
+    Metric name to low and high, of the metrics whose statistics give the value.
+  """
+  run = eval_folders.Evaluation(
+    "", [{"statistics": dict(row)} for row in statistics], dict(values), {}
+  )
+  found = {}
+  for name in values:
+    table = run.statistics(name)
+    if table is None or len(table[0]) < 2:
+      continue
+    stats, form = table
+    interval = bootstrap_interval(
+      stats,
+      metric=example_statistics.FORMS[form][1],
+      num_resamples=_WITHIN_RUN_RESAMPLES,
+    )
+    found[name] = [interval.low, interval.high]
+  return found
 
 
 def paired_test(

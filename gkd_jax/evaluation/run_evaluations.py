@@ -7,7 +7,7 @@ from typing import Any
 
 from gkd_jax import partitioning
 from gkd_jax.checkpoints import parameters
-from gkd_jax.evaluation import evaluate, metric_values
+from gkd_jax.evaluation import compare, evaluate, metric_values
 
 
 class RunEvaluations:
@@ -77,13 +77,9 @@ class RunEvaluations:
     """Returns what is evaluated, as `training.preflight.table`."""
     if self._periodic is None:
       return []
-    return [
-      (
-        "evaluation",
-        f"{self._periodic.num_examples:,} examples of"
-        f" {self._settings.split!r}, by {', '.join(self._metrics) or 'nothing'}",
-      )
-    ]
+    number, split = self._periodic.num_examples, self._settings.split
+    by = f"by {', '.join(self._metrics)}" if self._metrics else "without scores"
+    return [("evaluation", f"{number:,} examples of {split!r}, {by}")]
 
   def at(self, step: int, params: Any, log: Any) -> dict[str, float]:
     """Returns the scores of the student's greedy outputs, {} if there are none.
@@ -121,6 +117,8 @@ class RunEvaluations:
   def final(self, params: Any, seed: int, log: Any) -> None:
     """Scores all of `final_split`, greedy and sampled at temperature 1.
 
+    With the scores go their 95 % bootstrap intervals over the examples.
+
     Args:
       params: the student's.
       seed: of sampling.
@@ -145,9 +143,14 @@ class RunEvaluations:
       )
       for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
     }
+    intervals: dict[str, list[float]] = {}
     for name, outputs in decoded.items():
-      result[name] = evaluator.score(evaluator.predictions(student, outputs))
-    log.final(result)
+      results = evaluator.predictions(student, outputs)
+      result[name] = evaluator.score(results)
+      statistics = evaluator.example_statistics(results)
+      found = compare.intervals(statistics, result[name])
+      intervals |= {f"{name}/{metric}": ends for metric, ends in found.items()}
+    log.final(result | {"intervals": intervals})
 
   def _decode(self, evaluator, params):
     """Returns the student's outputs and the teacher's first, {} without one."""

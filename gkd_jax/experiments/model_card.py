@@ -137,5 +137,6 @@ def _scores(folder: str, step: int | None) -> dict[str, dict[str, Any]]:
       for how, values in final.items()
       if isinstance(values, Mapping)
       for key, value in values.items()
+      if how != "intervals"
     }
   return {title: rows for title, rows in found.items() if rows}

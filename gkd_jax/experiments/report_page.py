@@ -82,10 +82,11 @@ def report(
 
 
 def _head(study: studies.Study) -> dict[str, str]:
-  """Returns what the page is about: runs, tasks, date and version."""
-  tasks, dates = {}, set()
+  """Returns what the page is about: runs, tasks, dates, commands, versions."""
+  tasks, dates, versions = {}, set(), {}
   for run in study.runs:
     folder = files.absolute(run.folder)
+    versions[run_folders.read_origin(folder)[1]] = None
     tasks[run_folders.read_macros(folder).get("MIXTURE_OR_TASK_NAME")] = None
     for name in ("final.json", "metrics.json"):
       if (folder / name).exists():
@@ -97,6 +98,8 @@ def _head(study: studies.Study) -> dict[str, str]:
     "Finished": " to ".join(map(str, sorted({min(dates), max(dates)})))
     if dates
     else "",
+    "Commands": "; ".join(study.commands),
+    "Run by": "; ".join(filter(None, versions)),
     "Report by": f"gkd_jax {gkd_jax.__version__}",
   }
   return {name: text for name, text in found.items() if text}

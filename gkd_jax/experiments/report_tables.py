@@ -17,6 +17,11 @@ _RESULTS_CAPTION = (
   " none. Bold: the best method at each point of the other axes, the teacher"
   " aside."
 )
+_WITHIN = re.compile(r"\(-?[\d.]+ to -?[\d.]+\)$")
+_WITHIN_CAPTION = (
+  " In parentheses, of one seed, the 95 % bootstrap interval over the split's"
+  " examples, which says nothing of other seeds."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +62,30 @@ def results(study: studies.Study) -> list[Table]:
     more = [axis for axis in kind if axis != "method"]
     title = f"Results by {', '.join(more)}" if more else "Results"
     rows, best = _result_rows(study, members)
-    tables.append(Table(title, _RESULTS_CAPTION, rows, best=best))
+    caption = _RESULTS_CAPTION
+    if any(_WITHIN.search(cell) for row in rows[1:] for cell in row):
+      caption += _WITHIN_CAPTION
+    tables.append(Table(title, caption, rows, best=best))
   return tables
 
 
 def _result_rows(study, runs):
   axes = _axes(study, runs)
   names = _score_names(study, runs)
-  seconds = any("seconds" in run.scores for run in runs)
-  heads = [*axes, "seeds", *(n.replace("/", " ") for n in names), "parameters"]
-  rows = [[*heads, *(["seconds"] if seconds else [])]]
+  times = {"seconds": "seconds", "start_seconds": "to the first step"}
+  costs = {"params": "parameters"} | {
+    name: head
+    for name, head in times.items()
+    if any(name in run.scores for run in runs)
+  }
+  heads = [*axes, "seeds", *(n.replace("/", " ") for n in names)]
+  rows = [[*heads, *costs.values()]]
   places = _places(study, runs, axes)
   for members in places:
     row = [members[0].place.get(axis, "") for axis in axes]
     row.append(str(len(members)))
-    row += [_show(studies.mean_score(members, name)) for name in names]
-    for name in ("params", "seconds")[: 1 + seconds]:
+    row += [_show_score(members, name) for name in names]
+    for name in costs:
       mean = studies.mean_score(members, name)
       row.append(f"{mean.mean:,.0f}" if mean else "")
     rows.append(row)
@@ -273,6 +286,16 @@ def _show(summary: studies.Estimate | None, digits: int = 1) -> str:
     return f"{summary.mean:.{digits}f}"
   low, high = f"{summary.low:.{digits}f}", f"{summary.high:.{digits}f}"
   return f"{summary.mean:.{digits}f} [{low}, {high}]"
+
+
+def _show_score(runs, name) -> str:
+  """Returns the mean over seeds; of one, with its interval over examples."""
+  summary = studies.mean_score(runs, name)
+  within = [run.intervals[name] for run in runs if name in run.intervals]
+  if summary is None or summary.count > 1 or len(within) != 1:
+    return _show(summary)
+  ((low, high),) = within
+  return f"{_show(summary)} ({low:.1f} to {high:.1f})"
 
 
 def _axes(study, runs) -> list[str]:

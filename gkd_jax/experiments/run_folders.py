@@ -107,7 +107,8 @@ def read_cell(folder: str) -> dict[str, Any]:
 
   Returns:
     `stage`, `seed`, the axes, `status` (finished or not), `split`, `steps`,
-    `seconds` (of the process that ended it), `step_seconds` (of all its steps,
+    `seconds` (of the process that ended it; `start_seconds` of them until its
+    first step was done), `step_seconds` (of all its steps,
     those of earlier processes included), `params`, and each score of
     `final.json` as `greedy/NAME` and `sampled/NAME`, of `metrics.json` as
     `eval/NAME`, as far as the files have them.
@@ -124,7 +125,7 @@ def read_cell(folder: str) -> dict[str, Any]:
   for key, value in final.items():
     if isinstance(value, Mapping):
       row |= _numbers(f"{key}/", value)
-    elif key in ("seconds", "params", "split"):
+    elif key in ("seconds", "start_seconds", "params", "split"):
       row[key] = value
   scores = files.read_json(os.path.join(folder, "metrics.json")) or {}
   row |= _numbers("eval/", scores)
@@ -133,6 +134,23 @@ def read_cell(folder: str) -> dict[str, Any]:
     row["steps"] = steps[-1]["step"]
     row["step_seconds"] = _step_seconds(steps)
   return row
+
+
+def read_intervals(folder: files.Path) -> dict[str, tuple[float, float]]:
+  """Returns the 95 % bootstrap intervals of a run's scores, `greedy/NAME`."""
+  final = files.read_json(os.path.join(folder, "final.json")) or {}
+  return {k: (a, b) for k, (a, b) in final.get("intervals", {}).items()}
+
+
+def read_origin(folder: files.Path) -> tuple[str, str]:
+  """Returns the command that a run was started with, and by which version.
+
+  Both are comments at the top of `config.gin`; "" where it has none.
+  """
+  path = files.absolute(folder) / "config.gin"
+  lines = path.read_text().splitlines() if path.exists() else []
+  found = [line[2:] for line in lines[:2] if line.startswith("# gkd ")]
+  return (found[0], found[1]) if len(found) == 2 else ("", "")
 
 
 def read_table(output: str) -> list[dict[str, Any]]:

@@ -40,6 +40,8 @@ class Run:
     folder: of its curves and examples.
     on_grid: whether it is one of the methods to compare, and not a point of a
       λ, divergence or α axis.
+    intervals: score to the 95 % bootstrap interval over its examples, as far as
+      the run has written these.
   """
 
   place: Mapping[str, str]
@@ -47,6 +49,9 @@ class Run:
   scores: Mapping[str, float]
   folder: str
   on_grid: bool
+  intervals: Mapping[str, tuple[float, float]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Study:
     lower_is_better: of the metric.
     paper: the paper's numbers on this task, {} if the paper has none.
     unfinished: names of cells without scores.
+    commands: of the sweeps and single runs, as far as they are known.
   """
 
   title: str
@@ -83,6 +89,7 @@ class Study:
   lower_is_better: bool
   paper: Mapping[str, Any]
   unfinished: Sequence[str]
+  commands: Sequence[str] = ()
 
   @property
   def metric_label(self) -> str:
@@ -222,6 +229,7 @@ def read(items: Sequence[str]) -> Study:
   """
   runs: list[Run] = []
   unfinished: list[str] = []
+  commands: list[str] = []
   settings: dict[str, Any] = {}
   order: dict[str, dict[str, None]] = {}
   for item in items:
@@ -229,7 +237,9 @@ def read(items: Sequence[str]) -> Study:
     sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))
+      commands.append(run_folders.read_origin(folder)[0])
       continue
+    commands.append(sweep["report"].get("command", ""))
     settings |= sweep["report"]
     for axis, labels in sweep["axes"].items():
       if axis == "method":
@@ -257,6 +267,7 @@ def read(items: Sequence[str]) -> Study:
     ),
     paper=_paper(settings.get("task") or _task(runs), metric),
     unfinished=unfinished,
+    commands=[*filter(None, commands)],
   )
 
 
@@ -278,6 +289,7 @@ def _single(name, folder) -> Run:
     _only_scores(run_folders.read_cell(folder)),
     folder,
     True,
+    run_folders.read_intervals(folder),
   )
 
 
@@ -299,7 +311,8 @@ def _of_sweep(folder, sweep):
     place = {_known_axis(axis): label for axis, label in cell["axes"].items()}
     on_grid = not {"lambda", "divergence", "alpha"} & set(place)
     place.setdefault("method", cell["stage"])
-    runs.append(Run(place, cell["seed"], _only_scores(row), path, on_grid))
+    scores, within = _only_scores(row), run_folders.read_intervals(path)
+    runs.append(Run(place, cell["seed"], scores, path, on_grid, within))
   return runs, missing
 
 
@@ -307,7 +320,8 @@ def _only_scores(row):
   return {
     k: float(v)
     for k, v in row.items()
-    if "/" in k or k in ("seconds", "step_seconds", "params", "steps")
+    if "/" in k
+    or k in ("seconds", "start_seconds", "step_seconds", "params", "steps")
   }
 
 

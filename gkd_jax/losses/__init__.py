@@ -12,6 +12,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
   from gkd_jax.losses.distillation import (
     AGREEMENT,
+    HARD_LABELS,
     TOKEN_METRICS,
     HardLabels,
     cross_entropy_loss,

@@ -81,6 +81,10 @@ class HardLabels(NamedTuple):
   targets: jax.Array
   weight: float | jax.Array
 
+  def total(self, weights: jax.Array) -> jax.Array:
+    """Returns the sum of the weights `[...]` of tokens whose α is above 0."""
+    return jnp.sum(weights * (self.weight > 0))
+
 
 @jax.named_scope("loss")
 def distillation_loss(
@@ -131,7 +135,8 @@ def distillation_loss(
     the mean over tokens of each ("sequence"), or over tokens ("token"). Then
     metrics per token: `forward_kl`, `reverse_kl`, `teacher_entropy`,
     `student_entropy` in nats, all at the temperatures of the loss, and
-    `top1_agreement`, the share of tokens that both rank first.
+    `top1_agreement`, the share of tokens that both rank first; with hard labels
+    `hard_label_cross_entropy` in nats, per token whose α is above 0.
 
   Raises:
     ValueError: shapes that differ, a temperature not above 0, a
@@ -150,8 +155,8 @@ def distillation_loss(
   if isinstance(divergence, str):
     divergence = divergences.get(divergence)
   loss, per_token = token_losses(
-    _masked(teacher_logits, weights),
-    _masked(student_logits, weights),
+    masked(teacher_logits, weights),
+    masked(student_logits, weights),
     hard_labels,
     divergence=divergence,
     teacher_temperature=teacher_temperature,
@@ -159,10 +164,11 @@ def distillation_loss(
     num_real_tokens=num_real_tokens,
   )
   shares, weight_sum = token_weights(weights, length_normalization, segment_ids)
-  loss_sum = jnp.sum(shares * loss)
-  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+  metrics = token_metrics(per_token, weights, hard_labels)
+  return jnp.sum(shares * loss), weight_sum, metrics
 
 
+HARD_LABELS = "hard_label_cross_entropy"
 TOKEN_METRICS = (
   "forward_kl",
   "reverse_kl",
@@ -199,7 +205,8 @@ def token_losses(
     student_softcap: likewise of the student's.
 
   Returns:
-    Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient.
+    Nats `[...]`, and `TOKEN_METRICS`, `[...]` each, without a gradient; with hard
+    labels `HARD_LABELS` as well.
 
   Raises:
     ValueError: a temperature not above 0, or a `num_real_tokens` outside of
@@ -210,15 +217,40 @@ def token_losses(
   student_logits = vocabulary.soft_cap(student_logits, student_softcap)
   p = vocabulary.log_probs(teacher_logits, teacher_temperature, num_real_tokens)
   q = vocabulary.log_probs(student_logits, student_temperature, num_real_tokens)
-  loss = divergence(p, q)
-  if hard_labels is not None:
-    alpha = hard_labels.weight
-    log_probs = vocabulary.log_probs(student_logits, 1.0, num_real_tokens)
-    cross_entropy = -_picked(log_probs, hard_labels.targets)
-    loss = (1 - alpha) * loss + alpha * cross_entropy
+  loss, hard = with_hard_labels(
+    divergence(p, q), student_logits, hard_labels, num_real_tokens
+  )
   p, q = jax.lax.stop_gradient((p, q))
   agree = kernels.argmax(p) == kernels.argmax(q)
-  return loss, summed_metrics(p, q) | {AGREEMENT: agree}
+  return loss, summed_metrics(p, q) | {AGREEMENT: agree} | hard
+
+
+def with_hard_labels(
+  loss: jax.Array,
+  student_logits: jax.Array,
+  hard_labels: HardLabels | None,
+  num_real_tokens: int | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mixes the cross-entropy of hard labels into the loss of each token.
+
+  Args:
+    loss: `[...]` nats.
+    student_logits: `[..., V]`, finite, without a temperature.
+    hard_labels: `[...]`; None: there are none.
+    num_real_tokens: see `vocabulary.mask_vocab_padding`.
+
+  Returns:
+    Nats `[...]`, and `HARD_LABELS`, the cross-entropy of tokens whose α is above
+    0 and 0 of others, without a gradient; `{}` without hard labels.
+  """
+  if hard_labels is None:
+    return loss, {}
+  alpha = hard_labels.weight
+  log_probs = vocabulary.log_probs(student_logits, 1.0, num_real_tokens)
+  cross_entropy = -_picked(log_probs, hard_labels.targets)
+  counted = jnp.where(alpha > 0, jax.lax.stop_gradient(cross_entropy), 0.0)
+  mixed = (1 - alpha) * loss + alpha * cross_entropy
+  return mixed, {HARD_LABELS: counted}
 
 
 def _picked(log_probs, targets):
@@ -300,7 +332,7 @@ def cross_entropy_loss(
       f"expected label_smoothing in [0, 1), got {label_smoothing};"
       " set label_smoothing"
     )
-  logits = _masked(logits, weights)
+  logits = masked(logits, weights)
   # log_softmax without `[B, T, V]` log-probs in memory: only the target's, and
   # with smoothing their sum, are needed.
   largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
@@ -323,26 +355,45 @@ def cross_entropy_loss(
     "z_loss": penalty,
     "accuracy": kernels.argmax(logits) == targets,
   }
-  return loss_sum, weight_sum, _token_metrics(per_token, weights)
+  return loss_sum, weight_sum, token_metrics(per_token, weights)
 
 
-def _masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
-  """Returns float32 logits, 0 where the weight is 0.
+def masked(logits: jax.Array, weights: jax.Array) -> jax.Array:
+  """Returns float32 logits `[B, T, V]`, 0 where the weight `[B, T]` is 0.
 
   Masking the loss after the softmax would leave NaN in the gradient.
   """
   return jnp.where(weights[:, :, None] > 0, logits.astype(jnp.float32), 0.0)
 
 
-def _token_metrics(
-  per_token: dict[str, jax.Array], weights: jax.Array
+def token_metrics(
+  per_token: dict[str, jax.Array],
+  weights: jax.Array,
+  hard_labels: HardLabels | None = None,
 ) -> types.Metrics:
+  """Returns metrics of tokens, `[B, T]` each, as `summed`."""
   weights = weights.astype(jnp.float32)
-  total = jnp.sum(weights)
-  return {
-    name: (jax.lax.stop_gradient(jnp.sum(value * weights)), total)
-    for name, value in per_token.items()
-  }
+  sums = {name: jnp.sum(x * weights) for name, x in per_token.items()}
+  return summed(sums, weights, hard_labels)
+
+
+def summed(
+  sums: dict[str, jax.Array],
+  weights: jax.Array,
+  hard_labels: HardLabels | None,
+) -> types.Metrics:
+  """Returns sums over tokens as (sum, weight), without a gradient.
+
+  Args:
+    sums: name to `[]`.
+    weights: `[B, T]` float32; the weight of `HARD_LABELS` is that of tokens with
+      hard labels.
+    hard_labels: `[B, T]`, or None.
+  """
+  totals = dict.fromkeys(sums, jnp.sum(weights))
+  if hard_labels is not None:
+    totals[HARD_LABELS] = hard_labels.total(weights)
+  return {k: (jax.lax.stop_gradient(x), totals[k]) for k, x in sums.items()}
 
 
 def _check_shape(name: str, array: jax.Array, shape: tuple[int, ...]):

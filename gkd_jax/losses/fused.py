@@ -138,9 +138,8 @@ def fused_distillation_loss(
     jax.lax.stop_gradient(constants),
     chunks,
   )
-  total, loss = jnp.sum(weights), sums.pop(_LOSS)
-  metrics = {k: (jax.lax.stop_gradient(x), total) for k, x in sums.items()}
-  return loss, weight_sum, metrics
+  loss = sums.pop(_LOSS)
+  return loss, weight_sum, distillation.summed(sums, weights, hard_labels)
 
 
 _LOSS = "loss"  # beside the names of the metrics
@@ -318,7 +317,9 @@ def _loss_forward(static, hidden, head, constants, chunks):
       layout, *gradients, indices, rows, head, d_logits
     )
 
-  names = (_LOSS, *distillation.TOKEN_METRICS)
+  names = [_LOSS, *distillation.TOKEN_METRICS]
+  if tokens.hard_labels is not None:
+    names.append(distillation.HARD_LABELS)
   d_head = jnp.zeros((layout.data_shards, *head.shape), jnp.float32)
   start = (
     {name: jnp.zeros((), jnp.float32) for name in names},

@@ -12,7 +12,7 @@ it, and a truncated sum may be negative.
 import jax
 import jax.numpy as jnp
 
-from gkd_jax import types
+from gkd_jax import divergences, types
 from gkd_jax.losses import distillation, vocabulary
 
 # Lower bound of stored log-probs: its exp is 0, and float16 can represent it.
@@ -74,6 +74,7 @@ def stored_distillation_loss(
   length_normalization: str = "sequence",
   segment_ids: jax.Array | None = None,
   num_real_tokens: int | None = None,
+  hard_labels: distillation.HardLabels | None = None,
 ) -> tuple[jax.Array, jax.Array, types.Metrics]:
   """Computes `distillation.distillation_loss` of k + 1 buckets.
 
@@ -96,6 +97,8 @@ def stored_distillation_loss(
     length_normalization: "sequence" or "token", see `distillation.token_weights`.
     segment_ids: `[B, T]` int for packed rows.
     num_real_tokens: see `vocabulary.mask_vocab_padding`.
+    hard_labels: see `distillation.distillation_loss`; their cross-entropy is of
+      the whole vocabulary.
 
   Returns:
     `loss_sum`, `weight_sum` and metrics, as `distillation.distillation_loss`.
@@ -119,38 +122,38 @@ def stored_distillation_loss(
       f" {teacher_ids.shape[:-1]}; set TASK_FEATURE_LENGTHS"
     )
   # Masked before the softmax, which would leave NaN in the gradient.
-  present = weights[:, :, None] > 0
+  student_logits = distillation.masked(student_logits, weights)
   logits = vocabulary.scaled_logits(
-    jnp.where(present, student_logits, 0.0),
-    student_temperature,
-    num_real_tokens,
+    student_logits, student_temperature, num_real_tokens
   )
-  student = _bucket_logits(logits, teacher_ids)
-  loss, weight, metrics = distillation.distillation_loss(
-    teacher_log_probs,
+  teacher, student = (
+    distillation.masked(x, weights)
+    for x in (teacher_log_probs, _bucket_logits(logits, teacher_ids))
+  )
+  if isinstance(divergence, str):
+    divergence = divergences.get(divergence)
+  loss, per_token = distillation.token_losses(
+    teacher,
     student,
-    weights,
     divergence=divergence,
-    length_normalization=length_normalization,
-    segment_ids=segment_ids,
+    teacher_temperature=1.0,
+    student_temperature=1.0,
+    num_real_tokens=None,
   )
-  weights = weights.astype(jnp.float32)
-  tails = {
-    name: jnp.where(present, jax.nn.softmax(x.astype(jnp.float32)), 0.0)[
-      ..., -1
-    ]
-    for name, x in (("teacher", teacher_log_probs), ("student", student))
-  }
+  loss, hard = distillation.with_hard_labels(
+    loss, student_logits, hard_labels, num_real_tokens
+  )
+  shares, weight_sum = distillation.token_weights(
+    weights, length_normalization, segment_ids
+  )
   agrees = jnp.argmax(logits, axis=-1) == teacher_ids[..., 0]
-  more = {"top1_agreement": agrees} | {
-    f"{name}_tail_mass": mass for name, mass in tails.items()
+  more = hard | {
+    distillation.AGREEMENT: agrees,
+    "teacher_tail_mass": jax.nn.softmax(teacher)[..., -1],
+    "student_tail_mass": jax.nn.softmax(student)[..., -1],
   }
-  total = jnp.sum(weights)
-  metrics |= {
-    name: (jax.lax.stop_gradient(jnp.sum(value * weights)), total)
-    for name, value in more.items()
-  }
-  return loss, weight, metrics
+  metrics = distillation.token_metrics(per_token | more, weights, hard_labels)
+  return jnp.sum(shares * loss), weight_sum, metrics
 
 
 def _bucket_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ class DistillationModel:
     output_buckets: ascending lengths; decoders and loss run at the first that
       holds the longest output of a (micro)batch, or at the full length where
       none does; see `length_buckets`. None: always at the full length.
+    hard_label_weight: α in [0, 1], a number or a schedule: the loss of a row from
+      the data, never of a sample, is (1-α) divergence + α cross-entropy.
 
   Raises:
     ValueError: a setting is out of range.
@@ -50,6 +52,7 @@ class DistillationModel:
     student_temperature: float | types.Schedule = 1.0,
     length_normalization: str = "sequence",
     output_buckets: Sequence[int] | None = None,
+    hard_label_weight: float | types.Schedule = 0.0,
   ):
     self.student = student
     self.divergence = divergence
@@ -57,6 +60,7 @@ class DistillationModel:
     self.skew_alpha = skew_alpha
     self.student_temperature = student_temperature
     self.length_normalization = length_normalization
+    self.hard_label_weight = hard_label_weight
     check_model(student, "STUDENT_MODEL")
     checks.one_of(divergence, "DIVERGENCE", divergences.names())
     self._schedules: dict[str, tuple[types.Schedule, dict[str, Any]]] = {}
@@ -69,6 +73,9 @@ class DistillationModel:
     )
     checks.one_of(
       length_normalization, "LENGTH_NORMALIZATION", ("sequence", "token")
+    )
+    self.check_number(
+      hard_label_weight, "HARD_LABEL_WEIGHT", least=0, most=1, what="α"
     )
     self.divergence_at(0)
     self._output_buckets = output_buckets
@@ -171,6 +178,23 @@ class DistillationModel:
     if "alpha" in parameters:
       return divergences.get(self.divergence, alpha=self.skew_alpha)
     return divergences.get(self.divergence)
+
+  def hard_labels(
+    self, batch: types.Batch, step: int | jax.Array
+  ) -> losses.HardLabels | None:
+    """Returns the hard labels of a batch's rows from the data, if there are any.
+
+    Args:
+      batch: features; `types.FROM_DATA` says which rows are from the data, and
+        without it none is.
+      step: `[]`, for a schedule.
+    """
+    if not self.hard_label_weight or types.FROM_DATA not in batch:
+      return None
+    share = schedules.at(self.hard_label_weight, step)
+    return losses.HardLabels(
+      batch["decoder_target_tokens"], share * batch[types.FROM_DATA][:, None]
+    )
 
   def train_loss(
     self,

@@ -46,8 +46,7 @@ class GKDModel(distillation_model.DistillationModel):
       device; 0 for `losses.distillation_loss` on whole logits. None: chunks of
       256 for batches of more than 2^22 logits (B T V), otherwise whole logits.
     output_buckets: see there.
-    hard_label_weight: α in [0, 1], a number or a schedule: the loss of a row from
-      the data, never of a sample, is (1-α) divergence + α cross-entropy.
+    hard_label_weight: see there.
 
   Raises:
     ValueError: a setting is out of range, or student and teacher do not fit.
@@ -82,6 +81,7 @@ class GKDModel(distillation_model.DistillationModel):
       student_temperature=student_temperature,
       length_normalization=length_normalization,
       output_buckets=output_buckets,
+      hard_label_weight=hard_label_weight,
     )
     self.teacher = teacher
     self.student_data_fraction = student_data_fraction
@@ -95,15 +95,14 @@ class GKDModel(distillation_model.DistillationModel):
     }
     self.decode_slots = decode_slots
     self.loss_chunk_size = loss_chunk_size
-    self.hard_label_weight = hard_label_weight
     distillation_model.check_pair(teacher, student)
     self._check_settings()
 
   def _check_settings(self):
-    share = {"least": 0, "most": 1}
-    fraction, hard = self.student_data_fraction, self.hard_label_weight
-    self.check_number(fraction, "STUDENT_DATA_FRACTION", **share, what="λ")
-    self.check_number(hard, "HARD_LABEL_WEIGHT", **share, what="α")
+    fraction = self.student_data_fraction
+    self.check_number(
+      fraction, "STUDENT_DATA_FRACTION", least=0, most=1, what="λ"
+    )
     self.check_number(
       self.teacher_temperature,
       "TEACHER_TEMPERATURE",
@@ -116,10 +115,10 @@ class GKDModel(distillation_model.DistillationModel):
       least=0,
       what="a temperature",
     )
-    if hard and fraction == 1:
+    if self.hard_label_weight and fraction == 1:
       checks.refuse(
         "0 where no row is from the data (STUDENT_DATA_FRACTION = 1)",
-        hard,
+        self.hard_label_weight,
         "HARD_LABEL_WEIGHT",
       )
     checks.one_of(
@@ -296,14 +295,8 @@ class GKDModel(distillation_model.DistillationModel):
     return losses.DEFAULT_CHUNK_SIZE if logits > 2**22 else 0
 
   def _loss_settings(self, batch, step):
-    hard_labels = None
-    if self.hard_label_weight and types.FROM_DATA in batch:
-      share = schedules.at(self.hard_label_weight, step)
-      hard_labels = losses.HardLabels(
-        batch["decoder_target_tokens"], share * batch[types.FROM_DATA][:, None]
-      )
     return {
-      "hard_labels": hard_labels,
+      "hard_labels": self.hard_labels(batch, step),
       "weights": self.student.loss_weights(batch),
       "divergence": self.divergence_at(step),
       "teacher_temperature": schedules.at(self.teacher_temperature, step),

@@ -7,6 +7,7 @@ each target, as `gkd infer` stores them (`evaluation.teacher_data`).
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gkd_jax import losses, schedules, types
 from gkd_jax.models import base_model, distillation_model, random_keys
@@ -64,6 +65,8 @@ class StoredTeacherModel(distillation_model.DistillationModel):
       inputs.row_ids,
     )
     encoded = self.student.encode(params, batch, encoder_key)
+    from_data = jnp.ones(inputs.row_ids.shape, bool)
+    batch = dict(batch) | {types.FROM_DATA: from_data}
     student = self.student.decoder_params(params), encoded
     return self.outputs_loss(student, None, batch, inputs.step, decoder_key)
 
@@ -86,5 +89,6 @@ class StoredTeacherModel(distillation_model.DistillationModel):
       student_temperature=schedules.at(self.student_temperature, step),
       length_normalization=self.length_normalization,
       num_real_tokens=self.student.num_real_tokens,
+      hard_labels=self.hard_labels(batch, step),
     )
     return loss, metrics | {"loss": (loss, weight)}

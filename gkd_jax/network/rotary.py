@@ -55,6 +55,8 @@ class RotaryConfig(blocks.Config):
       in the others.
     window: a windowed layer attends to so many positions, its own included.
     window_pattern: which layers are windowed; repeated over the layers.
+    max_positions: longest row that the published model is meant for, kept for
+      exports; longer ones are computed alike. None: not known.
     family: name in Hugging Face's `model_type` for exports; empty: the first
       family that computes the same.
   """
@@ -78,6 +80,7 @@ class RotaryConfig(blocks.Config):
   local_rope_theta: float | None = None
   window: int | None = None
   window_pattern: Sequence[bool] = ()
+  max_positions: int | None = None
   family: str = ""
 
   def __post_init__(self):

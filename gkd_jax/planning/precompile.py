@@ -108,7 +108,10 @@ def precompile(
     print(f"compiling: {TITLES[phase]} ...", flush=True)
     report = programs.report(phase, chip, topology, output_path)
     result["phases"][phase] = report
-    print("\n".join(program_report.lines(TITLES[phase], report)), flush=True)
+    lines = program_report.lines(TITLES[phase], report)
+    if phase in model.sources:
+      lines += program_report.remedy(report, model.config.remat_policy)
+    print("\n".join(lines), flush=True)
     if output_path:
       files.write_json(os.path.join(output_path, "precompile.json"), result)
   for line in program_report.step_lines(model, result["phases"]):

@@ -175,6 +175,21 @@ def lines(title: str, figures: dict[str, Any]) -> list[str]:
   return result + _roofline_lines(figures)
 
 
+def remedy(figures: Mapping[str, Any], remat_policy: str) -> list[str]:
+  """Returns what may make a training step fit that does not, as text.
+
+  Args:
+    figures: from `report` or `out_of_memory_report`.
+    remat_policy: of the student, see `network.T5Config`.
+  """
+  if figures["fits"] is not False or remat_policy == "full":
+    return []
+  return [
+    "  it may fit with REMAT_POLICY = 'full': the backward pass then computes the"
+    f" student's layers again instead of keeping them (now {remat_policy!r})"
+  ]
+
+
 def _roofline_lines(figures):
   least = figures["roofline"]
   if least is None:

@@ -51,10 +51,11 @@ def use_cache(folder: str | None = None) -> str:
 def first_step(metrics: object) -> str:
   """Waits for the first step's `metrics`; returns a line about the time taken."""
   jax.block_until_ready(metrics)
+  hits = progress.cache_hits()
   return (
     f"first step {time.monotonic() - gkd_jax.STARTED:.1f} s after the start,"
     f" {progress.compile_seconds():.1f} s of it compiling;"
-    f" {progress.cache_hits()} programs from the cache"
+    f" {hits} program{'s' if hits != 1 else ''} from the cache"
   )
 
 
@@ -86,7 +87,7 @@ class TrainLog:
     self._total, self._last = total, start
     self._started = time.monotonic()
     self._pace = progress.Pace(start, total)
-    self._begun = False
+    self._begun, self._start_seconds = False, 0.0
     self._skipped: float | None = None
     self._restart()
     self._writes = jax.process_index() == 0
@@ -134,6 +135,7 @@ class TrainLog:
     if not self._begun:
       self._begun = True
       self.say(first_step(metrics))
+      self._start_seconds = time.monotonic() - self._started
     self._pace.advance()
     self._steps.append(metrics)
     self._on_policy += source != "data"
@@ -198,6 +200,7 @@ class TrainLog:
         [{"step": step, **example} for example in examples],
       )
     shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items())
+    shown = shown or "no scores; outputs are in examples.jsonl"
     self.say(f"step {step} evaluation: {shown}")
     self._time = time.monotonic()
 
@@ -217,8 +220,14 @@ class TrainLog:
     self._time = time.monotonic()
 
   def final(self, result: Mapping[str, Any]):
-    """Writes `final.json`, with the seconds since the log was opened."""
+    """Writes `final.json`, with the seconds since the log was opened.
+
+    Those until the first step was done, most of them of compiling, are
+    `start_seconds`.
+    """
     result = dict(result) | {"seconds": time.monotonic() - self._started}
+    if self._begun:
+      result["start_seconds"] = self._start_seconds
     if self._writes:
       files.write_json(self._dir / "final.json", result)
     self.say(f"final: {json.dumps(result)}")

@@ -97,12 +97,34 @@ def test_an_exported_configuration_says_what_the_given_one_says(name, tmp_path):
   same |= {"attn_logit_softcapping", "final_logit_softcapping"}
   same |= {"num_key_value_heads", "use_sliding_window", "is_decoder"}
   same |= {"cross_attention_hidden_size", "is_encoder_decoder", "vocab_size"}
+  same |= {"max_position_embeddings"}
   parts = [(wrote, given)]
   parts += [(wrote[k], given[k]) for k in ("encoder", "decoder") if k in given]
   for ours, theirs in parts:
     for field in same & theirs.keys() & ours.keys():
       assert ours[field] == theirs[field], field
   assert {"model_type", "vocab_size"} <= same & parts[-1][0].keys()
+
+
+@pytest.mark.parametrize("name", ["llama3", "t5gemma_wide"])
+def test_the_longest_row_of_a_folder_is_that_of_its_export(name, tmp_path):
+  text = golden_hf.config_json(name)
+  sides = [text[k] for k in ("encoder", "decoder") if k in text] or [text]
+  for lengths in ([2048, 8192], [None, None]):
+    for side, length in zip(sides, lengths, strict=False):
+      side["max_position_embeddings"] = length
+    shutil.copytree(
+      golden_hf.FOLDERS / name, tmp_path / "hf", dirs_exist_ok=True
+    )
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(text))
+    export.import_checkpoint(tmp_path / "hf", tmp_path / "ours", layers="0")
+    export.export_checkpoint(tmp_path / "ours", tmp_path / "out", format="hf")
+    wrote = json.loads((tmp_path / "out" / "config.json").read_text())
+    parts = [wrote[k] for k in ("encoder", "decoder") if k in wrote] or [wrote]
+    # Where none is known, one that no row reaches.
+    assert [part["max_position_embeddings"] for part in parts] == [
+      length or 131072 for length in lengths[: len(parts)]
+    ]
 
 
 @each

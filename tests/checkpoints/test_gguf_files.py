@@ -68,6 +68,7 @@ def write(file, name, *, arrays=None, tokenizer=(), **changes):
     "llama.embedding_length": text["hidden_size"],
     "llama.feed_forward_length": text["intermediate_size"],
     "llama.block_count": text["num_hidden_layers"],
+    "llama.context_length": text["max_position_embeddings"],
     "llama.attention.head_count": heads[0],
     "llama.attention.head_count_kv": heads[1],
     "llama.attention.key_length": text["head_dim"],

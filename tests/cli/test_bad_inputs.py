@@ -223,6 +223,7 @@ WRONG = {
   "BEST_MODE": (0, None, "mni"),
   "DECODE_FN": (0, "beam"),
   "ACTIVATION_DTYPE": (0, "float"),
+  "REMAT_POLICY": (0, "ful"),
   "DECODER_PARAMS": (4, "x"),
   "NUM_REAL_TOKENS": (0, -4, 16.0, 25, "x"),
   "STUDENT": (0, None, "toy"),

@@ -84,6 +84,8 @@ def test_smoke_run_writes_what_it_says(whole):
   # A teacher of ten steps is one: nothing to remark.
   assert "data's tokens: cross-entropy" in printed
   assert "warning" not in printed
+  for whose in ("the data", "the student's samples"):
+    assert printed.count(f"signal on {whose} at step ") == 1
   rows = _lines(folder / "metrics.jsonl")
   last = next(r for r in reversed(rows) if "loss" in r)
   assert last["step"] == 20

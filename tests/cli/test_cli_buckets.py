@@ -14,6 +14,7 @@ import remote_files
 import tensorflow as tf
 from command_line import gin
 
+import gkd_jax
 from gkd_jax import checkpoints, files
 from gkd_jax.tasks import teacher_outputs, teacher_shards
 
@@ -111,6 +112,18 @@ def test_a_run_and_its_report(teacher, tmp_path, monkeypatch, capsys):
   assert [row["step"] for row in examples] == 4 * [2] + 4 * [3]
   final = files.read_json(f"{folder}/final.json")
   assert final["split"] == "test" and "greedy" in final
+  assert 0 < final["start_seconds"] < final["seconds"]
+  names_of_both = [
+    f"{how}/{name}" for how in ("greedy", "sampled") for name in final[how]
+  ]
+  assert [*final["intervals"]] == names_of_both
+  for name, (low, high) in final["intervals"].items():
+    how, metric = name.split("/")
+    assert low <= final[how][metric] <= high
+  config = (files.absolute(folder) / "config.gin").read_text()
+  command, version, *_ = config.splitlines()
+  assert command.startswith("# gkd train ") and folder in command
+  assert version.startswith(f"# gkd {gkd_jax.__version__} (Python 3.")
   events = [n for n in names(folder) if n.startswith("events.out.tfevents")]
   assert len(events) == 2
   tags = {

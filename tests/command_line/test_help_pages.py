@@ -121,3 +121,21 @@ def test_the_version_names_what_it_stands_on(capsys):
   said = capsys.readouterr().out
   assert said.startswith(f"gkd {gkd_jax.__version__} (Python 3.")
   assert f"jax {jax.__version__}," in said
+
+
+def test_the_version_names_the_commit_of_a_checkout(monkeypatch, tmp_path):
+  import gkd_jax
+
+  monkeypatch.setattr(
+    gkd_jax, "__file__", str(tmp_path / "gkd_jax/__init__.py")
+  )
+  assert "commit" not in command_line.version()
+  git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+  (tmp_path / "file").write_text("1")
+  for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
+    subprocess.run([*git, *words], check=True)
+  head = (tmp_path / ".git/HEAD").read_text().split()[1]
+  commit = (tmp_path / ".git" / head).read_text()[:7]
+  assert re.search(rf", commit {commit}\w*\)$", command_line.version())
+  (tmp_path / "file").write_text("2")
+  assert command_line.version().endswith("+)")

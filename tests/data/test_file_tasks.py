@@ -152,6 +152,30 @@ def test_a_bad_line_is_named_and_refused_or_left_out(
   assert said.startswith(f"left out: 1 of 3 rows: {path}:2 ({reason}")
 
 
+def test_rows_of_other_fields_say_what_to_set(model, tmp_path, capsys):
+  rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+  path = write(tmp_path / "a.jsonl", rows)
+  with pytest.raises(
+    ValueError,
+    match=r"among 'question', 'answer'\).*; set INPUT_FIELD, TARGET_FIELD or",
+  ):
+    examples(task_of(model, path))
+  with pytest.raises(
+    ValueError, match=r"got none of 2; set TRAIN_FILES, INPUT"
+  ):
+    examples(task_of(model, path, bad_lines="skip"))
+  capsys.readouterr()
+  settings = {"input_field": "question"}
+  assert "targets" not in examples(task_of(model, path, **settings))[0]
+  assert capsys.readouterr().out == (
+    "prompts alone: none of 2 rows of 'train' has an answer in 'targets' or"
+    " 'completion'; set TARGET_FIELD, or None if that is meant\n"
+  )
+  examples(task_of(model, path, target_field=None, **settings))
+  examples(task_of(model, path, target_field="answer", **settings))
+  assert not capsys.readouterr().out
+
+
 def test_long_lines_are_left_out_cut_or_refused(model, tmp_path, capsys):
   rows = [
     {"inputs": "hello", "targets": "hell"},
@@ -168,7 +192,7 @@ def test_long_lines_are_left_out_cut_or_refused(model, tmp_path, capsys):
   assert [len(e["inputs"]) for e in cut] == [1, 24, 1]
   assert cut[2]["targets"] == [67] * 8  # without EOS
   with pytest.raises(
-    ValueError, match="the lengths, or set LONG_LINES = 'cut'"
+    ValueError, match="set TASK_FEATURE_LENGTHS, or LONG_LINES = 'cut'"
   ):
     examples(task_of(model, path, long_lines="refuse"))
 
@@ -276,3 +300,11 @@ def test_a_copied_tokenizer_gives_the_same_ids(model, tmp_path):
   (source / "config.json").write_text('{"special_tokens": {"eos": [2, 7]}}')
   assert data.TokenizerVocabulary(source).eos_ids == (2, 7)
   assert not tokenizer_folders.copy(tmp_path / "nothing", run)
+
+
+def test_each_vocabulary_of_a_file_says_which(model):
+  of = tokenizer_folders.path_of
+  pieces = seqio.SentencePieceVocabulary("folder/spiece.model")
+  assert of(pieces) == "folder/spiece.model"
+  assert of(data.TokenizerVocabulary(model)) == str(model / "tokenizer.json")
+  assert of(seqio.ByteVocabulary()) is None

@@ -69,6 +69,17 @@ def test_parquet_keeps_lists_and_numbers(tmp_path):
   ]
 
 
+def test_a_damaged_parquet_file_is_named(tmp_path):
+  path = tmp_path / "a.parquet"
+  pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), path)
+  for content in (path.read_bytes()[:-9], b"", b"n\n1\n"):
+    path.write_bytes(content)
+    with pytest.raises(
+      ValueError, match=r"a whole Parquet file, .*a.parquet; "
+    ):
+      rows(path)
+
+
 def test_globs_find_files_here_and_in_a_bucket(tmp_path, monkeypatch):
   bucket = remote_files.new()
   for folder in (str(tmp_path), bucket):

@@ -53,7 +53,11 @@ GOOD = [
   (row_texts.RowForm(chat=True), {"messages": [USER]}, ([USER], None)),
 ]
 BAD = [
-  (FORM, {"input": "q"}, "no field 'inputs' or 'messages' or 'prompt'"),
+  (
+    FORM,
+    {"input": "q", "a": 1},
+    "no field 'inputs' or 'messages' or 'prompt' among 'input', 'a'$",
+  ),
   (FORM, {"inputs": ""}, "an empty 'inputs'"),
   (FORM, {"inputs": "q", "targets": ""}, "an empty 'targets'"),
   (FORM, {"inputs": {"a": 1}}, "dict and no text in 'inputs'"),

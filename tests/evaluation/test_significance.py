@@ -29,6 +29,31 @@ def test_interval_of_two_examples_is_counted_by_hand():
   assert narrow == (0.5, 0.5, 0.5)
 
 
+def test_intervals_within_a_run_are_counted_by_hand():
+  statistics = [
+    # A rate of errors: 1 of 4 symbols, 3 of 4.
+    {
+      "rate": [100.0, 4.0],
+      "mean": [1.0, 1.0],
+      "other": [1.0, 1.0],
+      "one": [5, 1],
+    },
+    {"rate": [300.0, 4.0], "mean": [2.0, 1.0], "other": [2.0, 1.0]},
+  ]
+  values = {"rate": 50.0, "mean": 1.5, "other": 2.0, "one": 5.0, "none": 1.0}
+  # Of the 4 resamples, one has the first example twice, one the second: more than
+  # 2.5 % each. "other" is no mean, "one" is of one example.
+  assert compare.intervals(statistics, values) == {
+    "rate": [25.0, 75.0],
+    "mean": [1.0, 2.0],
+  }
+  # Of 8 examples, one of them wrong, all are right in (7/8)^8 = 34 % of the
+  # resamples; 4 or more are wrong in 1.1 %, 3 or more in 6.7 %.
+  eight = [{"wrong": [float(i == 0), 1.0]} for i in range(8)]
+  found = compare.intervals(eight, {"wrong": 0.125})
+  assert found == {"wrong": [0.0, 0.375]}
+
+
 def test_interval_of_a_mean_is_scipys():
   values = scores()[0]
   expected = scipy.stats.bootstrap(

@@ -159,12 +159,26 @@ def test_the_best_method_is_bold_and_the_teacher_is_no_rival(tmp_path):
 
 def test_the_head_names_task_date_and_version(tmp_path):
   run = sweep_folders.write_run(tmp_path / "a", 20.0, 21.0)
-  (run / "config.gin").write_text("MIXTURE_OR_TASK_NAME = '<b>t</b>'\n")
+  (run / "config.gin").write_text(
+    "# gkd train --gin.A=<i>\n# gkd 0.1 (jax 9, commit 1a2b)\n\n"
+    "MIXTURE_OR_TASK_NAME = '<b>t</b>'\n"
+  )
   os.utime(run / "final.json", (1e9, 1e9))  # 9 September 2001
   report_page.report([f"a={run}"], str(tmp_path))
   text = (tmp_path / "index.html").read_text()
   assert "<dt>Task</dt><dd>&lt;b&gt;t&lt;/b&gt;</dd>" in text
   assert "<dt>Finished</dt><dd>2001-09-09</dd>" in text
+  assert "<dt>Commands</dt><dd>gkd train --gin.A=&lt;i&gt;</dd>" in text
+  # Of a sweep, its own command and not those of all cells.
+  sweep = sweep_folders.Sweep(
+    tmp_path / "sweep", command="gkd sweep --sweep_file=a.toml"
+  )
+  sweep_folders.write_run(sweep.add("gkd", 0), 20.0, 21.0)
+  assert studies.read([str(tmp_path / "sweep"), f"a={run}"]).commands == [
+    "gkd sweep --sweep_file=a.toml",
+    "gkd train --gin.A=<i>",
+  ]
+  assert "<dt>Run by</dt><dd>gkd 0.1 (jax 9, commit 1a2b)</dd>" in text
   assert f"gkd_jax {gkd_jax.__version__}" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 import report_pages
 import sweep_folders
 
-from gkd_jax.experiments import figures, report_page, studies
+from gkd_jax.experiments import figures, report_page, report_tables, studies
 
 
 @pytest.fixture
@@ -47,6 +47,35 @@ def test_report_of_single_runs(folders, tmp_path, capsys):
   assert {p.stem for p in output.glob("*.png")} == (
     {"methods", "learning_curves"}
   )
+
+
+def test_one_seed_has_an_interval_over_its_examples(folders, tmp_path):
+  within = {"greedy/wer": [58.14, 61.96], "greedy/per": [-1.0, 2.0]}
+  times = {"start_seconds": 12.4}
+  sweep_folders.write_run(folders[1], 60.0, 64.0, intervals=within, **times)
+  items = [f"teacher={folders[0]}", f"gkd={folders[1]}"]
+  tables = lambda: report_tables.results(studies.read(items))
+  (table,) = tables()
+  assert table.rows == [
+    [
+      *("method", "seeds", "greedy wer", "greedy per"),
+      *("sampled wer", "sampled per"),
+      *("parameters", "seconds", "to the first step"),
+    ],
+    ["teacher", "1", "28.0", "7.0", "36.0", "9.0", "1,234", "57", ""],
+    [
+      *("gkd", "1", "60.0 (58.1 to 62.0)", "15.0 (-1.0 to 2.0)"),
+      *("64.0", "16.0", "1,234", "57", "12"),
+    ],
+  ]
+  assert "95 % bootstrap interval over the split's examples" in table.caption
+  # Of two seeds, the interval is that of their mean.
+  again = sweep_folders.write_run(tmp_path / "c", 64.0, 66.0, intervals=within)
+  items.append(f"gkd={again}")
+  (table,) = tables()
+  low, high = (62 + sign * 2 * sweep_folders.T1 for sign in (-1, 1))
+  assert table.rows[2][2] == f"62.0 [{low:.1f}, {high:.1f}]"
+  assert "bootstrap" not in table.caption
 
 
 def test_a_name_given_twice_is_two_seeds(folders, tmp_path):

@@ -281,4 +281,5 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
   report = gkd("report", "--output_path=page", "grid")
   assert report.returncode == 0, report.stderr
   assert "greedy answer_accuracy" in report.stdout
-  assert (tmp_path / "page" / "index.html").exists()
+  page = (tmp_path / "page" / "index.html").read_text()
+  assert "<dd>gkd sweep --gin_file=experiments/smoke_teacher.gin " in page

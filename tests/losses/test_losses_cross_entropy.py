@@ -40,14 +40,15 @@ def test_hard_labels_by_hand():
   teacher = jnp.zeros((3, 1, 2))
   student = jnp.log(jnp.array([[[1.0, 1.0]], [[3.0, 1.0]], [[3.0, 1.0]]]))
   targets = jnp.array([[0], [1], [1]])
-  of = lambda alpha, temperature=1.0: losses.distillation_loss(
+  both = lambda alpha, temperature=1.0: losses.distillation_loss(
     teacher,
     student,
     jnp.ones((3, 1)),
     divergence="forward_kl",
     student_temperature=temperature,
     hard_labels=losses.HardLabels(targets, alpha),
-  )[0]
+  )
+  of = lambda *settings: both(*settings)[0]
   log = np.log
   kl = log(1 / 2) - (log(3 / 4) + log(1 / 4)) / 2
   entropies = [log(2), log(4), log(4)]
@@ -60,6 +61,10 @@ def test_hard_labels_by_hand():
   cold = log(1 / 2) - (log(9 / 10) + log(1 / 10)) / 2
   mixed = 0.3 * log(2) + 0.7 * cold + 0.3 * log(4) + cold
   np.testing.assert_allclose(of(alphas, 0.5), mixed, rtol=1e-6)
+  # Its own metric, of the two rows from the data.
+  for temperature in (1.0, 0.5):
+    found = both(alphas, temperature)[2]["hard_label_cross_entropy"]
+    np.testing.assert_allclose(found, (log(2) + log(4), 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])

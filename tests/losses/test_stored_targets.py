@@ -74,7 +74,11 @@ def bucket_logs(teacher, student, top_k):
     return p, q
   return tuple(
     np.concatenate(
-      [x[:, :top_k], np.logaddexp.reduce(x[:, top_k:], -1, keepdims=True)], -1
+      [
+        x[..., :top_k],
+        np.logaddexp.reduce(x[..., top_k:], -1, keepdims=True),
+      ],
+      -1,
     )
     for x in (p, q)
   )
@@ -129,6 +133,42 @@ def test_value_and_gradient_at_full_size_are_the_dense_loss(normalization):
   )
   for a, b in zip(stored, dense, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_hard_labels_of_the_whole_vocabulary_against_float64():
+  teacher, student, weights, targets = loss_batches.random_batch()
+  targets %= 6  # the seventh token is padding of the vocabulary
+
+  @jax.jit
+  def of(alpha):
+    return stored_loss(
+      teacher,
+      student,
+      weights,
+      2,
+      student_temperature=0.8,
+      num_real_tokens=6,
+      hard_labels=losses.HardLabels(targets, alpha),
+    )
+
+  real = teacher[..., :6], student[..., :6] / 0.8
+  p, q = bucket_logs(*real, 2)
+  kl = np.sum(np.exp(p) * (p - q), axis=-1)
+  # At temperature 1.
+  log_probs = loss_batches.log_softmax64(student[..., :6])
+  picked = np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+  shares = weights / weights.sum(axis=1, keepdims=True)
+  for alpha in (0.0, 1.0, 0.3):
+    loss, weight, metrics = of(alpha)
+    expected = np.sum(shares * ((1 - alpha) * kl - alpha * picked))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert weight == 3
+    counted = weights * (alpha > 0)
+    np.testing.assert_allclose(
+      metrics["hard_label_cross_entropy"],
+      (-np.sum(counted * picked), np.sum(counted)),
+      rtol=1e-5,
+    )
 
 
 def test_gradient_of_a_coarse_distribution():

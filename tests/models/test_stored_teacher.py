@@ -114,7 +114,8 @@ CASES = {
     (
       "decoder",
       "outputs",
-      {"divergence": "reverse_kl", "length_normalization": "token"},
+      {"divergence": "reverse_kl", "length_normalization": "token"}
+      | {"hard_label_weight": 0.3},
     ),
   ],
 )
@@ -211,6 +212,7 @@ def test_what_cannot_be_stored_is_told():
     ({"divergence": "jds"}, "set DIVERGENCE"),
     ({"student_temperature": 0.0}, "set STUDENT_TEMPERATURE"),
     ({"length_normalization": "row"}, "set LENGTH_NORMALIZATION"),
+    ({"hard_label_weight": 1.5}, "got 1.5; set HARD_LABEL_WEIGHT"),
   ):
     with pytest.raises(ValueError, match=message):
       make(**options)

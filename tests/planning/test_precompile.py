@@ -255,6 +255,24 @@ def test_rates_follow_from_the_roofline(phases):
   assert not found["fits"] and found["free_bytes"] == -1
 
 
+def test_a_step_that_does_not_fit_may_fit_with_layers_computed_again(
+  model, capsys
+):
+  chip = topologies.Chip("small", 1e9, 1000, 1e8, 1e7)
+  found = compile_toy(model, chip=chip, phases=["teacher", "data"])
+  said = capsys.readouterr().out
+  assert said.count("DOES NOT FIT") == 2
+  # The teacher, compiled first, has no backward pass.
+  remedy = (
+    "  it may fit with REMAT_POLICY = 'full': the backward pass then computes the"
+    " student's layers again instead of keeping them (now 'none')"
+  )
+  assert said.split("\n")[-3] == remedy and said.count("it may fit") == 1
+  of_step = found["phases"]["data"]
+  assert not program_report.remedy(of_step, "full")
+  assert not program_report.remedy(of_step | {"fits": True}, "none")
+
+
 def test_what_the_compiler_refuses_is_reported():
   mesh = partitioning.make_mesh(2, jax.devices()[:8])
   sharding = NamedSharding(mesh, P("data", "model"))

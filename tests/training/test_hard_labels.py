@@ -39,6 +39,9 @@ def test_weight_1_is_the_cross_entropy_on_the_data(chunk):
   picked = np.take_along_axis(q, targets[..., None], axis=-1)[..., 0]
   np.testing.assert_allclose(loss, -np.sum(weights * picked), rtol=1e-5)
   assert metrics["loss"][1] == weights.sum()
+  np.testing.assert_allclose(
+    metrics["hard_label_cross_entropy"], metrics["loss"], rtol=1e-6
+  )
   toy_steps.assert_same(gradient, expected)
 
 
@@ -63,10 +66,12 @@ def test_rows_from_the_data_have_the_mix_and_samples_the_divergence():
         (model.student, student),
       )
     )
-    loss = model.train_loss(student, teacher, batch, inputs)[0]
-    return loss, trained, *logits
+    loss, metrics = model.train_loss(student, teacher, batch, inputs)
+    return loss, metrics, trained, *logits
 
-  loss, trained, teacher_logits, logits = losses_of(jnp.int32(1), "mixed")
+  loss, metrics, trained, teacher_logits, logits = losses_of(
+    jnp.int32(1), "mixed"
+  )
   p, q = log_softmax64(teacher_logits), log_softmax64(logits / 0.8)
   targets = np.asarray(trained["decoder_target_tokens"])[..., None]
   picked = np.take_along_axis(log_softmax64(logits), targets, axis=-1)[..., 0]
@@ -81,6 +86,12 @@ def test_rows_from_the_data_have_the_mix_and_samples_the_divergence():
     (1 - alpha) * kl - alpha * picked
   )
   np.testing.assert_allclose(loss, np.sum(expected), rtol=1e-5)
+  counted = trained["decoder_loss_weights"] * (alpha > 0)
+  np.testing.assert_allclose(
+    metrics["hard_label_cross_entropy"],
+    (-np.sum(counted * picked), np.sum(counted)),
+    rtol=1e-5,
+  )
   # A whole batch of samples: no weight changes a bit.
   without, most = (losses_of(jnp.int32(n), "student")[0] for n in (0, 4))
   assert without == most > 0

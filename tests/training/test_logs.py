@@ -124,7 +124,12 @@ def test_examples_are_a_table_and_lines(tmp_path, capsys):
   with training.TrainLog(str(tmp_path), 0, 1) as log:
     log.evaluation(1, {"wer": 12.345}, [example])
     log.final({"greedy": {"wer": 1.0}})
-  assert rows(tmp_path) == [{"step": 1, "eval/wer": 12.345}]
+    log.evaluation(1, {}, [])  # of prompts alone
+  assert capsys.readouterr().out.splitlines()[::2] == [
+    "step 1 evaluation: wer 12.35",
+    "step 1 evaluation: no scores; outputs are in examples.jsonl",
+  ]
+  assert rows(tmp_path)[0] == {"step": 1, "eval/wer": 12.345}
   (line,) = (tmp_path / "examples.jsonl").read_text().splitlines()
   assert json.loads(line) == {"step": 1, **example}
   # As GitHub's Markdown shows text: no tag, no emphasis, no other column.
@@ -136,7 +141,6 @@ def test_examples_are_a_table_and_lines(tmp_path, capsys):
   ]
   final = json.loads((tmp_path / "final.json").read_text())
   assert final["greedy"] == {"wer": 1.0} and final["seconds"] >= 0
-  assert "step 1 evaluation: wer 12.35" in capsys.readouterr().out
 
 
 def test_tensorboard_has_scalars_and_examples(tmp_path, clock):
