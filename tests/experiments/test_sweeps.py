@@ -10,8 +10,8 @@ import pytest
 import sweep_folders
 
 import gin
-from gkd_jax import command_line, gin_utils, train
-from gkd_jax.command_line import gin_files
+from gkd_jax import command_line, train
+from gkd_jax.command_line import gin_files, gin_settings
 from gkd_jax.experiments import sweep_runner, sweeps
 from gkd_jax.planning import precompile
 
@@ -242,8 +242,8 @@ _NUMBERS = (
 def _built_by(arguments):
   """What a command of `gkd train` trains, without parameters or data."""
   given = command_line.parse(arguments[0], arguments[1:])
-  gin_utils.parse(given.gin_file, given.gin_bindings, [])
-  return gin_utils.bindings(train.train, precompile.SETTINGS)
+  gin_settings.parse(given.gin_file, given.gin_bindings, [])
+  return gin_settings.bindings(train.train, precompile.SETTINGS)
 
 
 @pytest.mark.nightly
