@@ -88,9 +88,10 @@ def _sentence(error: Exception) -> str | None:
 def _train(args):
   _start(args)
   import gin
-  from gkd_jax import gin_utils, train
+  from gkd_jax import train
+  from gkd_jax.command_line import gin_settings
 
-  gin_utils.check_values(train.train)
+  gin_settings.check_values(train.train)
   if args.dry_run:
     print(gin.config_str())
   line = " ".join(args.line.splitlines())
@@ -104,18 +105,20 @@ def _train(args):
 def _eval(args):
   _start(args)
   import gin
-  from gkd_jax import gin_utils, infer
+  from gkd_jax import infer
+  from gkd_jax.command_line import gin_settings
 
-  gin_utils.check_values(infer.evaluate_checkpoint)
+  gin_settings.check_values(infer.evaluate_checkpoint)
   gin.get_configurable(infer.evaluate_checkpoint)()
 
 
 def _infer(args):
   _start(args)
   import gin
-  from gkd_jax import gin_utils, infer
+  from gkd_jax import infer
+  from gkd_jax.command_line import gin_settings
 
-  gin_utils.check_values(infer.infer)
+  gin_settings.check_values(infer.infer)
   gin.get_configurable(infer.infer)()
 
 
@@ -130,14 +133,15 @@ def _precompile(args):
   # Before anything else initializes JAX with this machine's devices.
   devices, chip = topologies.devices(args.topology)
   _parse_gin(args)
-  from gkd_jax import gin_utils, train
+  from gkd_jax import train
+  from gkd_jax.command_line import gin_settings
   from gkd_jax.planning import precompile
 
   about = {"command": args.line}
   if args.title:
     about["title"] = args.title
   precompile.precompile(
-    **gin_utils.bindings(train.train, precompile.SETTINGS),
+    **gin_settings.bindings(train.train, precompile.SETTINGS),
     devices=devices,
     chip=chip,
     topology=args.topology or devices[0].device_kind,
@@ -189,9 +193,10 @@ def _start(args: Any) -> None:
 
 
 def _parse_gin(args):
-  from gkd_jax import files, gin_utils
+  from gkd_jax import files
+  from gkd_jax.command_line import gin_settings
 
-  gin_utils.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
+  gin_settings.parse(args.gin_file, args.gin_bindings, args.gin_search_paths)
   data_dir = args.tfds_data_dir and files.expanded(args.tfds_data_dir)
   cache_dirs = [*map(files.expanded, args.seqio_additional_cache_dirs or ())]
   if data_dir or cache_dirs:
@@ -225,6 +230,8 @@ def _sweep(args):
     definition = sweeps.read(args.sweep_file, folders)
     if args.seeds is not None:
       definition["seeds"] = args.seeds
+  # `sweep.json` keeps the settings of the report.
+  definition["report"] = definition.get("report", {}) | {"command": args.line}
   options = []
   if args.tfds_data_dir:
     options.append(f"--tfds_data_dir={args.tfds_data_dir}")
@@ -259,9 +266,9 @@ def _watch(args):
 
 
 def _compare(args):
-  from gkd_jax import gin_utils
+  from gkd_jax.command_line import gin_settings
 
-  gin_utils.import_tensorflow()
+  gin_settings.import_tensorflow()
   from gkd_jax.evaluation import compare
 
   print(compare.report(args.words))

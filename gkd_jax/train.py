@@ -25,7 +25,7 @@ from gkd_jax import (
 from gkd_jax import checkpoints as checkpoint_files
 from gkd_jax.data import shards, tokenizer_folders
 from gkd_jax.evaluation import run_evaluations
-from gkd_jax.training import messages, preflight
+from gkd_jax.training import messages, preflight, teacher_check
 
 
 def train(
@@ -181,6 +181,7 @@ def train(
       special_tokens=model.student.special_tokens,
     )
     scores: Mapping[str, float] = {}
+    heard: set[str] = set()
     with (
       training.TrainLog(
         model_dir, start, train_steps, wandb_project=logging.wandb_project
@@ -199,6 +200,10 @@ def train(
           profiler.after(step, metrics)
           done = step + 1
           log.add(metrics, source, batch)
+          if source not in heard:  # the first step of a start with this source
+            heard.add(source)
+            for line in teacher_check.of_step(model, metrics, source, done):
+              log.say(line)
           stopping = stop.asked(done)
           last = done == train_steps or stopping
           if done % logging.period == 0 or last:

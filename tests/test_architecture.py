@@ -32,9 +32,8 @@ MAY_IMPORT = {
   "architectures": "checkpoints models network",
   "planning": "checkpoints data files losses models network optimizers"
   " partitioning training types",
-  "experiments": "files gin_utils training",
+  "experiments": "command_line files training",
   "command_line": "files",
-  "gin_utils": "command_line files",
   "train": "architectures checkpoints data evaluation files models optimizers partitioning"
   " training types",
   "infer": "architectures checkpoints data evaluation files models partitioning tasks types",

@@ -9,8 +9,9 @@ import pytest
 from command_line import save_toy
 
 import gin
-from gkd_jax import architectures, gin_utils, models, network
+from gkd_jax import architectures, models, network
 from gkd_jax.checkpoints import export, huggingface
+from gkd_jax.command_line import gin_settings
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf"
 STUDENT = {"setting": "STUDENT", "path_setting": "INITIAL_CHECKPOINT_PATH"}
@@ -153,7 +154,7 @@ def test_the_public_sizes_agree_with_folders_of_them(tmp_path):
     ("qwen", "QWEN2_5_0_5B"),
     ("llama", "LLAMA3_1B"),
   ):
-    gin_utils.parse(
+    gin_settings.parse(
       ["runs/sft.gin", f"models/{family}.gin"], [f"STUDENT = %{macro}"], []
     )
     given = gin.query_parameter("%STUDENT_MODEL").scoped_configurable_fn()
@@ -168,7 +169,7 @@ def test_the_public_sizes_agree_with_folders_of_them(tmp_path):
 
 def test_gin_s_bindings_hold_for_each_kind():
   for folder, (of_model, of_network) in KINDS.items():
-    gin_utils.parse(
+    gin_settings.parse(
       ["runs/gkd.gin"],
       [
         f"INITIAL_CHECKPOINT_PATH = '{GOLDEN / folder}'",

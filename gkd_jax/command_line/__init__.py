@@ -2,6 +2,8 @@
 
 commands: the commands, their flags, and what a value of each is.
 arguments: the words of a command line, checked.
+gin_files: finds gin files, and reads them as text.
+gin_settings: parses gin files, and checks what they leave open.
 help_pages: `gkd --help` and `gkd COMMAND --help`, with the macros of gin files.
 """
 

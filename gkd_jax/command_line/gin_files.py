@@ -121,7 +121,7 @@ def read(
   """Reads files, what they include, and bindings, in gin's order.
 
   Args:
-    gin_files: see `gin_utils.parse`.
+    gin_files: see `gin_settings.parse`.
     bindings: such as `BATCH_SIZE = 32`.
     search_paths: further folders.
 

@@ -31,8 +31,6 @@ _FIGURES = (
   figures_behaviour.by_position,
 )
 
-_COMMANDS = 4  # that the head of the page shows at most
-
 
 def report(
   items: Sequence[str], output: str, markdown_path: str | None = None
@@ -85,11 +83,10 @@ def report(
 
 def _head(study: studies.Study) -> dict[str, str]:
   """Returns what the page is about: runs, tasks, dates, commands, versions."""
-  tasks, dates, commands, versions = {}, set(), {}, {}
+  tasks, dates, versions = {}, set(), {}
   for run in study.runs:
     folder = files.absolute(run.folder)
-    command, version = run_folders.read_origin(folder)
-    commands[command] = versions[version] = None
+    versions[run_folders.read_origin(folder)[1]] = None
     tasks[run_folders.read_macros(folder).get("MIXTURE_OR_TASK_NAME")] = None
     for name in ("final.json", "metrics.json"):
       if (folder / name).exists():
@@ -101,10 +98,7 @@ def _head(study: studies.Study) -> dict[str, str]:
     "Finished": " to ".join(map(str, sorted({min(dates), max(dates)})))
     if dates
     else "",
-    # Those of a sweep's cells fill pages; its own says all.
-    "Commands": "; ".join(filter(None, commands))
-    if len(commands) <= _COMMANDS
-    else "",
+    "Commands": "; ".join(study.commands),
     "Run by": "; ".join(filter(None, versions)),
     "Report by": f"gkd_jax {gkd_jax.__version__}",
   }

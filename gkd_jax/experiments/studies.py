@@ -79,6 +79,7 @@ class Study:
     lower_is_better: of the metric.
     paper: the paper's numbers on this task, {} if the paper has none.
     unfinished: names of cells without scores.
+    commands: of the sweeps and single runs, as far as they are known.
   """
 
   title: str
@@ -88,6 +89,7 @@ class Study:
   lower_is_better: bool
   paper: Mapping[str, Any]
   unfinished: Sequence[str]
+  commands: Sequence[str] = ()
 
   @property
   def metric_label(self) -> str:
@@ -227,6 +229,7 @@ def read(items: Sequence[str]) -> Study:
   """
   runs: list[Run] = []
   unfinished: list[str] = []
+  commands: list[str] = []
   settings: dict[str, Any] = {}
   order: dict[str, dict[str, None]] = {}
   for item in items:
@@ -234,7 +237,9 @@ def read(items: Sequence[str]) -> Study:
     sweep = files.read_json(os.path.join(folder, "sweep.json"))
     if sweep is None:
       runs.append(_single(name, folder))
+      commands.append(run_folders.read_origin(folder)[0])
       continue
+    commands.append(sweep["report"].get("command", ""))
     settings |= sweep["report"]
     for axis, labels in sweep["axes"].items():
       if axis == "method":
@@ -262,6 +267,7 @@ def read(items: Sequence[str]) -> Study:
     ),
     paper=_paper(settings.get("task") or _task(runs), metric),
     unfinished=unfinished,
+    commands=[*filter(None, commands)],
   )
 
 

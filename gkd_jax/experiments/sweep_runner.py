@@ -424,7 +424,7 @@ def check_here(
     ValueError: gin cannot be parsed, nothing reads a macro, or a training cell
       would write no `final.json`.
   """
-  from gkd_jax import gin_utils
+  from gkd_jax.command_line import gin_settings
 
   # Seeds differ by a number alone, so one of them is enough.
   firsts: dict[tuple, sweeps.Cell] = {}
@@ -433,13 +433,13 @@ def check_here(
   for cell in firsts.values():
     bindings = [f"{k} = {v}" for k, v in cell.bindings(output).items()]
     try:
-      gin_utils.parse(cell.gin_files, bindings, search_paths)
+      gin_settings.parse(cell.gin_files, bindings, search_paths)
     except Exception as error:  # gin raises many kinds
       # The first line is what is wrong, the others say where gin met it.
       reason = str(error).strip().splitlines() or [repr(error)]
       raise ValueError(f"{cell.name}: {reason[0]}") from None
     scored = cell.command == "train" and cell.done == "final.json"
-    if scored and not gin_utils.macro("FINAL_EVAL_SPLIT"):
+    if scored and not gin_settings.macro("FINAL_EVAL_SPLIT"):
       raise ValueError(
         f"expected a split to score {cell.name} on, got none;"
         " set FINAL_EVAL_SPLIT"

@@ -1,4 +1,4 @@
-"""Checks before the first step that the teacher is a teacher.
+"""Checks before and at the first steps that the teacher is a teacher.
 
 A teacher that lost its signal (freshly drawn, a permuted head, zeroed, the student
 itself, a temperature that is a slip of the pen) costs a whole run and raises no
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax import losses, partitioning
+from gkd_jax import losses, partitioning, types
 
 _LOW_TEMPERATURE = 0.05  # The paper's lowest is 0.1 (tables A.1 to A.4).
+_UNIFORM = 0.95  # share of a uniform model's entropy
 _ROWS = 32
 
 
@@ -98,6 +99,56 @@ def _same(a, b):
   return jnp.all(jnp.stack(jax.tree.leaves(equal))).astype(jnp.float32)
 
 
+_WHOSE = {
+  "data": "the data",
+  "student": "the student's samples",
+  "mixed": "the data and the student's samples",
+}
+
+
+def of_step(
+  model: Any, metrics: types.Metrics, source: str, step: int
+) -> list[str]:
+  """Returns what a step's metrics say of the teacher on the tokens it trained on.
+
+  The step has computed these anyway; a program that samples and compares before
+  the first step would take as long to compile as the checks of the data.
+
+  Args:
+    model: see `train.train`.
+    metrics: name to (sum, weight), of the step.
+    source: whose outputs they are of.
+    step: number of steps done.
+
+  Returns:
+    A line, and a warning if the teacher is close to uniform; [] without a
+    teacher, or without tokens.
+  """
+  names = ("teacher_entropy", "top1_agreement")
+  if any(name not in metrics for name in names):
+    return []
+  (entropy, weight), (agreement, tokens) = (
+    map(float, metrics[name]) for name in names
+  )
+  if not weight or not tokens:
+    return []
+  entropy, agreement = entropy / weight, agreement / tokens
+  uniform = math.log(model.student.num_real_tokens or model.config.vocab_size)
+  on = f"on {_WHOSE[source]} at step {step}"
+  lines = [
+    f"signal {on}: the teacher's entropy in the loss is {entropy:.3g} nats"
+    f" (uniform {uniform:.3g}), both likeliest tokens are equal on"
+    f" {100 * agreement:.0f} % of {tokens:,.0f} tokens"
+  ]
+  if entropy > _UNIFORM * uniform:
+    lines.append(
+      "warning: expected a teacher that prefers some tokens, got an entropy of"
+      f" {entropy:.3g} nats {on}; set TEACHER_CHECKPOINT_PATH or"
+      " TEACHER_TEMPERATURE"
+    )
+  return lines
+
+
 def temperatures(model: Any) -> dict[str, float]:
   """Returns the temperatures of a model's softmaxes, by setting.
 
@@ -139,7 +190,7 @@ def warnings(
       f" parameters; {path}"
     )
   uniform, loss = means["uniform"], means["teacher"]
-  if means["entropy"] > 0.95 * uniform:
+  if means["entropy"] > _UNIFORM * uniform:
     said.append(
       "expected a teacher that prefers some tokens, got an entropy of"
       f" {means['entropy']:.3g} nats per token where a uniform model has"

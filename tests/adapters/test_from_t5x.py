@@ -9,7 +9,8 @@ import jax
 import pytest
 
 import gin
-from gkd_jax import gin_utils, optimizers, train
+from gkd_jax import optimizers, train
+from gkd_jax.command_line import gin_settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from_t5x.md").read_text()
@@ -28,7 +29,7 @@ def _clear_gin():
 def _parse(tmp_path, text):
   path = tmp_path / "page.gin"
   path.write_text(text)
-  gin_utils.parse([str(path)], [], [])
+  gin_settings.parse([str(path)], [], [])
 
 
 def _parameters(model):
@@ -97,7 +98,7 @@ def test_macros_of_the_t5x_config_are_read_by_its_gin_file():
 
 def test_the_tiny_teacher_is_the_network_that_tiny_gin_restores():
   folder = ROOT / "gin" / "t5x"
-  gin_utils.parse([str(folder / "tiny_teacher.gin")], ["MODEL_DIR='a'"], [])
+  gin_settings.parse([str(folder / "tiny_teacher.gin")], ["MODEL_DIR='a'"], [])
   teacher = gin.get_bindings(train.train)["model"].student
   # By hand, T5 1.1 with 24 tokens, width 48, four heads of 8 and an MLP of 64:
   # embedding and head; buckets, norms, attention, MLP of encoder and decoder.

@@ -81,6 +81,11 @@ def test_smoke_run_writes_what_it_says(whole):
     "checkpoint_20",
   }
   assert "step 20/20" in printed and "step 20 evaluation" in printed
+  # A teacher of ten steps is one: nothing to remark.
+  assert "data's tokens: cross-entropy" in printed
+  assert "warning" not in printed
+  for whose in ("the data", "the student's samples"):
+    assert printed.count(f"signal on {whose} at step ") == 1
   rows = _lines(folder / "metrics.jsonl")
   last = next(r for r in reversed(rows) if "loss" in r)
   assert last["step"] == 20
@@ -120,7 +125,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   # on, since saving step 6 has waited until step 3 was whole on disk.
   step = int(np.random.default_rng().integers(7, 18))
   print(f"{how} at step {step}")
-  settings = smoke(teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3)
+  # Without evaluations, which change nothing.
+  settings = smoke(
+    teacher, folder, LOG_PERIOD=1, CHECKPOINT_PERIOD=3, EVAL_SPLIT=None
+  )
   process = start(*settings)
   for line in process.stdout:
     if line.startswith(f"step {step}/"):
@@ -181,13 +189,13 @@ seqio.TaskRegistry.add(
 
 def test_export_infer_and_eval(whole, tmp_path):
   exported = tmp_path / "safetensors"
-  done = started(
+  done = gkd(
     "export", f"--checkpoint_path={whole[0]}", f"--output_path={exported}"
   )
   assert done.returncode == 0, done.stderr
   assert_same_run(exported, whole[0])
   output = tmp_path / "out.jsonl"
-  done = decode(started, "infer", exported, OUTPUT_PATH=str(output))
+  done = decode(gkd, "infer", exported, OUTPUT_PATH=str(output))
   assert done.returncode == 0, done.stderr
   lines = _lines(output)
   assert len(lines) == 5
@@ -261,24 +269,13 @@ def test_import_and_export_between_formats(tmp_path):
   assert "--checkpoint_path" in done.stderr and str(lost) in done.stderr
 
 
-def test_dry_run_prints_and_trains_nothing(teacher, tmp_path):
-  folder = tmp_path / "student"
-  done = gkd(*smoke(teacher, folder), "--dry_run")
-  assert done.returncode == 0, done.stderr
-  assert "STUDENT_DATA_FRACTION = 0.5" in done.stdout
-  assert "parameters" in done.stdout and not folder.exists()
-  # A teacher of ten steps is one: nothing to remark.
-  assert "data's tokens: cross-entropy" in done.stdout
-  assert "warning" not in done.stdout
-
-
 @pytest.fixture(scope="module")
 def some_teacher(tmp_path_factory):
   return save_toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def test_a_wrong_setting_ends_the_process(some_teacher, tmp_path):
-  done = started(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
+  done = gkd(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
   assert done.returncode == 2
   # Nothing before it, and nothing of gin's after it.
   assert done.stderr.startswith("gkd: expected ") and not done.stdout
@@ -308,6 +305,8 @@ def test_losses_that_stay_not_finite_stop_the_run(teacher, tmp_path):
   assert (folder / "checkpoint_1").is_dir()
 
 
+# test_cli_files trains a Llama by the command line.
+@pytest.mark.nightly
 def test_decoder_only_smoke_trains_and_is_scored(tmp_path):
   name = "--gin_file=experiments/smoke_decoder_only"
   teacher, student = tmp_path / "teacher", tmp_path / "student"

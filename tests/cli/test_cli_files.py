@@ -113,6 +113,7 @@ def test_rows_and_folders_of_t5gemma_make_a_student(tmp_path, capsys):
   said = capsys.readouterr().out
   assert "EOS 1, PAD 0, decoders read 2 first" in said
   assert "4 examples of 'validation', by exact, chrf" in said
+  assert "TRAIN_FILES = 'rows.jsonl'" in said and "parameters" in said
   assert not (tmp_path / "run").exists()
   train_and_use()
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from gkd_jax import command_line, gin_utils
+from gkd_jax import command_line
+from gkd_jax.command_line import gin_settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = (
@@ -35,7 +36,7 @@ def parsed(command):
   """What the CLI's own flags make of a command, and gin of its settings."""
   assert command[:2] == ["gkd", "train"], command
   values = command_line.parse("train", command[2:])
-  gin_utils.parse(values.gin_file, values.gin_bindings, [])
+  gin_settings.parse(values.gin_file, values.gin_bindings, [])
   return vars(values)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import gin
-from gkd_jax import gin_utils, infer
+from gkd_jax import infer
+from gkd_jax.command_line import gin_settings
 from gkd_jax.evaluation import compare
 from gkd_jax.tasks import shipped
 
@@ -32,7 +33,7 @@ def evaluate(folder, *files, **macros):
   models = [f"{name} = %G2P_TEACHER" for name in ("STUDENT", "TEACHER")]
   if "runs/instruments.gin" not in files:
     models.pop()
-  gin_utils.parse(["models/g2p.gin", *files], models + bindings, [])
+  gin_settings.parse(["models/g2p.gin", *files], models + bindings, [])
   scores = gin.get_configurable(infer.evaluate_checkpoint)()
   (written,) = read(folder / "metrics.json")
   assert written == scores

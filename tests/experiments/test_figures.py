@@ -169,6 +169,15 @@ def test_the_head_names_task_date_and_version(tmp_path):
   assert "<dt>Task</dt><dd>&lt;b&gt;t&lt;/b&gt;</dd>" in text
   assert "<dt>Finished</dt><dd>2001-09-09</dd>" in text
   assert "<dt>Commands</dt><dd>gkd train --gin.A=&lt;i&gt;</dd>" in text
+  # Of a sweep, its own command and not those of all cells.
+  sweep = sweep_folders.Sweep(
+    tmp_path / "sweep", command="gkd sweep --sweep_file=a.toml"
+  )
+  sweep_folders.write_run(sweep.add("gkd", 0), 20.0, 21.0)
+  assert studies.read([str(tmp_path / "sweep"), f"a={run}"]).commands == [
+    "gkd sweep --sweep_file=a.toml",
+    "gkd train --gin.A=<i>",
+  ]
   assert "<dt>Run by</dt><dd>gkd 0.1 (jax 9, commit 1a2b)</dd>" in text
   assert f"gkd_jax {gkd_jax.__version__}" in text
 

@@ -10,8 +10,8 @@ import pytest
 import sweep_folders
 
 import gin
-from gkd_jax import command_line, gin_utils, train
-from gkd_jax.command_line import gin_files
+from gkd_jax import command_line, train
+from gkd_jax.command_line import gin_files, gin_settings
 from gkd_jax.experiments import sweep_runner, sweeps
 from gkd_jax.planning import precompile
 
@@ -242,8 +242,8 @@ _NUMBERS = (
 def _built_by(arguments):
   """What a command of `gkd train` trains, without parameters or data."""
   given = command_line.parse(arguments[0], arguments[1:])
-  gin_utils.parse(given.gin_file, given.gin_bindings, [])
-  return gin_utils.bindings(train.train, precompile.SETTINGS)
+  gin_settings.parse(given.gin_file, given.gin_bindings, [])
+  return gin_settings.bindings(train.train, precompile.SETTINGS)
 
 
 @pytest.mark.nightly
@@ -281,4 +281,5 @@ def test_a_sweep_and_its_report_from_the_command_line(tmp_path):
   report = gkd("report", "--output_path=page", "grid")
   assert report.returncode == 0, report.stderr
   assert "greedy answer_accuracy" in report.stdout
-  assert (tmp_path / "page" / "index.html").exists()
+  page = (tmp_path / "page" / "index.html").read_text()
+  assert "<dd>gkd sweep --gin_file=experiments/smoke_teacher.gin " in page

@@ -22,11 +22,11 @@ from gkd_jax import (
   architectures,
   checkpoints,
   data,
-  gin_utils,
   models,
   train,
   training,
 )
+from gkd_jax.command_line import gin_settings
 from gkd_jax.tasks import teacher_outputs
 
 LENGTHS = {"inputs": 12, "targets": 20}
@@ -140,7 +140,7 @@ def read_macros(function):
 
 @pytest.mark.parametrize("method", (*METHODS, "minillm", "rl_gkd", "rlef"))
 def test_every_macro_that_a_method_defines_is_read(toys, method):
-  gin_utils.parse([toys(method)], [], [])
+  gin_settings.parse([toys(method)], [], [])
   defined = {
     scope
     for scope, selector in gin_config._CONFIG
@@ -301,7 +301,7 @@ def test_share_of_steps_on_the_students_outputs(method, toys, tmp_path):
 )
 def test_minillm_refuses_settings_that_it_does_not_read(binding):
   with pytest.raises(ValueError, match=f"got {binding.split()[0]}; "):
-    gin_utils.parse(["methods/minillm.gin"], [binding], [])
+    gin_settings.parse(["methods/minillm.gin"], [binding], [])
 
 
 def test_a_self_teacher_has_the_students_size(toys, tmp_path):
@@ -358,7 +358,7 @@ def test_two_steps_change_the_student(method, toys, tmp_path):
   "method", nightly.of(["seqkd", "self_distillation"], ["self_distillation"])
 )
 def test_two_steps_by_the_training_script(method, toys, tmp_path):
-  settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_NUM_EXAMPLES": 8}
+  settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_SPLIT": None}
   settings["MIXTURE_OR_TASK_NAME"] = repr(task_of(method, tmp_path))
   if method == "self_distillation":
     parts = gin_probe.parts_of(
@@ -366,7 +366,7 @@ def test_two_steps_by_the_training_script(method, toys, tmp_path):
     )
     save(parts["model"], tmp_path / "teacher")
     settings["TEACHER_CHECKPOINT_PATH"] = repr(str(tmp_path / "teacher"))
-  gin_utils.parse(
+  gin_settings.parse(
     [toys(method)],
     [f"{k} = {v}" for k, v in macros(method, **settings).items()],
     [],

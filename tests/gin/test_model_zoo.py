@@ -5,8 +5,9 @@ import re
 import pytest
 
 import gin
-from gkd_jax import files, gin_utils, network
+from gkd_jax import files, network
 from gkd_jax.checkpoints import parameters
+from gkd_jax.command_line import gin_settings
 
 # Parameters of the public checkpoints, as `transformers` counts them in models
 # of their published configurations.
@@ -63,7 +64,7 @@ DROPOUT_RATE = 0.25
 network.Transformer.config = %{macro}
 """
   )
-  gin_utils.parse([str(file)], [], [])
+  gin_settings.parse([str(file)], [], [])
 
 
 @pytest.mark.parametrize(

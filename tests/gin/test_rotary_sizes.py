@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 import gin
-from gkd_jax import gin_utils, infer, models, network
+from gkd_jax import infer, models, network
 from gkd_jax.checkpoints import huggingface, parameters
+from gkd_jax.command_line import gin_settings
 
 # Parameters of the published models.
 SIZES = {
@@ -58,7 +59,7 @@ DROPOUT_RATE = 0.25
 network.{module}.config = %{macro}
 """
   )
-  gin_utils.parse([str(file)], [], [])
+  gin_settings.parse([str(file)], [], [])
   return gin.get_configurable(getattr(network, module))().config
 
 
@@ -109,7 +110,7 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_s_student_and_teacher(run):
   family, student, teacher, module = RUNS[run]
-  gin_utils.parse(
+  gin_settings.parse(
     ["runs/gkd.gin", f"models/{family}.gin"],
     [
       f"STUDENT = %{student}",
@@ -132,7 +133,7 @@ def test_a_run_s_student_and_teacher(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_what_is_decoded(run):
   family, student, _, module = RUNS[run]
-  gin_utils.parse(
+  gin_settings.parse(
     [f"models/{family}.gin", "runs/eval.gin"],
     ["WEIGHTS = 'int8'", f"STUDENT = %{student}"],
     [],

@@ -3,13 +3,14 @@
 import pytest
 
 import gin
-from gkd_jax import gin_utils, infer, models, train
+from gkd_jax import infer, models, train
+from gkd_jax.command_line import gin_settings
 
 FILES = "on_policy_kd", "supervised_kd"
 
 
 def parse(name, *bindings):
-  gin_utils.parse([f"experiments/smollm2/{name}.gin"], list(bindings), [])
+  gin_settings.parse([f"experiments/smollm2/{name}.gin"], list(bindings), [])
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -27,10 +27,10 @@ def parts_of(file, folder, **macros):
     **macros: what a user would give with `--gin.NAME=`, as gin source text.
   """
   import gin
-  from gkd_jax import gin_utils
+  from gkd_jax.command_line import gin_settings
 
   probe = folder / "probe.gin"
   probe.write_text(PARTS)
   bindings = [f"{name} = {value}" for name, value in macros.items()]
-  gin_utils.parse([file, str(probe)], bindings, [])
+  gin_settings.parse([file, str(probe)], bindings, [])
   return gin.get_configurable(build)()

@@ -11,8 +11,9 @@ import toy_decoder_only as toy
 import toy_models
 
 import gin
-from gkd_jax import data, evaluation, gin_utils, models, partitioning, training
+from gkd_jax import data, evaluation, models, partitioning, training
 from gkd_jax.checkpoints import parameters
+from gkd_jax.command_line import gin_settings
 from gkd_jax.training import logs
 
 
@@ -218,7 +219,7 @@ def test_evaluation_decodes_outputs_without_their_prompts():
 
 
 def test_sizes_of_t5x_example():
-  gin_utils.parse(
+  gin_settings.parse(
     ["runs/gkd.gin", "models/decoder_only.gin"],
     ["STUDENT = %DECODER_ONLY_BASE", "TEACHER = %DECODER_ONLY_XXL"],
     [],

@@ -16,12 +16,12 @@ from flax import traverse_util
 import gin
 from gkd_jax import (
   checkpoints,
-  gin_utils,
   models,
   network,
   partitioning,
   training,
 )
+from gkd_jax.command_line import gin_settings
 from gkd_jax.network import layer_loops
 from gkd_jax.planning import costs
 
@@ -362,7 +362,7 @@ def test_gin_scans_the_teacher(files, scan):
   bindings = bindings if "runs/instruments.gin" in files else []
   if scan:
     bindings.append("TEACHER_SCAN_LAYERS = True")
-  gin_utils.parse(files, bindings, [])
+  gin_settings.parse(files, bindings, [])
   model = gin.get_configurable(models.GKDModel)()
   assert model.teacher.module.scan_layers is bool(scan)
   assert model.student.module.scan_layers is False

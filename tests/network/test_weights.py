@@ -14,7 +14,6 @@ from flax import traverse_util
 import gin
 from gkd_jax import (
   checkpoints,
-  gin_utils,
   infer,
   losses,
   models,
@@ -25,6 +24,7 @@ from gkd_jax import (
   types,
 )
 from gkd_jax.checkpoints import parameters, stored_arrays, t5x
+from gkd_jax.command_line import gin_settings
 from gkd_jax.network import layer_loops, projections
 
 SETTING = {"setting": "TEACHER_CHECKPOINT_PATH", "of": "teacher"}
@@ -413,7 +413,7 @@ def test_gin_sets_the_teacher_s_weights_alone(files, weights):
   bindings = bindings if "runs/instruments.gin" in files else []
   if weights:
     bindings.append(f"TEACHER_WEIGHTS = {weights!r}")
-  gin_utils.parse(files, bindings, [])
+  gin_settings.parse(files, bindings, [])
   model = gin.get_configurable(models.GKDModel)()
   assert model.teacher.module.weights == (weights or "auto")
   assert model.student.module.weights == "float32"
@@ -427,7 +427,7 @@ def test_gin_sets_those_of_what_is_decoded(kind):
     bindings.append("STUDENT = %DECODER_ONLY_TOY_TEACHER")
   else:
     bindings.append("STUDENT = %TOY_STUDENT")
-  gin_utils.parse(files, bindings, [])
+  gin_settings.parse(files, bindings, [])
   assert gin.get_configurable(infer.evaluate_checkpoint) is not None
   assert (
     gin.query_parameter("%STUDENT_MODEL")

@@ -14,7 +14,8 @@ import toy_models
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gkd_jax import gin_utils, models, optimizers, partitioning, train, training
+from gkd_jax import models, optimizers, partitioning, train, training
+from gkd_jax.command_line import gin_settings
 from gkd_jax.network import layers
 from gkd_jax.planning import costs, precompile, program_report, topologies
 
@@ -326,18 +327,18 @@ def test_wrong_settings_are_a_sentence(model, options, sentence):
 
 
 def test_only_what_is_asked_for_is_built():
-  gin_utils.parse(["experiments/smoke.gin"], [], [])
-  found = gin_utils.bindings(train.train, precompile.SETTINGS)
+  gin_settings.parse(["experiments/smoke.gin"], [], [])
+  found = gin_settings.bindings(train.train, precompile.SETTINGS)
   assert (
     found["dataset"].batch_size == 16 and found["model"].teacher is not None
   )
   assert "teacher_checkpoint_path" not in found
   with pytest.raises(ValueError, match="none of MODEL_DIR; set MODEL_DIR"):
-    gin_utils.bindings(train.train, ["model_dir"])
-  gin_utils.parse(["methods/gkd.gin"], ["STUDENT_DATA_FRACTION = 0.5"], [])
+    gin_settings.bindings(train.train, ["model_dir"])
+  gin_settings.parse(["methods/gkd.gin"], ["STUDENT_DATA_FRACTION = 0.5"], [])
   # Sizes and task may come from folders and files.
   with pytest.raises(ValueError, match=r"got none of ") as error:
-    gin_utils.bindings(train.train, ["model", "dataset"])
+    gin_settings.bindings(train.train, ["model", "dataset"])
   assert str(error.value).split("; set ")[1] == "TASK_FEATURE_LENGTHS"
 
 

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from gkd_jax import command_line, gin_utils, train
+from gkd_jax import command_line, train
+from gkd_jax.command_line import gin_settings
 from gkd_jax.planning import precompile
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,8 +30,8 @@ def test_a_command_that_is_shown_makes_its_report(path):
   assert ROOT / flags.output_path == path.parent
   assert flags.topology == report["topology"]
   assert flags.title == report["title"]
-  gin_utils.parse(flags.gin_file, flags.gin_bindings, [])
-  found = gin_utils.bindings(train.train, precompile.SETTINGS)
+  gin_settings.parse(flags.gin_file, flags.gin_bindings, [])
+  found = gin_settings.bindings(train.train, precompile.SETTINGS)
   dataset, partitioner = found["dataset"], found["partitioner"]
   for name in ("batch_size", "task_feature_lengths"):
     assert getattr(dataset, name) == report[name], name

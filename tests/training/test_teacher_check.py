@@ -112,6 +112,37 @@ def test_a_teacher_without_signal_is_named(teacher, sentence):
   assert all("TEACHER_CHECKPOINT_PATH" in s for s in said)
 
 
+@pytest.mark.parametrize(
+  ("source", "whose"),
+  [
+    ("student", "the student's samples"),
+    ("mixed", "the data and the student's samples"),
+  ],
+)
+def test_a_step_says_on_whose_tokens_the_teacher_was_compared(source, whose):
+  model = taught()[0]
+  # Of 16 tokens, a uniform teacher has ln 16 = 2.77 nats.
+  step = lambda entropy: teacher_check.of_step(
+    model,
+    {"teacher_entropy": (entropy, 8), "top1_agreement": (30.0, 40)},
+    source,
+    3,
+  )
+  said = (
+    f"signal on {whose} at step 3: the teacher's entropy in the loss is 1.5 nats"
+    " (uniform 2.77), both likeliest tokens are equal on 75 % of 40 tokens"
+  )
+  assert step(12.0) == [said]
+  line, warning = step(8 * 2.7)
+  assert "is 2.7 nats" in line
+  assert warning == (
+    "warning: expected a teacher that prefers some tokens, got an entropy of 2.7"
+    f" nats on {whose} at step 3; set TEACHER_CHECKPOINT_PATH or"
+    " TEACHER_TEMPERATURE"
+  )
+  assert teacher_check.of_step(model, {"loss": (1.0, 1)}, source, 3) == []
+
+
 def test_a_teacher_below_the_student_is_named():
   means = measured() | {"teacher": 1.5, "student": 1.0}
   (said,) = teacher_check.warnings(means, {})

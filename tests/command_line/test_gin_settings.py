@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import gin
-from gkd_jax import gin_utils
+from gkd_jax.command_line import gin_settings
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def tensorflow(tmp_path, monkeypatch):
 
 def test_tensorflow_starts_silently(tensorflow, capfd):
   tensorflow()
-  gin_utils.import_tensorflow()
+  gin_settings.import_tensorflow()
   assert "tensorflow" in sys.modules
   os.write(2, b"later")
   assert capfd.readouterr().err == "later"
@@ -33,7 +33,7 @@ def test_tensorflow_starts_silently(tensorflow, capfd):
 def test_messages_of_a_failed_start_are_shown(tensorflow, capfd):
   tensorflow("raise ImportError('broken')")
   with pytest.raises(ImportError, match="broken"):
-    gin_utils.import_tensorflow()
+    gin_settings.import_tensorflow()
   assert capfd.readouterr().err == "oneDNN\n"
 
 
@@ -85,11 +85,11 @@ def test_all_that_is_built_has_values(tmp_path, monkeypatch, bindings, names):
   (tmp_path / "things_of_test.py").write_text(THINGS)
   (tmp_path / "my.gin").write_text(FILE)
   monkeypatch.syspath_prepend(tmp_path)
-  gin_utils.parse([str(tmp_path / "my.gin")], bindings, [])
+  gin_settings.parse([str(tmp_path / "my.gin")], bindings, [])
   import things_of_test
 
   try:
-    gin_utils.check_values(things_of_test.run)
+    gin_settings.check_values(things_of_test.run)
   except ValueError as error:
     said = str(error)
     if isinstance(names, str):
