@@ -74,14 +74,7 @@ def write(
   index = jax.process_index() if process_index is None else process_index
   count = jax.process_count() if process_count is None else process_count
   _check(model, task, split, shards, temperature)
-  if shards.targets == teacher_records.REFERENCES:
-    data.check_targets(
-      task,
-      split,
-      lengths,
-      use_cached=use_cached,
-      otherwise="TARGETS = 'outputs'",
-    )
+  _check_references(task, split, lengths, shards, use_cached)
   dataset = functools.partial(
     _examples, task, lengths, model, split, num_examples, use_cached, seed
   )
@@ -188,6 +181,15 @@ def _check(model, task, split, shards, temperature):
       f" {shards.top_k}; set TOP_K"
     )
   teacher_records.check_num_samples(model, shards.num_samples, temperature)
+
+
+def _check_references(task, split, lengths, shards, use_cached):
+  """Refuses prompts alone where references are to be stored."""
+  if shards.targets == teacher_records.REFERENCES:
+    otherwise = "TARGETS = 'outputs'"
+    data.check_targets(
+      task, split, lengths, use_cached=use_cached, otherwise=otherwise
+    )
 
 
 def _name(decode_fn):

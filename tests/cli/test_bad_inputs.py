@@ -433,6 +433,24 @@ def test_data(teacher, tasks_of_mine, tmp_path, capsys, name, macros, said):
   assert said in refused(capsys, *line)
 
 
+def test_references_of_prompts_alone(teacher, tasks_of_mine, capsys):
+  settings = {
+    "CHECKPOINT_PATH": teacher,
+    "MIXTURE_OR_TASK_NAME": "of_bad_inputs_prompts",
+    "MIXTURE_OR_TASK_MODULE": tasks_of_mine,
+    "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8},
+    "OUTPUT_PATH": "out",
+    "EVAL_SPLIT": "train",
+    "TARGETS": "references",
+  }
+  files = "models/toy.gin", "runs/teacher_data.gin"
+  line = ["infer", *(f"--gin_file={file}" for file in files)]
+  line += ["--gin.STUDENT=%TOY_TEACHER", *gin(**settings)]
+  said = refused(capsys, *line)
+  assert "got prompts alone from of_bad_inputs_prompts" in said
+  assert "; set TARGETS = 'outputs'" in said
+
+
 # ---- the macros of the other run files ---------------------------------------------
 
 OF_RL = {
