@@ -57,7 +57,7 @@ def _parsed(words: Sequence[str]) -> Any:
     paths = getattr(args, "gin_search_paths", [])
     print(command_line.of_command(name, *given, paths))
     return None
-  args.command, args.line = name, shlex.join(["gkd", *words])
+  args.command, args.line = name, command_line.shell_line(["gkd", *words])
   return args
 
 

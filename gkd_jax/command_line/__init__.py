@@ -12,6 +12,7 @@ from etils import epy
 with epy.lazy_api_imports(globals()):
   from gkd_jax.command_line.arguments import (
     parse,
+    shell_line,
   )
   from gkd_jax.command_line.commands import (
     COMMANDS,

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Sequence
 
 from gkd_jax import checks
@@ -101,3 +102,27 @@ def _unknown_flag(name, word):
     f"expected a flag of `gkd {name}`{such}, got {word.partition('=')[0]};"
     f" run `gkd {name} --help`"
   )
+
+
+def shell_line(words: Sequence[str]) -> str:
+  """Returns words as one writes them in a shell.
+
+  >>> print(shell_line(["gkd", "train", "--gin.MODEL_DIR='run'", "--gin.SEED=1"]))
+  gkd train --gin.MODEL_DIR="'run'" --gin.SEED=1
+  >>> print(shell_line(["--gin.X='$HOME'"]))
+  '--gin.X='"'"'$HOME'"'"''
+
+  Args:
+    words: of a command line, without a shell's quotes.
+  """
+  return " ".join(map(_quoted, words))
+
+
+def _quoted(word):
+  flag, equal, value = word.partition("=")
+  special = set('"$`\\!\n') & {*value}  # inside of double quotes
+  if shlex.quote(word) == word:
+    return word
+  if shlex.quote(flag) != flag or special:
+    return shlex.quote(word)
+  return f'{flag}{equal}"{value}"' if equal else shlex.quote(word)

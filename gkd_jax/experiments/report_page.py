@@ -98,7 +98,7 @@ def _head(study: studies.Study) -> dict[str, str]:
     "Finished": " to ".join(map(str, sorted({min(dates), max(dates)})))
     if dates
     else "",
-    "Commands": "; ".join(study.commands),
+    "Commands": "\n".join(study.commands),
     "Run by": "; ".join(filter(None, versions)),
     "Report by": f"gkd_jax {gkd_jax.__version__}",
   }

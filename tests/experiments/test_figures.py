@@ -169,6 +169,14 @@ def test_the_head_names_task_date_and_version(tmp_path):
   assert "<dt>Task</dt><dd>&lt;b&gt;t&lt;/b&gt;</dd>" in text
   assert "<dt>Finished</dt><dd>2001-09-09</dd>" in text
   assert "<dt>Commands</dt><dd>gkd train --gin.A=&lt;i&gt;</dd>" in text
+  # Several are folded up, a line each.
+  other = sweep_folders.write_run(tmp_path / "b", 20.0, 21.0)
+  (other / "config.gin").write_text("# gkd train --gin.B=2\n# gkd 0.1\n\n")
+  report_page.report([f"a={run}", f"b={other}"], str(tmp_path / "both"))
+  both = (tmp_path / "both" / "index.html").read_text()
+  assert "<summary>2</summary>" in both
+  for line in ("--gin.A=&lt;i&gt;", "--gin.B=2"):
+    assert f"<code>gkd train {line}</code><br>" in both
   # Of a sweep, its own command and not those of all cells.
   sweep = sweep_folders.Sweep(
     tmp_path / "sweep", command="gkd sweep --sweep_file=a.toml"
