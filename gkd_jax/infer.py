@@ -265,11 +265,8 @@ def evaluate_checkpoint(
   for line in values.problems():
     print(line, flush=True)
   shown = " ".join(f"{k} {v:.2f}" for k, v in scores.items()) or "no scores"
-  print(
-    f"{len(rows):,} examples of {settings.split}: {shown}; outputs and scores are"
-    f" in {eval_output_dir}",
-    flush=True,
-  )
+  shown += f"; outputs and scores are in {eval_output_dir}"
+  print(f"{len(rows):,} examples of {settings.split}: {shown}", flush=True)
   if values.failed:
     raise ValueError(
       f"expected values of all metrics, got none of {', '.join(values.failed)};"

@@ -107,11 +107,8 @@ def write(
         mesh=mesh,
       )
       teacher_shards.write_shard(paths[s], records)
-      print(
-        f"shard {s + 1} of {len(paths)}: {len(rows):,} examples from"
-        f" {start:,} on",
-        flush=True,
-      )
+      what = f"{len(rows):,} examples from {start:,} on"
+      print(f"shard {s + 1} of {len(paths)}: {what}", flush=True)
   _wait_for_others()
   return total
 
