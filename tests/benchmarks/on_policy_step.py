@@ -45,9 +45,9 @@ def ours(case: str, options) -> dict:
   from gkd_jax import models, optimizers, partitioning, training
 
   if case == "ours_from_cache":
-    from gkd_jax.training import logs  # imports TensorFlow, some 500 MiB
-
-    logs.use_cache(options.cache)
+    # As `logs.use_cache` does, whose module imports TensorFlow for the data: a
+    # peer's data loader is not measured either.
+    jax.config.update("jax_compilation_cache_dir", options.cache)
   source = "data" if case == "data" else "student"
   student = t5_shapes.ours(
     options.student,
