@@ -5,6 +5,7 @@ second, before anything heavy is imported. Also what `gkd COMMAND --help` says
 about macros.
 """
 
+import collections
 import dataclasses
 import difflib
 import json
@@ -152,12 +153,15 @@ def check_read(bindings: Sequence[Binding]) -> None:
   """
   shipped_files = os.path.realpath(shipped()) + os.sep
   used = set()
-  for i, binding in enumerate(bindings):
-    replaced = any(
-      b.replaces(binding) for b in bindings[i + 1 :] if not b.asked
-    )
-    if not replaced:
+  # Later bindings of included files, by what those they replace have as well.
+  later = collections.defaultdict(list)
+  for binding in reversed(bindings):
+    name = binding.selector.rpartition(".")[2]
+    alike = later[binding.scope, binding.argument, name]
+    if not any(b.replaces(binding) for b in alike):
       used.update(binding.macros())
+    if not binding.asked:
+      alike.append(binding)
   defined = {b.selector for b in bindings if not b.argument}
   for binding in bindings:
     path = binding.file and os.path.realpath(binding.file)
