@@ -17,19 +17,22 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 # The suite is compilation for the most part: unoptimised code compiles twice as
 # fast, without XLA's fusion emitters again three times, in one part instead of 32
-# in three quarters of the time, and computes the same to rounding. Eight devices on a machine with other work can wait for each other for
-# longer than XLA does by default before it aborts.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-  " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-)
-# Later versions may not know a flag, and end at one that they do not know.
-os.environ["XLA_FLAGS"] += (
-  " --xla_cpu_use_fusion_emitters=false"
-  " --xla_cpu_parallel_codegen_split_count=1"
-  if metadata.version("jaxlib").startswith("0.10.")
-  else ""
-)
+# in three quarters of the time, and computes the same to rounding. Eight devices on
+# a machine with other work can wait for each other for longer than XLA does by
+# default before it aborts. Workers of pytest inherit the flags: with the same flags
+# twice they would not find the programs of a single process in the cache.
+if "--xla_backend_optimization_level=0" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+  )
+  # Later versions may not know a flag, and end at one that they do not know.
+  os.environ["XLA_FLAGS"] += (
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+    if metadata.version("jaxlib").startswith("0.10.")
+    else ""
+  )
 
 # A program is compiled once for all tests and the processes that they start: the
 # first process of pytest makes the folder, its workers and theirs inherit it. Who

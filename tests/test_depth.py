@@ -16,7 +16,10 @@ class Reached(Exception):
   """Raised where a divergence computes its terms."""
 
 
-@pytest.mark.parametrize(("chunk_size", "most"), [(0, 10), (16, 12)])
+@pytest.mark.parametrize(
+  ("chunk_size", "most"),
+  [pytest.param(0, 10, marks=pytest.mark.nightly), (16, 12)],
+)
 def test_few_frames_from_the_command_line_to_the_formula(
   tmp_path, monkeypatch, chunk_size, most
 ):

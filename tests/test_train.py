@@ -173,7 +173,10 @@ def test_an_evaluation_may_end_the_run_after_its_step_is_saved(tmp_path):
 
 @pytest.mark.parametrize(
   ("values", "kept"),
-  [([0.1, 0.5, 0.3], [3, 8]), ([0.4, 0.2, 0.3], [6, 8])],
+  [
+    ([0.1, 0.5, 0.3], [3, 8]),
+    pytest.param([0.4, 0.2, 0.3], [6, 8], marks=pytest.mark.nightly),
+  ],
 )
 def test_the_best_evaluation_is_kept_off_the_steps_of_saving(
   tmp_path, values, kept

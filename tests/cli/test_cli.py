@@ -14,6 +14,8 @@ from command_line import (
   ROOT,
   gin,
   gkd,
+  here,
+  refused,
   save_toy_teacher,
   start,
   started,
@@ -187,6 +189,8 @@ seqio.TaskRegistry.add(
 """
 
 
+# test_cli_files runs these commands one after the other, in process.
+@pytest.mark.nightly
 def test_export_infer_and_eval(whole, tmp_path):
   exported = tmp_path / "safetensors"
   done = gkd(
@@ -228,13 +232,12 @@ def test_export_infer_and_eval(whole, tmp_path):
 def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
   params = {"w": np.asarray([1 + 2**-8, -0.5], np.float32)}
   checkpoints.save_safetensors(tmp_path / "run", params, {"vocab_size": 9})
-  done = gkd(
+  here(
     "export",
     f"--checkpoint_path={tmp_path / 'run'}",
     f"--output_path={tmp_path / 'narrow'}",
     "--dtype=bfloat16",
   )
-  assert done.returncode == 0, done.stderr
   stored = checkpoints.load_params(tmp_path / "narrow", dtype=None)
   assert stored["w"].dtype == "bfloat16"
   assert checkpoints.load_config(tmp_path / "narrow") == {"vocab_size": 9}
@@ -250,7 +253,7 @@ def test_export_of_another_dtype_feeds_a_float32_teacher(tmp_path):
   np.testing.assert_array_equal(placed["w"], [1.0, -0.5])
 
 
-def test_import_and_export_between_formats(tmp_path):
+def test_import_and_export_between_formats(tmp_path, capsys):
   """T5X's golden checkpoint -> ours -> Hugging Face's -> T5X's."""
   source = ROOT / "tests" / "golden" / "t5x_legacy"
   for mode, a, b, options in (
@@ -258,15 +261,15 @@ def test_import_and_export_between_formats(tmp_path):
     ("export", tmp_path / "gkd", tmp_path / "hf", ["--format=hf"]),
     ("export", tmp_path / "hf", tmp_path / "t5x", ["--format=t5x"]),
   ):
-    done = gkd(mode, f"--checkpoint_path={a}", f"--output_path={b}", *options)
-    assert done.returncode == 0, done.stderr
+    here(mode, f"--checkpoint_path={a}", f"--output_path={b}", *options)
     assert_same_run(b, source)
   assert (tmp_path / "t5x" / "checkpoint_0" / "state").is_dir()
   assert checkpoints.load_config(tmp_path / "gkd")["mlp_dim"] == 32
   lost = tmp_path / "nothing"
-  done = gkd("import", f"--checkpoint_path={lost}", "--output_path=x")
-  assert done.returncode == 2 and done.stderr.count("\n") == 1
-  assert "--checkpoint_path" in done.stderr and str(lost) in done.stderr
+  said = refused(
+    capsys, "import", f"--checkpoint_path={lost}", "--output_path=x"
+  )
+  assert "--checkpoint_path" in said and str(lost) in said
 
 
 @pytest.fixture(scope="module")

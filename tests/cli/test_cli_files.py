@@ -59,12 +59,15 @@ def settings(rows, inputs):
   )
 
 
-def train_and_use():
-  """Runs the commands of README, and checks what they wrote."""
+def train():
   here("train", "--gin_file=run.gin")
-  run = pathlib.Path("run")
-  done = [r for r in lines(run / "metrics.jsonl") if "loss" in r]
+  done = [r for r in lines(pathlib.Path("run/metrics.jsonl")) if "loss" in r]
   assert done[-1]["step"] == 2 and done[-1]["loss"] > 0
+
+
+def decode():
+  """Runs `gkd eval` and `gkd infer`, which decode as the run did."""
+  run = pathlib.Path("run")
   given = ["--gin_file=data.gin", "--gin.CHECKPOINT_PATH='run'"]
   here(
     *("eval", "--gin_file=runs/eval.gin", *given),
@@ -83,6 +86,10 @@ def train_and_use():
     assert a["reference"] == b["target"]
   expected = {row["targets"] for row in ROWS}
   assert {row["target"] for row in scored} <= expected
+
+
+def export():
+  """Runs `gkd export`, and compares folders."""
   here(*("export", "--checkpoint_path=run", "--output_path=hf", "--format=hf"))
   for name in ("tokenizer.json", "tokenizer_config.json"):
     assert (
@@ -115,7 +122,9 @@ def test_rows_and_folders_of_t5gemma_make_a_student(tmp_path, capsys):
   assert "4 examples of 'validation', by exact, chrf" in said
   assert "TRAIN_FILES = 'rows.jsonl'" in said and "parameters" in said
   assert not (tmp_path / "run").exists()
-  train_and_use()
+  train()
+  decode()
+  export()
 
 
 def test_conversations_and_folders_of_llama_make_a_student(tmp_path, capsys):
@@ -138,7 +147,8 @@ def test_conversations_and_folders_of_llama_make_a_student(tmp_path, capsys):
   with open("run.gin", "a") as file:  # the student's own start is its teacher's
     file.write("STUDENT_DATA_FRACTION = 0.0\nDIVERGENCE = 'reverse_kl'\n")
     file.write("HARD_LABEL_WEIGHT = 0.5\n")
-  train_and_use()
+  train()
+  export()
   assert "EOS 2, PAD 2, decoders read 1 first" in capsys.readouterr().out
   (example, *_) = lines(tmp_path / "run" / "examples.jsonl")
   row = next(r for r in ROWS if r["targets"] == example["reference"])

@@ -12,7 +12,6 @@ from command_line import (
   refused,
   save_toy,
   save_toy_teacher,
-  started,
 )
 
 from gkd_jax import data
@@ -40,18 +39,17 @@ seqio.TaskRegistry.add(
 """
 
 
-def train_own_task(run, folder, targets, *, eos):
+def train_own_task(folder, targets, *, eos):
   """Two steps of SFT on a task in a file outside of the repository.
 
   Args:
-    run: how to start it.
     folder: for the file, and the run below it.
     targets: Python expression for the 64 targets.
     eos: whether texts end in EOS.
   """
   text = OWN_TASK.replace("TARGETS", targets).replace("EOS)", f"{eos})")
   (folder / "my_file.py").write_text(text)
-  return run(
+  return gkd(
     "train",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/sft.gin",
@@ -70,13 +68,13 @@ def train_own_task(run, folder, targets, *, eos):
 
 
 def test_a_task_outside_of_the_repository(tmp_path):
-  done = train_own_task(started, tmp_path, "WORDS", eos=True)
+  done = train_own_task(tmp_path, "WORDS", eos=True)
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "run" / "checkpoint_2").is_dir()
 
 
 def test_a_batch_without_a_target_token(tmp_path):
-  done = train_own_task(gkd, tmp_path, '[""] * 64', eos=False)
+  done = train_own_task(tmp_path, '[""] * 64', eos=False)
   assert done.returncode == 2, done.stdout
   assert "got a batch without any at step 0" in done.stderr
   assert not list((tmp_path / "run").glob("checkpoint_*"))

@@ -72,7 +72,10 @@ def _saved(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(1, (12, 2, 8)), (2, (4, 10))])
+@pytest.mark.parametrize(
+  ("n", "sizes"),
+  [(1, (12, 2, 8)), pytest.param(2, (4, 10), marks=pytest.mark.nightly)],
+)
 def test_another_batch_size_goes_on_with_the_next_row(n, sizes, tmp_path):
   with task(range(2, 200)) as a_task:
     whole = numbers(iterator(a_task, n=n), 9, n)  # 9 x 8 rows

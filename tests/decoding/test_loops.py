@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import nightly
 import numpy as np
 import pytest
 import toy_decoder_only
@@ -197,7 +198,7 @@ def test_wrong_slots_say_what_to_set():
     step(params, toy_models.batch(7), jax.random.key(0))
 
 
-@pytest.mark.parametrize("partitions", [1, 2])
+@pytest.mark.parametrize("partitions", nightly.of([1, 2], [2]))
 def test_each_shard_has_a_queue_of_its_own(partitions):
   samples = []
   for slots, mesh in (

@@ -126,6 +126,8 @@ def test_top_k_of_one_is_greedy(greedy, tmp_path):
     assert a["samples"] == 2 * [b["prediction"]]
 
 
+# As in tests/decoding, by the command.
+@pytest.mark.nightly
 def test_top_p_of_little_mass_is_greedy(greedy, tmp_path):
   _, rows = evaluate(
     tmp_path, "runs/eval.gin", SAMPLING_TEMPERATURE=1.5, SAMPLING_TOP_P=1e-6
@@ -133,6 +135,8 @@ def test_top_p_of_little_mass_is_greedy(greedy, tmp_path):
   assert [x["prediction"] for x in rows] == [x["prediction"] for x in greedy[2]]
 
 
+# As in tests/decoding/test_loops.py, by the command.
+@pytest.mark.nightly
 def test_slots_give_the_same_outputs(greedy, tmp_path):
   _, rows = evaluate(tmp_path, "runs/eval.gin", DECODE_SLOTS=2)
   assert [x["prediction"] for x in rows] == [x["prediction"] for x in greedy[2]]

@@ -250,6 +250,8 @@ def test_references_as_they_are(tmp_path):
     )
 
 
+# tests/decoding has the beams, and the tests above the shards.
+@pytest.mark.nightly
 def test_beams(tmp_path):
   model, params, _ = toy()
   beam = model.with_decode_fn(decoding.beam_search, num_decodes=2, alpha=0.6)

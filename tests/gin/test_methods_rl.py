@@ -125,6 +125,8 @@ def test_rlef(folders, tmp_path):
   check_mix(rows[1])
 
 
+# tests/losses/test_minillm.py has its loss, test_methods reads its macros.
+@pytest.mark.nightly
 def test_minillm(folders, tmp_path):
   folder, rows = train("minillm", tmp_path, WITH_TEACHER, **of_teacher(folders))
   for row in rows:

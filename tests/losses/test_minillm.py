@@ -308,6 +308,8 @@ def test_slots_and_schedules_change_no_output():
   np.testing.assert_allclose(got[2], log_probs, atol=1e-5)
 
 
+# Its gradient is the paper's, above; test_trainer splits batches.
+@pytest.mark.nightly
 def test_microbatches_change_nothing():
   got, metrics = step_gradient(4)
   expected, expected_metrics = step_gradient(1)

@@ -217,6 +217,8 @@ def test_microbatches_choose_their_own_lengths():
   assert_close(got, expected, 5e-6)
 
 
+# As test_a_short_batch_is_computed_short, and test_trainer's meshes.
+@pytest.mark.nightly
 def test_a_mesh_changes_nothing():
   model, student, teacher = gkd(loss_chunk_size=4, output_buckets=BUCKETS)
   batch, _ = with_short_samples()

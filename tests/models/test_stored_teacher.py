@@ -111,11 +111,12 @@ CASES = {
   ("kind", "targets", "options"),
   [
     ("encoder-decoder", "references", {"divergence": "jsd", "beta": 0.3}),
-    (
+    pytest.param(
       "decoder",
       "outputs",
       {"divergence": "reverse_kl", "length_normalization": "token"}
       | {"hard_label_weight": 0.3},
+      marks=pytest.mark.nightly,
     ),
   ],
 )

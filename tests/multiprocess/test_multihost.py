@@ -89,28 +89,51 @@ def coins(steps, fraction=0.5, seed=0):
   ]
 
 
-@pytest.mark.parametrize(
-  "count", [2, pytest.param(4, marks=pytest.mark.nightly)]
-)
-def test_processes_stop_two_lose_one_and_one_goes_on(tmp_path, count):
+def stopped_together(count, tmp_path):
+  """Trains in some processes, one of which is told to stop; returns the step."""
   command_line.save_toy_teacher(tmp_path / "teacher")
   command_line.save_toy(tmp_path / "first", 16, 2, 32, seed=1)
   folder = tmp_path / "student"
-
-  # Whichever process is told to stop, all save the same step.
-  first = start(count, tmp_path)
-  until(first[0], STEPS)
-  first[1].send_signal(signal.SIGTERM)
-  printed = [process.communicate() for process in first]
-  assert [p.returncode for p in first] == [143] * count, printed
-  of_first = losses(folder)
+  processes = start(count, tmp_path)
+  until(processes[0], STEPS)
+  processes[1].send_signal(signal.SIGTERM)
+  printed = [process.communicate() for process in processes]
+  assert [p.returncode for p in processes] == [143] * count, printed
+  # Whichever is told to stop, all save the same step.
   stopped = saved(folder)
-  assert STEPS <= stopped == max(of_first) < MAX_STEPS
+  assert STEPS <= stopped == max(losses(folder)) < MAX_STEPS
   names = {p.name for p in (folder / f"checkpoint_{stopped}/dataset").iterdir()}
   assert names >= {f"shard_{i}-of-4" for i in range(4)}
   # One process writes: the others print no line of progress.
   assert "loss" in printed[0][0]
   assert not any("loss" in out for out, _ in printed[1:])
+  return stopped
+
+
+def assert_as_one(got, whole, steps, processes):
+  """Compares losses, of steps on-policy and not, with one process's."""
+  assert len(steps) >= STEPS or processes == 1
+  if processes > 1:
+    assert set(coins(s - 1 for s in steps)) == {True, False}
+  ours, its = (np.array([x[s] for s in steps]) for x in (got, whole))
+  difference = np.abs(ours / its - 1).max()
+  print(f"{processes} processes, {len(steps)} steps: {difference:.1e}")
+  assert difference <= 1e-5
+
+
+def test_two_processes_stop_together_and_train_as_one(tmp_path):
+  stopped = stopped_together(2, tmp_path)
+  whole = tmp_path / "whole"
+  alone(tmp_path, TRAIN_STEPS=stopped, MODEL_DIR=str(whole))
+  got = losses(tmp_path / "student")
+  assert_as_one(got, losses(whole), range(1, stopped + 1), 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_stop_two_lose_one_and_one_goes_on(tmp_path, count):
+  folder = tmp_path / "student"
+  stopped = stopped_together(count, tmp_path)
 
   # Two go on; one is lost some steps after a checkpoint: the other says so, and ends.
   second = start(2, tmp_path)
@@ -143,11 +166,5 @@ def test_processes_stop_two_lose_one_and_one_goes_on(tmp_path, count):
     (2, range(stopped + 1, max(before) + 1)),
     (1, range(kept + 1, end + 1)),
   ):
-    if processes > 1:
-      assert len(steps) >= STEPS
-      assert set(coins(s - 1 for s in steps)) == {True, False}
-    got = np.array([(before if processes > 1 else again)[s] for s in steps])
-    expected = np.array([whole[s] for s in steps])
-    difference = np.abs(got / expected - 1).max()
-    print(f"{processes} processes, {len(steps)} steps: {difference:.1e}")
-    assert difference <= 1e-5
+    got = before if processes > 1 else again
+    assert_as_one(got, whole, steps, processes)

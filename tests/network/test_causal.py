@@ -167,6 +167,8 @@ def test_packed_rows_have_the_logits_of_unpacked_ones(small):
   assert start > 20
 
 
+# tests/decoding/test_loops.py samples in slots, its decoder-only toy too.
+@pytest.mark.nightly
 def test_samples_in_slots_are_those_of_all_rows_together(small):
   """Their log-probs are those of the full forward pass, its capped logits."""
   model, params, pairs = small

@@ -215,6 +215,8 @@ def train(scan, split):
   )
 
 
+# test_trainer splits a step, and the tests above scan layers.
+@pytest.mark.nightly
 def test_an_on_policy_step_split_over_devices_is_the_unrolled_one():
   loss, gradient = train(scan=False, split=False)
   got_loss, got = train(scan=True, split=True)

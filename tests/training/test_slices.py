@@ -68,8 +68,11 @@ def slices(number=2, partitions=2):
   "options",
   [
     {},
-    {"over_data": True, "microbatches": 2, "decode_slots": 1}
-    | {"loss_chunk_size": 5},
+    pytest.param(
+      {"over_data": True, "microbatches": 2, "decode_slots": 1}
+      | {"loss_chunk_size": 5},
+      marks=pytest.mark.nightly,
+    ),
   ],
 )
 def test_a_step_of_slices_is_the_step(options):

@@ -30,7 +30,6 @@ SOURCES = ("data", "student", "mixed")
   nightly.besides(
     [
       ("mixed", 4, "sequence"),
-      ("student", 2, "token"),
     ],
     SOURCES,
     [2, 4],
@@ -53,7 +52,6 @@ def test_microbatches_change_nothing(source, microbatches, normalization):
   ("source", "partitions", "over_data"),
   nightly.besides(
     [
-      ("student", 2, False),
       ("student", 4, True),
     ],
     ["data", "student"],
