@@ -93,7 +93,8 @@ def _train(args):
 
   gin_settings.check_values(train.train)
   if args.dry_run:
-    print(gin.config_str())
+    files = args.gin_file, args.gin_bindings, args.gin_search_paths
+    print(command_line.of_run(*files) + "\n")
   line = " ".join(args.line.splitlines())
   gin.get_configurable(train.train)(
     # What made the run, for whoever finds its folder.

@@ -21,5 +21,6 @@ with epy.lazy_api_imports(globals()):
   from gkd_jax.command_line.help_pages import (
     of_all,
     of_command,
+    of_run,
     version,
   )

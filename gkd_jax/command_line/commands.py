@@ -99,8 +99,8 @@ FLAGS = {
     _list,
   ),
   "dry_run": Flag(
-    "Checks everything, prints settings and sizes, and stops; nothing is"
-    " written.",
+    "Checks everything, prints what is set and a table of what it found, and"
+    " stops; nothing is written.",
     "",
     False,
     _switch,

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 import gkd_jax
 from gkd_jax.command_line import commands, gin_files
 
+# Shipped folders of what a run has without a choice: defaults, and sizes to name.
+_DEFAULTS = "runs/", "models/"
+
 
 def version() -> str:
   """Returns this program's version, and those of what it stands on."""
@@ -111,6 +114,36 @@ def of_command(
       " lists the settings of any file.",
     ]
   return _wrapped(lines)
+
+
+def of_run(
+  gin_file: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+) -> str:
+  """Returns what a run sets, without the defaults of the shipped files.
+
+  Args:
+    gin_file: files that were given.
+    bindings: that were given.
+    search_paths: see `gin_files.folders`.
+  """
+  last: dict[tuple[str, str, str], gin_files.Binding] = {}
+  for binding in gin_files.read(gin_file, bindings, search_paths):
+    parts = binding.scope, binding.selector, binding.argument
+    last.pop(parts, None)  # listed where it is set last
+    last[parts] = binding
+  of_file: dict[str, list[str]] = {}
+  for parts, binding in last.items():
+    title = _title(binding.file)
+    if not title.startswith(_DEFAULTS):
+      scope, selector, argument = parts
+      name = "/".join(filter(None, (scope, selector)))
+      name = ".".join(filter(None, (name, argument)))
+      line = f"    {name} = {_value_and_comment(binding)[0]}"
+      of_file.setdefault(title, []).append(line)
+  lines = ["settings, besides the defaults, which `gkd train --help` lists:"]
+  for title, rows in of_file.items():
+    lines += [f"  {title}:", *rows]
+  return "\n".join(lines)
 
 
 def _settings(bindings) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import seqio
@@ -83,6 +83,31 @@ def explained(task: str, split: str) -> Iterator[None]:
       f"expected a task that seqio can read, got {_reason(error)!r} of {of};"
       " set MIXTURE_OR_TASK_NAME, or what registers the task"
     ) from error
+
+
+def read_split(
+  task: Any, split: str, lengths: Mapping[str, int], *, use_cached: bool = False
+) -> tf.data.Dataset:
+  """Returns the examples of a split in its order, with `explained` errors.
+
+  Errors of the examples come when they are read.
+
+  Args:
+    task: a seqio task.
+    split: name of the split.
+    lengths: seqio feature to length.
+    use_cached: read seqio's cache.
+
+  Raises:
+    ValueError: the split cannot be read.
+  """
+  with explained(task.name, split):
+    return task.get_dataset(
+      sequence_length=dict(lengths),
+      split=split,
+      shuffle=False,
+      use_cached=use_cached,
+    )
 
 
 @contextlib.contextmanager

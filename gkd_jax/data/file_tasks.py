@@ -149,6 +149,8 @@ class FilesSource(sources.ColumnsDataSource):
 
   def __init__(self, settings: _Settings, vocabulary: seqio.Vocabulary):
     self._settings, self._vocabulary = settings, vocabulary
+    self._said = False
+    self._rows: dict[str, tuple[list[row_files.Stamp], sources.Columns]] = {}
     self._files = dict(settings.files)
     splits = [*self._files]
     self._shared = (
@@ -168,13 +170,18 @@ class FilesSource(sources.ColumnsDataSource):
     chosen = np.flatnonzero(held == (split == "validation"))
     return {name: values[chosen] for name, values in columns.items()}
 
-  @functools.cache  # noqa: B019 - a registered task's lives as long as the process
   def _read(self, split):
-    """Returns all rows of a split's files."""
-    setting = f"{split.upper()}_FILES"
+    """Returns all rows of a split's files, read again if a file has changed."""
+    paths = row_files.find(self._files[split], f"{split.upper()}_FILES")
+    stamps = [row_files.stamp(path) for path in paths]
+    if split not in self._rows or self._rows[split][0] != stamps:
+      self._rows[split] = stamps, self._read_files(split, paths)
+    return self._rows[split][1]
+
+  def _read_files(self, split, paths):
     kept, bad, long = [], [], []
     total = 0
-    for path in row_files.find(self._files[split], setting):
+    for path in paths:
       for row in row_files.read(path):
         total += 1
         example = self._example(row, bad)
@@ -185,14 +192,14 @@ class FilesSource(sources.ColumnsDataSource):
     with_answer = [e["targets"] is not None for e in kept]
     if any(with_answer) and not all(with_answer):
       wrong = [e["place"] for e in kept if e["targets"] is None]
-      lines = [f"{place} (no answer)" for place in wrong]
+      lines = [(place, "no answer") for place in wrong]
       self._report(lines, total, "have an answer", "BAD_LINES", "skip")
       kept = [e for e in kept if e["targets"] is not None]
     if not kept:
       fields = ", INPUT_FIELD or PROMPT_TEMPLATE" if bad else ""
       raise ValueError(
         f"expected rows of {split!r} that can be used, got none of {total}; set"
-        f" {setting}{fields}"
+        f" {split.upper()}_FILES{fields}"
       )
     target = self._settings.form.target_field
     if target and not any(with_answer):
@@ -201,6 +208,7 @@ class FilesSource(sources.ColumnsDataSource):
         f" {target!r} or 'completion'; set TARGET_FIELD, or None if that is meant",
         flush=True,
       )
+    self._say_if_plain(kept)
     names = ["inputs", "inputs_pretokenized"]
     if any(with_answer):
       names += ["targets", "targets_pretokenized"]
@@ -216,11 +224,25 @@ class FilesSource(sources.ColumnsDataSource):
         prompt, answer = row_texts.prompt_and_answer(
           row.fields, self._settings.form
         )
-        return _encoded(self._vocabulary, prompt, answer) | {"place": row.place}
+        return _encoded(self._vocabulary, prompt, answer) | {
+          "place": row.place,
+          "is_text": isinstance(prompt, str),
+        }
       except row_texts.BadRow as error:
         problem = str(error)
-    bad.append(f"{row.place} ({problem})")
+    bad.append((row.place, problem))
     return None
+
+  def _say_if_plain(self, examples):
+    """Says once that texts are not put in the chat template that there is."""
+    template = getattr(self._vocabulary, "chat_template", None)
+    if template and not self._said and any(e["is_text"] for e in examples):
+      self._said = True
+      print(
+        "prompts are used as they are; set CHAT = True to put them in the chat"
+        f" template of {os.path.dirname(self._vocabulary.path)}",
+        flush=True,
+      )
 
   def _fits(self, example, place, long):
     over = [
@@ -229,16 +251,14 @@ class FilesSource(sources.ColumnsDataSource):
       if example.get(name) and (count := len(example[name]) // 4) > length
     ]
     if over:
-      long.append(f"{place} ({', '.join(over)})")
+      long.append((place, ", ".join(over)))
     return not over or self._settings.long_lines == "cut"
 
   def _report(self, lines, total, what, setting, other):
     """Prints the lines that are left out, or refuses them."""
     if not lines:
       return
-    shown = ", ".join(lines[:_SHOWN])
-    if len(lines) > _SHOWN:
-      shown += f" and {len(lines) - _SHOWN} more"
+    shown = _by_reason(lines)
     chosen = getattr(self._settings, setting.lower())
     if chosen == "refuse":
       mend = f"mend the files, or set {setting} = '{other}'"
@@ -252,6 +272,22 @@ class FilesSource(sources.ColumnsDataSource):
       )
     done = "cut" if chosen == "cut" else "left out"
     print(f"{done}: {len(lines):,} of {total:,} rows: {shown}", flush=True)
+
+
+def _by_reason(lines):
+  """Returns (place, reason) of lines as text, each reason once."""
+  groups: dict[tuple[str, str], list[str]] = {}
+  for place, reason in lines[:_SHOWN]:
+    path, _, number = place.rpartition(":")
+    groups.setdefault((path, reason), []).append(number)
+  shown = ", ".join(
+    f"{path}:{numbers[0]} ({reason})"
+    if len(numbers) == 1
+    else f"{path}, lines {', '.join(numbers)} ({reason})"
+    for (path, reason), numbers in groups.items()
+  )
+  more = len(lines) - _SHOWN
+  return shown if more <= 0 else f"{shown} and {more:,} more"
 
 
 def _encoded(vocabulary, prompt, answer):

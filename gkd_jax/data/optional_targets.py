@@ -97,13 +97,7 @@ def check(
   for sub in seqio.get_subtasks(task):
     if split not in sub.splits:
       continue
-    with errors.explained(sub.name, split):
-      dataset = sub.get_dataset(
-        sequence_length=dict(lengths),
-        split=split,
-        shuffle=False,
-        use_cached=use_cached,
-      )
+    dataset = errors.read_split(sub, split, lengths, use_cached=use_cached)
     if "targets" not in set(dataset.element_spec):
       alone.append(sub.name)
   if alone:

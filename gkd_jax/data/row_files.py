@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -48,6 +49,34 @@ def find(patterns: str | Sequence[str], setting: str) -> list[epath.Path]:
         )
     found += [path for path in paths if path not in found]
   return found
+
+
+class Stamp(NamedTuple):
+  """What tells that a file has changed.
+
+  Attributes:
+    path: of the file.
+    size: in bytes.
+    time: of its last modification, in nanoseconds; of a bucket's, in seconds.
+  """
+
+  path: str
+  size: int
+  time: int
+
+
+def stamp(path: epath.Path) -> Stamp:
+  """Returns what another read of the file is compared by.
+
+  Args:
+    path: from `find`.
+  """
+  name = os.fspath(path)
+  if files.is_remote(name):
+    found = path.stat()
+    return Stamp(name, found.length, found.mtime)
+  status = os.stat(name)
+  return Stamp(name, status.st_size, status.st_mtime_ns)
 
 
 def read(path: epath.Path) -> Iterator[Row]:

@@ -73,7 +73,7 @@ def _parts(fields, form):
       raise BadRow("no message before the answer in 'messages'")
     if form.target_field is None:
       return before, None, "messages"
-    return before, _text(last["content"], "messages"), "messages"
+    return before, _said(last, "messages"), "messages"
   elif fields.get("prompt") is not None:
     name = "prompt"
   else:
@@ -100,7 +100,7 @@ def _answer(fields, form):
       (last, *others) = _messages(value, name)
       if others or last["role"] != "assistant":
         raise BadRow(f"{name!r} is not one message of the assistant")
-      value = last["content"]
+      value = _said(last, name)
     if not (text := _text(value, name)):
       raise BadRow(f"an empty {name!r}")
     return text
@@ -125,16 +125,26 @@ def _text(value, name):
   raise BadRow(f"{type(value).__name__} and no text in {name!r}")
 
 
+def _said(message, name):
+  """Returns an answer's text, which is all that is trained on."""
+  _refuse_calls(message, name)
+  return _text(message["content"], name)
+
+
 def _messages(value, name):
-  if (
-    not isinstance(value, list)
-    or not value
-    or not all(
-      isinstance(m, Mapping)
-      and isinstance(m.get("role"), str)
-      and m.get("content") is not None
-      for m in value
-    )
-  ):
+  is_list = isinstance(value, list) and value
+  if not is_list or not all(isinstance(m, Mapping) for m in value):
     raise BadRow(f"no messages with 'role' and 'content' in {name!r}")
+  for message in value:
+    if message.get("content") is None:
+      _refuse_calls(message, name)
+    if not isinstance(message.get("role"), str) or (
+      message.get("content") is None
+    ):
+      raise BadRow(f"no messages with 'role' and 'content' in {name!r}")
   return value
+
+
+def _refuse_calls(message, name):
+  if message.get("tool_calls") or message.get("function_call"):
+    raise BadRow(f"tool calls in {name!r}, which are not supported")

@@ -65,13 +65,8 @@ class Evaluator:
         _say(f"left out: {sub.name} has no split {split!r}")
         continue
       _check_metrics(sub)
+      dataset = errors.read_split(sub, split, lengths, use_cached=use_cached)
       with errors.explained(sub.name, split):
-        dataset = sub.get_dataset(
-          sequence_length=dict(lengths),
-          split=split,
-          shuffle=False,
-          use_cached=use_cached,
-        )
         if num_examples is not None:
           dataset = dataset.take(num_examples)
         convert = data.feature_converter(converter, False, special_tokens)

@@ -23,6 +23,7 @@ import numpy as np
 
 from gkd_jax import (
   checkpoints,
+  checks,
   divergences,
   losses,
   models,
@@ -59,6 +60,19 @@ def load_teacher(model: models.GKDModel, path: str | None, mesh: Any) -> Any:
     setting="TEACHER_CHECKPOINT_PATH",
     of="teacher",
   )
+
+
+def temperature(value: float) -> float:
+  """Returns the temperature of the samples and of both models, for gin.
+
+  Args:
+    value: above 0.
+
+  Raises:
+    ValueError: it is no number above 0.
+  """
+  checks.number(value, "INSTRUMENTS_TEMPERATURE", above=0, what="a temperature")
+  return value
 
 
 def measure(

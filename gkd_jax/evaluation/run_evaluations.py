@@ -66,11 +66,13 @@ class RunEvaluations:
     self._best_metric = best_metric
     self.warnings: list[str] = []
     self.failed = 0
+    self._said: set[str] = set()  # metrics that are left out
     self._metrics: list[str] = []
     if self._periodic is not None:
       values = self._periodic.try_metrics()
       metric_values.check_best_metric(best_metric, values)
       self.warnings = [f"on two references, {x}" for x in values.problems()]
+      self._said |= {*values.left_out}
       self._metrics = [*values.numbers]
 
   def table(self) -> list[tuple[str, str]]:
@@ -182,7 +184,9 @@ class RunEvaluations:
         )
     log.evaluation(step, scores, examples, values.texts)
     for name, reason in values.left_out.items():
-      log.say(f"left out: {name}: {reason}")
+      if name not in self._said:  # once in a run
+        log.say(f"left out: {name}: {reason}")
+      self._said.add(name)
     metric_values.check_best_metric(self._best_metric, values)
     return [*values.failed.values()]
 

@@ -112,6 +112,39 @@ def test_help_and_wrong_names_import_nothing_heavy():
   assert "Traceback" not in done.stderr and done.stderr.count("\n") == 6
 
 
+def test_a_run_says_what_its_files_and_flags_set(tmp_path):
+  data = tmp_path / "data.gin"
+  data.write_text("TRAIN_FILES = 'a.jsonl'  # mine\nBETA = 0.1\n")
+  mine = tmp_path / "mine.gin"
+  mine.write_text(
+    f"include 'experiments/smoke.gin'\ninclude '{data}'\n"
+    "train.train.seed = 3\nMETRICS = (\n  'rouge',\n)\n"
+  )
+  bindings = [
+    "TRAIN_STEPS = 7",
+    "teacher/network.Transformer.scan_layers = True",
+  ]
+  page = command_line.of_run([str(mine)], bindings, [])
+  first, *lines = page.splitlines()
+  assert first.startswith("settings, besides the defaults")
+  own = lines[lines.index(f"  {data}:") :]
+  # BETA replaces the value of the shipped experiment; no default is listed.
+  assert [line.strip() for line in own] == [
+    f"{data}:",
+    "TRAIN_FILES = 'a.jsonl'",
+    "BETA = 0.1",
+    f"{mine}:",
+    "train.train.seed = 3",
+    "METRICS = (...)",
+    "command line:",
+    "TRAIN_STEPS = 7",
+    "teacher/network.Transformer.scan_layers = True",
+  ]
+  assert lines[0] == "  experiments/smoke.gin:"
+  assert "    DIVERGENCE = 'jsd'" in lines
+  assert "BETA = 0.5" not in page and "OPTIMIZER" not in page
+
+
 def test_the_version_names_what_it_stands_on(capsys):
   import jax
 

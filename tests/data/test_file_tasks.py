@@ -35,6 +35,11 @@ def _model(tmp_path_factory):
   )
 
 
+@pytest.fixture(name="plain", scope="module")
+def _plain(tmp_path_factory):
+  return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("plain"))
+
+
 def write(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return str(path)
@@ -167,49 +172,87 @@ def test_a_bad_line_is_named_and_refused_or_left_out(
   assert said.startswith(f"left out: 1 of 3 rows: {path}:2 ({reason}")
 
 
-def test_rows_of_other_fields_say_what_to_set(model, tmp_path, capsys):
+def test_lines_with_one_fault_name_it_once(plain, tmp_path, capsys):
+  good, bad = {"inputs": "a", "targets": "b"}, {"inputs": ""}
+  rows = [good, bad, good, bad, {"inputs": True}, bad]
+  path = write(tmp_path / "a.jsonl", rows)
+  examples(task_of(plain, path, bad_lines="skip"))
+  assert capsys.readouterr().out == (
+    f"left out: 4 of 6 rows: {path}, lines 2, 4, 6 (an empty 'inputs'),"
+    f" {path}:5 (bool and no text in 'inputs')\n"
+  )
+  path = write(tmp_path / "b.jsonl", [*rows, *[bad] * 3])
+  examples(task_of(plain, path, bad_lines="skip"))
+  said = capsys.readouterr().out
+  assert "lines 2, 4, 6, 7 (" in said and said.endswith(
+    "'inputs') and 2 more\n"
+  )
+
+
+def test_rows_of_other_fields_say_what_to_set(plain, tmp_path, capsys):
   rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
   path = write(tmp_path / "a.jsonl", rows)
   with pytest.raises(
     ValueError,
     match=r"among 'question', 'answer'\).*; set INPUT_FIELD, TARGET_FIELD or",
   ):
-    examples(task_of(model, path))
+    examples(task_of(plain, path))
   with pytest.raises(
     ValueError, match=r"got none of 2; set TRAIN_FILES, INPUT"
   ):
-    examples(task_of(model, path, bad_lines="skip"))
+    examples(task_of(plain, path, bad_lines="skip"))
   capsys.readouterr()
   settings = {"input_field": "question"}
-  assert "targets" not in examples(task_of(model, path, **settings))[0]
+  assert "targets" not in examples(task_of(plain, path, **settings))[0]
   assert capsys.readouterr().out == (
     "prompts alone: none of 2 rows of 'train' has an answer in 'targets' or"
     " 'completion'; set TARGET_FIELD, or None if that is meant\n"
   )
-  examples(task_of(model, path, target_field=None, **settings))
-  examples(task_of(model, path, target_field="answer", **settings))
+  examples(task_of(plain, path, target_field=None, **settings))
+  examples(task_of(plain, path, target_field="answer", **settings))
   assert not capsys.readouterr().out
 
 
-def test_long_lines_are_left_out_cut_or_refused(model, tmp_path, capsys):
+def test_texts_that_are_not_put_in_a_chat_template_are_said_once(
+  model, plain, tmp_path, capsys
+):
+  path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+  said = (
+    "prompts are used as they are; set CHAT = True to put them in the chat"
+    f" template of {model}\n"
+  )
+  task = task_of(model, path, test_files=[path])
+  examples(task)
+  examples(task, "test")
+  assert capsys.readouterr().out == said
+  lengths = {"inputs": 64, "targets": 8}
+  examples(
+    task_of(model, path, chat=True, task_feature_lengths=lengths),
+    lengths=lengths,
+  )
+  examples(task_of(plain, path))
+  assert not capsys.readouterr().out
+
+
+def test_long_lines_are_left_out_cut_or_refused(plain, tmp_path, capsys):
   rows = [
     {"inputs": "a" * 24, "targets": "a" * 7},  # as long as may be
     {"inputs": "a" * 25, "targets": "hell"},
     {"inputs": "hello", "targets": "a" * 8},  # and EOS
   ]
   path = write(tmp_path / "a.jsonl", rows)
-  assert len(examples(task_of(model, path))) == 1
+  assert len(examples(task_of(plain, path))) == 1
   assert capsys.readouterr().out == (
     f"left out: 2 of 3 rows: {path}:2 (25 tokens of inputs, of 24),"
     f" {path}:3 (9 tokens of targets, of 8)\n"
   )
-  cut = examples(task_of(model, path, long_lines="cut"))
+  cut = examples(task_of(plain, path, long_lines="cut"))
   assert [len(e["inputs"]) for e in cut] == [24, 24, 1]
   assert cut[2]["targets"] == [67] * 8  # without EOS
   with pytest.raises(
     ValueError, match="set TASK_FEATURE_LENGTHS, or LONG_LINES = 'cut'"
   ):
-    examples(task_of(model, path, long_lines="refuse"))
+    examples(task_of(plain, path, long_lines="refuse"))
 
 
 def test_validation_is_a_share_of_the_train_rows(model, tmp_path):
@@ -253,11 +296,25 @@ def test_a_position_is_resumed_and_belongs_to_its_settings(model, tmp_path):
   with pytest.raises(ValueError, match="MIXTURE_OR_TASK_NAME"):
     make(chat=True, long_lines="cut").restore_state(tmp_path / "position")
   write(tmp_path / "a.jsonl", rows[1:])
-  # The rows are those of the process that read them; another process refuses.
-  seqio.TaskRegistry.remove(task_of(model, path).name)
-  data.batches._sources.cache_clear()
   with pytest.raises(ValueError, match=r"39 rows.*\(saved with 40 rows"):
     make().restore_state(tmp_path / "position")
+
+
+def test_a_file_that_has_changed_is_read_again(model, tmp_path, capsys):
+  path = write(tmp_path / "a.jsonl", [{"inputs": "a", "targets": "b"}] * 40)
+  texts = lambda: [e["inputs_pretokenized"] for e in examples(task)]
+  task = task_of(model, path)
+  assert texts() == [b"a"] * 40
+  columns = task.source._load("train")
+  assert task.source._load("train") is columns  # not read twice
+  # Of the same size.
+  write(tmp_path / "a.jsonl", [{"inputs": "c", "targets": "d"}] * 40)
+  assert texts() == [b"c"] * 40
+  # A glob finds a new file.
+  task = task_of(model, f"{tmp_path}/*.jsonl")
+  assert len(texts()) == 40
+  write(tmp_path / "b.jsonl", [{"inputs": "e", "targets": "f"}])
+  assert texts()[40:] == [b"e"]
 
 
 def test_metrics_go_by_name(model, tmp_path):

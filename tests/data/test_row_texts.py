@@ -7,6 +7,13 @@ from gkd_jax.data import row_texts
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 TOOL = {"role": "tool", "content": "42"}
+CALLS = {
+  "role": "assistant",
+  "content": None,
+  "tool_calls": [
+    {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+  ],
+}
 FORM = row_texts.RowForm()
 GOOD = [
   (FORM, {"inputs": "q", "targets": "a"}, ("q", "a")),
@@ -17,6 +24,12 @@ GOOD = [
   (FORM, {"prompt": "q", "completion": "a"}, ("q", "a")),
   (FORM, {"messages": [USER, ASSISTANT]}, ([USER], "a")),
   (FORM, {"messages": [USER]}, ([USER], None)),
+  # A table of rows has the field in every message.
+  (
+    FORM,
+    {"messages": [USER, ASSISTANT | {"tool_calls": None}]},
+    ([USER], "a"),
+  ),
   (
     FORM,
     {"messages": [USER, ASSISTANT, TOOL]},
@@ -73,6 +86,24 @@ BAD = [
   (FORM, {"messages": "hello"}, "no messages with 'role' and 'content'"),
   (FORM, {"messages": [{"from": "user", "value": "q"}]}, "no messages with"),
   (FORM, {"messages": [{"role": "user", "content": None}]}, "no messages with"),
+  # As OpenAI and TRL have calls of tools: as an answer, before one, beside a text.
+  (
+    FORM,
+    {"messages": [USER, CALLS]},
+    "tool calls in 'messages', which are not",
+  ),
+  (FORM, {"messages": [USER, CALLS, TOOL, ASSISTANT]}, "tool calls in 'mess"),
+  (FORM, {"messages": [USER, CALLS | {"content": "a"}]}, "tool calls in"),
+  (
+    FORM,
+    {"prompt": [USER], "completion": [CALLS]},
+    "tool calls in 'completion'",
+  ),
+  (
+    FORM,
+    {"messages": [USER, {"role": "assistant", "content": None}]},
+    "no messages with 'role' and 'content'",
+  ),
   (FORM, {"messages": [ASSISTANT]}, "no message before the answer"),
   (FORM, {"prompt": [USER], "completion": [USER]}, "not one message of the as"),
   (

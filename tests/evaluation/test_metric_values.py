@@ -8,8 +8,8 @@ import pytest
 import seqio
 import written_outputs
 
-from gkd_jax import data, evaluation, partitioning
-from gkd_jax.evaluation import metric_values
+from gkd_jax import data, evaluation, partitioning, training
+from gkd_jax.evaluation import metric_values, run_evaluations
 from gkd_jax.tasks import text_metrics
 
 
@@ -92,6 +92,46 @@ def test_values_that_are_no_numbers_are_texts_or_left_out(tmp_path, capsys):
 
 def length(targets, predictions):
   return {"length": float(np.mean([*map(len, predictions)]))}
+
+
+class Log:
+  """Collects what a run's evaluations say and log."""
+
+  def __init__(self):
+    self.said, self.scores = [], []
+
+  def say(self, line):
+    self.said.append(line)
+
+  def evaluation(self, step, scores, *_):
+    self.scores.append((step, scores))
+
+
+def test_what_a_run_leaves_out_is_said_once():
+  def later(targets, predictions):
+    return {"list": [0.5]} if predictions == ["a", "a"] else {}
+
+  task = written_outputs.add_task(
+    "prompts_of_a_run",
+    {"inputs": ["0", "1"]},
+    [length, text_metrics.exact_match, later],
+  )
+  model, log = written_outputs.Outputs(), Log()
+  evaluations = run_evaluations.RunEvaluations(
+    model,
+    {},
+    task=data.load_task(task),
+    dataset=training.DatasetConfig(task, LENGTHS, 2),
+    settings=training.EvalConfig(split="test", batch_size=2),
+    mesh=partitioning.make_mesh(),
+  )
+  (warning,) = evaluations.warnings
+  assert warning.startswith("on two references, left out: exact_match: expect")
+  rows = np.array([[100, 1, 0, 0, 0, 0, 0, 0]] * 2, np.int32)  # "a"
+  for step in (1, 2):
+    evaluations.at(step, rows, log)
+  assert log.scores == [(1, {"length": 1.0}), (2, {"length": 1.0})]
+  assert log.said == ["left out: list: expected a number, got a list"]
 
 
 def test_metrics_that_need_references_are_left_out_of_prompts_alone(
