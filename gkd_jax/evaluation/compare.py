@@ -96,7 +96,7 @@ def bootstrap_interval(
 def intervals(
   statistics: Sequence[Mapping[str, example_statistics.Statistics]],
   values: Mapping[str, float],
-) -> dict[str, list[float]]:
+) -> dict[str, list[float] | None]:
   """Returns the ends of 95 % bootstrap intervals over the examples of one run.
 
   They say how far another draw of examples would move a score, and nothing of
@@ -107,7 +107,8 @@ def intervals(
     values: metric name to value.
 
   Returns:
-    Metric name to low and high, of the metrics whose statistics give the value.
+    Metric name to low and high, of the metrics whose statistics give the value;
+    None where resamples do not differ, since then they say nothing of certainty.
   """
   run = eval_folders.Evaluation(
     "", [{"statistics": dict(row)} for row in statistics], dict(values), {}
@@ -123,7 +124,8 @@ def intervals(
       metric=example_statistics.FORMS[form][1],
       num_resamples=_WITHIN_RUN_RESAMPLES,
     )
-    found[name] = [interval.low, interval.high]
+    differ = interval.low < interval.high
+    found[name] = [interval.low, interval.high] if differ else None
   return found
 
 
@@ -415,18 +417,23 @@ def report(folders: Sequence[str]) -> str:
 
 
 def table(results: dict[str, Comparison]) -> str:
-  """Formats comparisons, a line for each metric: 95 % intervals, and p."""
+  """Formats comparisons, a line for each metric: 95 % intervals, and p.
+
+  There is "-" for an interval where resamples do not differ.
+  """
   lines = [
     f"{'':26}{'A':>22}{'B':>22}{'B - A':>23}{'p':>8}  resampled for interval, p"
   ]
   for name, (a, b, paired) in results.items():
     cells = "".join(
-      f"{v:8.2f} [{lo:.2f}, {hi:.2f}]".rjust(22) for v, lo, hi in (a, b)
+      f"{v:8.2f} {_shown(lo, hi, '')}".rjust(22) for v, lo, hi in (a, b)
     )
-    change = (
-      f"{paired.difference:+8.2f} [{paired.low:+.2f}, {paired.high:+.2f}]"
-    )
+    change = f"{paired.difference:+8.2f} {_shown(paired.low, paired.high, '+')}"
     lines.append(
       f"{name:26}{cells}{change:>23}{paired.p_value:8.4f}  {paired.resampled}"
     )
   return "\n".join(lines)
+
+
+def _shown(low, high, sign):
+  return f"[{low:{sign}.2f}, {high:{sign}.2f}]" if low < high else "-"

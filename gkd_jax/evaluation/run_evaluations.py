@@ -145,7 +145,7 @@ class RunEvaluations:
       )
       for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
     }
-    intervals: dict[str, list[float]] = {}
+    intervals: dict[str, list[float] | None] = {}
     for name, outputs in decoded.items():
       results = evaluator.predictions(student, outputs)
       result[name] = evaluator.score(results)

@@ -141,6 +141,11 @@ def seeds_note(runs: Sequence[studies.Run], what: str = "Thin lines") -> str:
   places = studies.groups(runs, lambda run: tuple(run.place.items()))
   counts = {len(members) for members in places.values()}
   few, many = min(counts), max(counts)
+  if many == 1 and any(any(run.intervals.values()) for run in runs):
+    return (
+      "One seed: no interval over seeds, differences may be chance; intervals"
+      " over examples are in the table."
+    )
   if many == 1:
     return "One seed: no interval can be given, differences may be chance."
   text = f"{few} to {many}" if few != many else f"{many}"

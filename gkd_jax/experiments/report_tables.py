@@ -18,6 +18,10 @@ _RESULTS_CAPTION = (
   " aside."
 )
 _WITHIN = re.compile(r"\(-?[\d.]+ to -?[\d.]+\)$")
+_NONE_WITHIN = " (-)"
+_NONE_WITHIN_CAPTION = (
+  " (-): every example has the same value, so that there is no interval."
+)
 _WITHIN_CAPTION = (
   " In parentheses, of one seed, the 95 % bootstrap interval over the split's"
   " examples, which says nothing of other seeds."
@@ -65,6 +69,8 @@ def results(study: studies.Study) -> list[Table]:
     caption = _RESULTS_CAPTION
     if any(_WITHIN.search(cell) for row in rows[1:] for cell in row):
       caption += _WITHIN_CAPTION
+    if any(cell.endswith(_NONE_WITHIN) for row in rows[1:] for cell in row):
+      caption += _NONE_WITHIN_CAPTION
     tables.append(Table(title, caption, rows, best=best))
   return tables
 
@@ -294,7 +300,9 @@ def _show_score(runs, name) -> str:
   within = [run.intervals[name] for run in runs if name in run.intervals]
   if summary is None or summary.count > 1 or len(within) != 1:
     return _show(summary)
-  ((low, high),) = within
+  if within[0] is None:
+    return _show(summary) + _NONE_WITHIN
+  low, high = within[0]
   return f"{_show(summary)} ({low:.1f} to {high:.1f})"
 
 

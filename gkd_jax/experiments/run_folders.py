@@ -136,10 +136,20 @@ def read_cell(folder: str) -> dict[str, Any]:
   return row
 
 
-def read_intervals(folder: files.Path) -> dict[str, tuple[float, float]]:
-  """Returns the 95 % bootstrap intervals of a run's scores, `greedy/NAME`."""
+def read_intervals(
+  folder: files.Path,
+) -> dict[str, tuple[float, float] | None]:
+  """Returns the 95 % bootstrap intervals of a run's scores, `greedy/NAME`.
+
+  None of a score that is the same for every example.
+  """
   final = files.read_json(os.path.join(folder, "final.json")) or {}
-  return {k: (a, b) for k, (a, b) in final.get("intervals", {}).items()}
+  found = final.get("intervals", {})
+  # Earlier runs wrote two equal ends.
+  return {
+    name: (ends[0], ends[1]) if ends and ends[0] < ends[1] else None
+    for name, ends in found.items()
+  }
 
 
 def read_origin(folder: files.Path) -> tuple[str, str]:

@@ -49,7 +49,7 @@ class Run:
   scores: Mapping[str, float]
   folder: str
   on_grid: bool
-  intervals: Mapping[str, tuple[float, float]] = dataclasses.field(
+  intervals: Mapping[str, tuple[float, float] | None] = dataclasses.field(
     default_factory=dict
   )
 

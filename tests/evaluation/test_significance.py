@@ -47,6 +47,9 @@ def test_intervals_within_a_run_are_counted_by_hand():
     "rate": [25.0, 75.0],
     "mean": [1.0, 2.0],
   }
+  # Alike in every resample, which is no certainty.
+  same = [{"wrong": [0.0, 1.0]}] * 8
+  assert compare.intervals(same, {"wrong": 0.0}) == {"wrong": None}
   # Of 8 examples, one of them wrong, all are right in (7/8)^8 = 34 % of the
   # resamples; 4 or more are wrong in 1.1 %, 3 or more in 6.7 %.
   eight = [{"wrong": [float(i == 0), 1.0]} for i in range(8)]
@@ -213,3 +216,11 @@ def test_wrong_settings_say_what_to_change(call, message):
 def test_runs_on_other_examples_are_refused():
   with pytest.raises(ValueError, match="same examples"):
     compare.paired_test(np.ones(3), np.ones(4))
+
+
+def test_a_table_has_no_interval_where_resamples_do_not_differ():
+  same, other = compare.Interval(0, 0, 0), compare.Interval(2, 1, 3)
+  paired = compare.PairedResult(2.0, 1.0, 3.0, 0.5)
+  line = compare.table({"exact": compare.Comparison(same, other, paired)})
+  cells = line.splitlines()[1].split()
+  assert cells[:7] == ["exact", "0.00", "-", "2.00", "[1.00,", "3.00]", "+2.00"]

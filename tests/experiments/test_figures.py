@@ -1,5 +1,6 @@
 """Pages of hand-written runs: charts, marks, names that spoil a chart."""
 
+import json
 import os
 import re
 from xml.etree import ElementTree
@@ -110,6 +111,48 @@ def test_the_page_follows_a_dark_screen(tmp_path):
   assert light.keys() == dark.keys() and light["page"] != dark["page"]
   # Every colour is one of these.
   assert not re.findall(r"#\w+", style.split("} }")[1])
+
+
+def test_a_page_shows_markup_as_text_and_breaks_long_words(tmp_path):
+  evil = "<script>alert(1)</script> & 'q' \"d\" </td><img src=x onerror=y>"
+  run = sweep_folders.write_run(tmp_path / "a", 20.0, 21.0, [(1, 9.0)])
+  row = dict.fromkeys(("input", "reference", "teacher", "student"), evil)
+  sweep_folders.write_lines(run / "examples.jsonl", [{"step": 1} | row])
+  (run / "config.gin").write_text(
+    f"# gkd train {evil}\n# gkd {evil}\n\nMIXTURE_OR_TASK_NAME = {evil!r}\n"
+  )
+  items = [f'<script>{LONG}</script><b>&"={run}']
+  report_page.report(items, str(tmp_path / "out"), str(tmp_path / "page.md"))
+  text = (tmp_path / "out" / "index.html").read_text()
+  page = report_pages.Page(text)
+  assert "script" not in page.tags and "b" not in page.tags
+  # Each of its pictures is one that the page holds.
+  assert all(x.startswith("data:image/svg+xml;base64,") for x in page.images)
+  assert [evil] * 4 in [row[:4] for row in page.rows]
+  assert f'<script>{LONG}</script><b>&"' in page.rows[1][0]
+  assert "<script" not in (tmp_path / "page.md").read_text()
+  # What is not in a table that can be moved breaks anywhere.
+  body = re.search(r"body \{(.*?)\}", text, re.S)
+  assert body and "overflow-wrap: anywhere" in body[1]
+
+
+def test_a_wide_picture_keeps_its_size_on_a_narrow_screen(tmp_path):
+  runs = [sweep_folders.write_run(tmp_path / x, 20.0, 21.0) for x in "ab"]
+  position = {"forward_kl": [0.5, 0.4], "reverse_kl": [0.3], "count": [2, 1]}
+  (runs[1] / "by_position.json").write_text(
+    json.dumps({"student_samples": position})
+  )
+  items = [f"{run.name}={run}" for run in runs]
+  report_page.report(items, str(tmp_path / "out"))
+  text = (tmp_path / "out" / "index.html").read_text()
+  found = re.findall(
+    r'<div class="scroll">\s*<img alt="([^"]*)" style="min-width: min\(([.\d]+)in',
+    text,
+  )
+  widths = {name: float(width) for name, width in found}
+  # A little more than half of its size; one panel fits a telephone.
+  assert widths["Divergence by position"] == 5.72  # two of 5.2 inches
+  assert widths["Methods"] <= 3.2
 
 
 def test_training_curves_are_what_was_logged(tmp_path):

@@ -69,6 +69,19 @@ def test_one_seed_has_an_interval_over_its_examples(folders, tmp_path):
     ],
   ]
   assert "95 % bootstrap interval over the split's examples" in table.caption
+  assert "every example" not in table.caption
+  for none in (None, [15.0, 15.0]):  # as it is written, and as it was
+    within["greedy/per"] = none
+    sweep_folders.write_run(folders[1], 60.0, 64.0, intervals=within)
+    (table,) = tables()
+    assert table.rows[2][2:4] == ["60.0 (58.1 to 62.0)", "15.0 (-)"]
+    assert "(-): every example has the same value" in table.caption
+  # The picture's caption and the table agree.
+  text = report_page.report(items, str(tmp_path / "out"))
+  page = (tmp_path / "out" / "index.html").read_text()
+  assert "One seed: no interval over seeds" in page and text
+  assert "intervals over examples are in the table" in page
+  assert "no interval can be given" not in page
   # Of two seeds, the interval is that of their mean.
   again = sweep_folders.write_run(tmp_path / "c", 64.0, 66.0, intervals=within)
   items.append(f"gkd={again}")
