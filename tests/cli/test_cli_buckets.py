@@ -103,13 +103,11 @@ def test_a_run_and_its_report(teacher, tmp_path, monkeypatch):
   final = files.read_json(f"{folder}/final.json")
   assert final["split"] == "test" and "greedy" in final
   assert 0 < final["start_seconds"] < final["seconds"]
+  # After two steps no output is right: values that are all the same, no interval.
   names_of_both = [
     f"{how}/{name}" for how in ("greedy", "sampled") for name in final[how]
   ]
-  assert [*final["intervals"]] == names_of_both
-  for name, (low, high) in final["intervals"].items():
-    how, metric = name.split("/")
-    assert low <= final[how][metric] <= high
+  assert final["intervals"] == dict.fromkeys(names_of_both)
   config = (files.absolute(folder) / "config.gin").read_text()
   assert "STUDENT_DATA_FRACTION = 0.0" in config
   command, version, *_ = config.splitlines()

@@ -225,7 +225,7 @@ def test_top_k_log_probs_of_the_outputs(tmp_path):
     top = np.take_along_axis(log_prob, ids, axis=-1)
     tail = np.log1p(-np.exp(top).sum(-1, keepdims=True))
     np.testing.assert_allclose(
-      record["top_k_log_probs"], np.concatenate([top, tail], -1), atol=2e-5
+      record["top_k_log_probs"], np.concatenate([top, tail], -1), atol=5e-5
     )
 
 
