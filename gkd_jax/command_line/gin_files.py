@@ -153,7 +153,8 @@ def check_read(bindings: Sequence[Binding]) -> None:
   """
   shipped_files = os.path.realpath(shipped()) + os.sep
   used = set()
-  # Later bindings of included files, by what those they replace have as well.
+  # Later bindings of included files, looked up by what a replaced binding shares
+  # with them: comparing all pairs takes longer than reading the files.
   later = collections.defaultdict(list)
   for binding in reversed(bindings):
     name = binding.selector.rpartition(".")[2]

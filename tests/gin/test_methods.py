@@ -354,9 +354,9 @@ def test_two_steps_change_the_student(method, toys, tmp_path):
   assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.parametrize(
-  "method", nightly.of(["seqkd", "self_distillation"], [])
-)
+# test_cli_files trains by the script.
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["seqkd", "self_distillation"])
 def test_two_steps_by_the_training_script(method, toys, tmp_path):
   settings = {"MODEL_DIR": repr(str(tmp_path / "run")), "EVAL_SPLIT": None}
   settings["MIXTURE_OR_TASK_NAME"] = repr(task_of(method, tmp_path))

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import nightly
 import numpy as np
 import optax
 import pytest
@@ -240,7 +239,9 @@ def reference():
   )
 
 
-@pytest.mark.parametrize("microbatches", nightly.of([2, 8], []))
+# test_trainer splits batches.
+@pytest.mark.nightly
+@pytest.mark.parametrize("microbatches", [2, 8])
 def test_microbatches_change_nothing(microbatches):
   model, student, teacher, batch, (expected, expected_metrics) = reference()
   got, metrics = gradient(
@@ -260,6 +261,7 @@ def test_the_step_samples_nothing():
   assert " while[" not in str(jax.make_jaxpr(step)(state, teacher, batch))
 
 
+# test_trainer has meshes.
 @pytest.mark.nightly
 def test_a_mesh_changes_nothing():
   model, student, teacher, batch, (expected, _) = reference()
