@@ -101,11 +101,8 @@ def train(
   if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
     print(f"already at step {start} of {train_steps}: nothing to do")
     return checkpoint_files.saved_metrics(model_dir, start)
-  examples = functools.partial(
-    _examples, model, task, dataset, run.mesh, seed, model_dir, start
-  )
-  # Of an iterator of its own: the run's stays where it is.
-  batch = preflight.draw(examples())
+  examples = _examples(model, task, dataset, run.mesh, seed, model_dir, start)
+  batch = preflight.draw(examples)
   if set(model.sources) != {"student"}:
     data.check_targets(
       task,
@@ -148,7 +145,7 @@ def train(
   if dry_run:
     return {}
   batches = training.RolloutBatches(
-    examples(), model, task, seed=seed, mesh=run.mesh
+    examples, model, task, seed=seed, mesh=run.mesh
   )
   with (
     training.RunLock(model_dir),

@@ -17,15 +17,15 @@ from gkd_jax.training import rollouts, runs, settings, teacher_check
 
 
 def draw(batches: Any) -> Mapping[str, np.ndarray]:
-  """Returns the first batch of an iterator whose position can be saved.
+  """Returns the first batch of a run, which the run is given again.
 
   Args:
-    batches: a `checkpoints.SavableIterator` that the run does not use.
+    batches: a `data.TrainIterator` or one around it; it stays where it is.
 
   Raises:
     ValueError: there is no batch, or the position cannot be saved.
   """
-  batch = next(batches)
+  batch = batches.peek()
   data.try_saving(batches)
   return batch
 
