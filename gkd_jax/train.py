@@ -101,11 +101,8 @@ def train(
   if _is_finished(model_dir, start, train_steps, evaluation) and not dry_run:
     print(f"already at step {start} of {train_steps}: nothing to do")
     return checkpoint_files.saved_metrics(model_dir, start)
-  examples = functools.partial(
-    _examples, model, task, dataset, run.mesh, seed, model_dir, start
-  )
-  # Of an iterator of its own: the run's stays where it is.
-  batch = preflight.draw(examples())
+  examples = _examples(model, task, dataset, run.mesh, seed, model_dir, start)
+  batch = preflight.draw(examples)
   if set(model.sources) != {"student"}:
     data.check_targets(
       task,
@@ -131,24 +128,24 @@ def train(
   # ---- where the parameters come from: resume > initial > drawn ------------
   # Before the checkpointer opens: a wrong path leaves no threads of it behind.
   params, warnings = None, []
+  check_teacher = functools.partial(
+    preflight.check_teacher,
+    model,
+    run,
+    teacher_params=teacher_params,
+    batch=batch,
+    same_asked=initial_checkpoint_path == teacher_checkpoint_path,
+  )
   if not start:
     params = _first_params(model, initial_checkpoint_path, run, seed)
-    if model.teacher is not None:
-      rows, warnings = preflight.check_teacher(
-        model,
-        run,
-        params,
-        teacher_params,
-        batch,
-        same_asked=initial_checkpoint_path == teacher_checkpoint_path,
-      )
-      found += rows
+    rows, warnings = check_teacher(params)
+    found += rows
   if jax.process_index() == 0:
     print(preflight.text(found, evaluations.warnings + warnings), flush=True)
   if dry_run:
     return {}
   batches = training.RolloutBatches(
-    examples(), model, task, seed=seed, mesh=run.mesh
+    examples, model, task, seed=seed, mesh=run.mesh
   )
   with (
     training.RunLock(model_dir),
@@ -165,6 +162,10 @@ def train(
     if params is None:
       state = checkpointer.restore(start, run.state, batches)
       print(f"resumed {model_dir} at step {start}", flush=True)
+      # The teacher's folder may hold another one by now.
+      said = preflight.text(*check_teacher(state.params))
+      if said and jax.process_index() == 0:
+        print(said, flush=True)
     else:
       state = jax.jit(
         functools.partial(training.create, transform=optimizer.transform),

@@ -217,6 +217,28 @@ def test_a_finished_run_makes_up_its_evaluation_and_then_does_nothing(
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_a_teacher_is_looked_at_again_when_a_run_goes_on(tmp_path, capsys):
+  a_model, _, params = toy_models.gkd(student_data_fraction=0.0)
+  fields = dataclasses.asdict(a_model.teacher.config)
+  for steps, teacher in ((1, params), (2, jax.tree.map(np.zeros_like, params))):
+    checkpoints.save_safetensors(tmp_path / "teacher", teacher, fields)
+    capsys.readouterr()
+    run(
+      tmp_path / "run",
+      steps,
+      a_model=a_model,
+      evaluation={"split": None},
+      teacher_checkpoint_path=str(tmp_path / "teacher"),
+    )
+  said = capsys.readouterr().out
+  _, signal, warning = said.partition("resumed")[2].splitlines()[:3]
+  # Of 16 tokens, ln 16 = 2.77.
+  assert signal.startswith("signal  on 16 of the data's tokens: cross-entropy")
+  assert "cross-entropy 2.77 nats" in signal and "entropy 2.77" in signal
+  assert "tokens, got an entropy of 2.77 nats per token" in warning
+  assert warning.endswith("set TEACHER_CHECKPOINT_PATH")
+
+
 @pytest.fixture
 def foreground():
   """Ctrl-C has an effect, although pytest may run in the background."""

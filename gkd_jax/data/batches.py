@@ -248,6 +248,15 @@ class TrainIterator:
       blocks = [reader.take(self._rows) for reader in self._readers]
     if self._examples is not None:
       self._examples += self._batch_size
+    return self._joined(blocks)
+
+  def peek(self) -> dict[str, np.ndarray]:
+    """Returns the batch that comes next, and stays where it is."""
+    with self._reading():
+      return self._joined([reader.peek(self._rows) for reader in self._readers])
+
+  def _joined(self, blocks):
+    """Returns this process's rows of its shards' blocks."""
     return {
       k: np.concatenate([b[k] for b in blocks])[self._share.rows]
       for k in blocks[0]
@@ -384,7 +393,13 @@ class CutInputs:
     self._lengths = [n for n in lengths if n < longest] + [longest]
 
   def __next__(self) -> dict[str, np.ndarray]:
-    batch = next(self._iterator)
+    return self._cut(next(self._iterator))
+
+  def peek(self) -> dict[str, np.ndarray]:
+    """Returns the batch that comes next, and stays where it is."""
+    return self._cut(self._iterator.peek())
+
+  def _cut(self, batch):
     cut = {k: batch[k] for k in (_INPUTS, types.INPUT_MASK) if k in batch}
     longest = _longest(cut.get(types.INPUT_MASK, batch[_INPUTS]))
     place = np.searchsorted(self._lengths, longest)

@@ -44,11 +44,15 @@ class ShardReader:
     self._left: dict[str, np.ndarray] = {}
     self._first: str | None = None
 
-  def take(self, count: int) -> dict[str, np.ndarray]:
-    """Returns the next `count` rows of each feature."""
+  def peek(self, count: int) -> dict[str, np.ndarray]:
+    """Returns the next `count` rows of each feature, and stays where it is."""
     while self._rows_left() < count:
       self._read()
-    rows = {name: value[:count] for name, value in self._left.items()}
+    return {name: value[:count] for name, value in self._left.items()}
+
+  def take(self, count: int) -> dict[str, np.ndarray]:
+    """Returns the next `count` rows of each feature."""
+    rows = self.peek(count)
     self._left = {name: value[count:] for name, value in self._left.items()}
     return rows
 

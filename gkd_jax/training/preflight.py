@@ -17,15 +17,15 @@ from gkd_jax.training import rollouts, runs, settings, teacher_check
 
 
 def draw(batches: Any) -> Mapping[str, np.ndarray]:
-  """Returns the first batch of an iterator whose position can be saved.
+  """Returns the first batch of a run, which the run is given again.
 
   Args:
-    batches: a `checkpoints.SavableIterator` that the run does not use.
+    batches: a `data.TrainIterator` or one around it; it stays where it is.
 
   Raises:
     ValueError: there is no batch, or the position cannot be saved.
   """
-  batch = next(batches)
+  batch = batches.peek()
   data.try_saving(batches)
   return batch
 
@@ -98,7 +98,7 @@ def text(rows: Sequence[tuple[str, str]], warnings: Sequence[str] = ()) -> str:
     rows: (name, sentence).
     warnings: sentences.
   """
-  width = max(len(name) for name, _ in rows)
+  width = max((len(name) for name, _ in rows), default=0)
   return "\n".join(
     [
       *(f"{name:{width}}  {sentence}" for name, sentence in rows),
@@ -191,13 +191,15 @@ def check_teacher(
   """Returns rows of the table on the teacher's signal, and warnings.
 
   Args:
-    model: see `train.train`; one with a teacher.
+    model: see `train.train`; without a teacher, there is nothing to say.
     run: from `runs.build`.
     student_params: on the mesh.
     teacher_params: on the mesh.
     batch: this process's rows, from `draw`.
     same_asked: the settings name one checkpoint for both.
   """
+  if model.teacher is None:
+    return [], []
   placed = partitioning.put_batch(batch, run.mesh)
   means = teacher_check.measure(
     model, student_params, teacher_params, placed, run.mesh

@@ -18,8 +18,13 @@ class Batches:
     self.saved = []
 
   def __next__(self):
-    length = self.left.pop(0)
-    batch = toy_models.batch(seed=len(self.left))
+    batch = self.peek()
+    del self.left[0]
+    return batch
+
+  def peek(self):
+    length = self.left[0]
+    batch = toy_models.batch(seed=len(self.left) - 1)
     short = (np.arange(8) % 6 < length)[:, None]
     inputs = batch["encoder_input_tokens"] * short
     return batch | {"encoder_input_tokens": inputs}
@@ -36,7 +41,9 @@ def test_each_batch_is_as_long_as_the_first_bucket_that_holds_it():
   cut = data.CutInputs(Batches(*lengths), (2, 4, 9), FEATURES)
   whole = Batches(*lengths)
   for expected in (4, 2, 2, 4, 6, 6, 2):
+    looked_at = cut.peek()["encoder_input_tokens"]
     got, of_whole = next(cut), next(whole)
+    np.testing.assert_array_equal(looked_at, got["encoder_input_tokens"])
     inputs = of_whole.pop("encoder_input_tokens")
     np.testing.assert_array_equal(
       got.pop("encoder_input_tokens"), inputs[:, :expected]

@@ -256,12 +256,23 @@ def test_a_pipeline_without_a_position_is_told_at_the_first_try(name):
     assert numbers(without, 2).size == 16
 
 
-def test_a_try_changes_nothing():
+def test_a_look_and_a_try_change_nothing(saved, tmp_path):
+  tokens = lambda batch: batch["decoder_target_tokens"][:, 0]
   with task(range(2, 200)) as a_task:
+    expected = numbers(iterator(a_task), 5)
     one = iterator(a_task)
+    for _ in range(2):
+      np.testing.assert_array_equal(tokens(one.peek()), expected[0, :8])
     data.try_saving(one)
-    got = numbers(one, 5)
-    np.testing.assert_array_equal(got, numbers(iterator(a_task), 5))
+    np.testing.assert_array_equal(numbers(one, 3), expected[:, :24])
+    one.peek()
+    one.save_state(tmp_path)
+    for folder in (tmp_path, saved):  # saved after a look, and without one
+      other = iterator(a_task)
+      other.peek()
+      other.restore_state(folder)
+      np.testing.assert_array_equal(tokens(other.peek()), expected[0, 24:32])
+      np.testing.assert_array_equal(numbers(other, 2), expected[:, 24:])
 
 
 def test_files_are_known_by_their_content(tmp_path, monkeypatch):

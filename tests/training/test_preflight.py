@@ -11,13 +11,13 @@ from gkd_jax.training import preflight
 
 
 class Rows:
-  """Batches that end, and whose position cannot be saved if `stateful`."""
+  """A batch, whose position cannot be saved if `stateful`."""
 
-  def __init__(self, *batches, stateful=False):
-    self._batches, self._stateful = iter(batches), stateful
+  def __init__(self, batch, stateful=False):
+    self._batch, self._stateful = batch, stateful
 
-  def __next__(self):
-    return next(self._batches)
+  def peek(self):
+    return self._batch
 
   def save_state(self, path):
     if self._stateful:
