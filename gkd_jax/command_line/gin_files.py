@@ -8,6 +8,7 @@ about macros.
 import collections
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -154,6 +155,11 @@ def check_read(bindings: Sequence[Binding]) -> None:
     ValueError: nothing reads one; the message names the nearest.
   """
   shipped_files = os.path.realpath(shipped()) + os.sep
+  of_users = {
+    path
+    for path in {binding.file for binding in bindings}
+    if path is None or not os.path.realpath(path).startswith(shipped_files)
+  }
   used = set()
   # Later bindings of included files, looked up by what a replaced binding shares
   # with them: comparing all pairs takes longer than reading the files.
@@ -167,9 +173,8 @@ def check_read(bindings: Sequence[Binding]) -> None:
       alike.append(binding)
   defined = {b.selector for b in bindings if not b.argument}
   for binding in bindings:
-    path = binding.file and os.path.realpath(binding.file)
     # Shipped files of sizes define a macro for each size; a run reads a few.
-    of_user = binding.asked and not (path or "").startswith(shipped_files)
+    of_user = binding.asked and binding.file in of_users
     name = binding.selector
     if of_user and not binding.argument and name not in used:
       near = difflib.get_close_matches(name.upper(), sorted(used & defined), 1)
@@ -232,7 +237,7 @@ def _read_file(path, places, asked, includers):
 def _statements(text, path, places, asked, includers):
   found = []
   lines = text.splitlines()
-  for statement in config_parser.ConfigParser(text, _Delegate()):
+  for statement in _parsed(text):
     if isinstance(statement, config_parser.IncludeStatement):
       by = f"the include of {path}" if path else "--gin_file"
       included = find(statement.filename, places, by)
@@ -247,6 +252,13 @@ def _statements(text, path, places, asked, includers):
         Binding(scope, selector, argument or "", value, path, written, asked)
       )
   return found
+
+
+# A start of `gkd` reads its files three times.
+@functools.lru_cache(maxsize=256)
+def _parsed(text):
+  """Returns gin's statements of a text."""
+  return tuple(config_parser.ConfigParser(text, _Delegate()))
 
 
 def _wrong_binding(text, known):

@@ -132,8 +132,9 @@ def of_run(
     last.pop(parts, None)  # listed where it is set last
     last[parts] = binding
   of_file: dict[str, list[str]] = {}
+  titles = {path: _title(path) for path in {b.file for b in last.values()}}
   for parts, binding in last.items():
-    title = _title(binding.file)
+    title = titles[binding.file]
     if not title.startswith(_DEFAULTS):
       scope, selector, argument = parts
       name = "/".join(filter(None, (scope, selector)))
