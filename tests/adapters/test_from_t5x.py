@@ -124,6 +124,13 @@ def test_the_page_installs_the_commits_that_the_goldens_are_of():
     assert f"/{name}@{commit}" in adapter
 
 
+def test_the_page_finds_the_gin_files_of_an_installed_package(capsys):
+  (code,) = re.findall(r'^python -c "(.*)"$', PAGE, re.M)
+  exec(code, {})
+  folder = pathlib.Path(capsys.readouterr().out.strip())
+  assert (folder / "t5x" / "gkd.gin").is_file()
+
+
 def test_the_page_says_which_values_of_t5x_the_gin_file_changes():
   shipped = (ROOT / "gin" / "t5x" / "gkd.gin").read_text()
   for line in ("DROPOUT_RATE = 0.0", "RANDOM_SEED = 0"):
