@@ -254,9 +254,14 @@ def _sweep(args):
 
 def _report(args):
   from gkd_jax import files
+
+  if not args.words:
+    raise ValueError(
+      "expected at least one finished run, got none; run `gkd report RUN ...`"
+    )
+  files.check_folder(args.output_path or ".", "--output_path")
   from gkd_jax.experiments import report_page
 
-  files.check_folder(args.output_path or ".", "--output_path")
   report_page.report(args.words, args.output_path or ".", args.markdown)
 
 
@@ -267,12 +272,17 @@ def _watch(args):
 
 
 def _compare(args):
+  if len(args.words) != 2:
+    raise ValueError(
+      f"expected two folders of evaluations, got {len(args.words)};"
+      " run `gkd compare A B`"
+    )
   from gkd_jax.command_line import gin_settings
 
   gin_settings.import_tensorflow()
   from gkd_jax.evaluation import compare
 
-  print(compare.report(args.words))
+  print(compare.table(compare.compare(*args.words)))
 
 
 def _path(args):

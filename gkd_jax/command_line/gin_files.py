@@ -109,8 +109,10 @@ def find(name: str, folders: Sequence[str], by: str = "--gin_file") -> str:
     paths = [path for path in paths if os.path.isfile(path)]
   if paths:
     return paths[0]
-  near = difflib.get_close_matches(name, _shipped_names(), 1)
-  like = f" such as {near[0]}" if near else ""
+  # The ending alone makes no name like another.
+  stems = [file.removesuffix(".gin") for file in _shipped_names()]
+  near = difflib.get_close_matches(name.removesuffix(".gin"), stems, 1)
+  like = f" such as {near[0]}.gin" if near else ""
   raise ValueError(
     f"expected a gin file{like}, got {name!r}, which is not in"
     f" {', '.join(folders)}; set {by} or --gin_search_paths"

@@ -402,20 +402,6 @@ def _of_statistics(a, b, name):
   return *values, len(of_a), resampled
 
 
-def report(folders: Sequence[str]) -> str:
-  """Returns what `gkd compare A B` prints.
-
-  Raises:
-    ValueError: if there are not two folders, or as `compare`.
-  """
-  if len(folders) != 2:
-    raise ValueError(
-      f"expected two folders of evaluations, got {len(folders)};"
-      " run `gkd compare A B`"
-    )
-  return table(compare(*folders))
-
-
 def table(results: dict[str, Comparison]) -> str:
   """Formats comparisons, a line for each metric: 95 % intervals, and p.
 

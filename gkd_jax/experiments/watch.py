@@ -83,7 +83,9 @@ def watch(
     ValueError: if there are no items.
   """
   if not items:
-    raise ValueError("expected runs to watch, got none; name NAME=FOLDER")
+    raise ValueError(
+      "expected runs to watch, got none; run `gkd watch RUN ...`"
+    )
   folders = dict(map(run_folders.name_and_folder, items))
   console = console or rich.console.Console()
   if console.is_terminal:

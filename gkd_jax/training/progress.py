@@ -113,8 +113,10 @@ class _Rest(rich.progress.ProgressColumn):
     self._console, self._pace, self._used = console, pace, used
 
   def render(self, task: rich.progress.Task) -> rich.text.Text:
-    text = f"{clock(self._pace.elapsed())}, {clock(self._pace.left())} left"
-    parts = ["compiling"] if is_compiling() else task.fields["status"]
+    parts, left = task.fields["status"], self._pace.left()
+    if is_compiling():  # the host may be ahead of the devices by then
+      parts, left = ["compiling"], None
+    text = f"{clock(self._pace.elapsed())}, {clock(left)} left"
     for part in parts:
       if self._used + len(text) + 2 + len(part) > self._console.width:
         break

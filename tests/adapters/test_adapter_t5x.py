@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import token_layouts
 import toy_models
 from flax import traverse_util
 
@@ -70,10 +71,10 @@ def _network(model):
 
 def _model(gkd_model, **options):
   options.setdefault("teacher_module", _network(gkd_model.teacher))
+  options.setdefault("output_vocabulary", None)
   return adapter.GKDEncoderDecoderModel(
     module=_network(gkd_model.student),
     input_vocabulary=None,
-    output_vocabulary=None,
     optimizer_def=t5x_optimizers.sgd(0.1),
     **options,
   )
@@ -205,6 +206,26 @@ def test_losses_and_parameters_are_those_of_our_trainer(
   # Neither in the state that T5X saves, nor in the optimizer.
   shapes = {x.shape for x in jax.tree.leaves(under_t5x.train_state)}
   assert (16, 8) in shapes and not any(12 in shape for shape in shapes)
+
+
+@needs_t5x
+def test_samples_end_at_the_eos_of_the_output_vocabulary():
+  """Of SentencePiece's default ids, 2 is EOS and 1 is not."""
+  ours, student, _ = toy_models.gkd()
+  vocabulary = token_layouts.Letters("sentencepiece")
+  model = _model(ours, output_vocabulary=vocabulary).gkd
+  given, inputs = toy_models.batch(32), toy_models.inputs("student", 32)
+  drawn = jax.jit(
+    lambda params, batch: model.with_samples(
+      params, model.student.encode(params, batch), batch, inputs
+    )[0]
+  )(student, given)
+  tokens = np.asarray(drawn["decoder_target_tokens"])
+  weights = np.asarray(drawn["decoder_loss_weights"])
+  ended = (tokens == 2).any(axis=1)
+  lengths = np.where(ended, np.argmax(tokens == 2, axis=1) + 1, 7)
+  np.testing.assert_array_equal(weights, np.arange(7) < lengths[:, None])
+  assert 0 < ended.sum() < 32 and np.any((tokens == 1) & (weights > 0))
 
 
 @needs_t5x

@@ -56,6 +56,10 @@ FLAGS = [
   ("export --dtype=int8", "'bfloat16', 'float16' or 'float32', got 'int8'"),
   ("export", "got None and None; set --checkpoint_path and --output_path"),
   ("import --checkpoint_path=a", "'a' and None; set --checkpoint_path and"),
+  ("compare", "two folders of evaluations, got 0; run `gkd compare A B`"),
+  ("compare a", "two folders of evaluations, got 1"),
+  ("report", "at least one finished run, got none; run `gkd report RUN"),
+  ("watch", "expected runs to watch, got none; run `gkd watch RUN"),
   ("path", "expected one of arithmetic_teacher, g2p_teacher, got nothing"),
   ("path g2p_techer", "such as g2p_teacher, got 'g2p_techer'"),
   (f"precompile {SMOKE} --topology=v9:4", "such as v5e:4x4"),
@@ -91,6 +95,7 @@ TEXTS = [
   ("--gin.trian.train.seed=8", "'trian.train'); set SEED"),
   ("--gin.OPTIMIZER=@optimizers.adamm()", "adamm()'); set OPTIMIZER"),
   ("--gin_file=runs/gdk.gin", "such as runs/gkd.gin, got 'runs/gdk.gin'"),
+  ("--gin_file=nope.gin", "expected a gin file, got 'nope.gin', which"),
   ("--gin_file=.", "expected a gin file"),
 ]
 FILES = [
@@ -621,11 +626,9 @@ def test_folders_that_cannot_be_written(teacher, tmp_path, capsys):
 
 def test_files_that_are_no_run(tmp_path, capsys):
   for line, message in (
-    ("report", "at least one finished run, got none"),
     ("report nowhere", "got 'nowhere', which is no folder"),
     ("report .", "a finished run with final.json, or a sweep, got '.'"),
     ("report --output_path=/etc/passwd/x .", "set --output_path"),
-    ("watch", "expected runs to watch, got none"),
     ("sweep --output_dir=/etc/passwd/x --sweep_file=n.toml", "'n.toml'"),
     ("sweep --output_dir=o --axis=BETA --gin_file=a.gin", "got 'BETA'; set --"),
     ("import --checkpoint_path=nowhere --output_path=o", "nothing at"),

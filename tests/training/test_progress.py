@@ -105,10 +105,15 @@ def test_the_bar_says_compiling_in_place_of_the_status(tmp_path, now, width):
     file=screen, force_terminal=True, width=width, color_system=None
   )
   with training.TrainLog(str(tmp_path), 0, 9, console) as log:
+    for _ in range(3):
+      log.add(METRICS, "student", BATCH)
+      now[0] += 2
     jax.monitoring.record_scalar(progress._COMPILING, 0.0)
     log._bar.refresh()
     line = shown(width, screen.getvalue())[-1]
     jax.monitoring.record_event_duration_secs(progress._COMPILING, 0.0)
     log._bar.refresh()
-  assert line.startswith("0/9 ") and line.endswith("0:00, -:-- left  compiling")
-  assert shown(width, screen.getvalue())[-1].endswith("0:00, -:-- left")
+  # How long it compiles is not known, so the time that is left is not either.
+  assert line.startswith("3/9 ") and line.endswith("0:06, -:-- left  compiling")
+  # Two steps after the first took 4 seconds, and 6 are left.
+  assert shown(width, screen.getvalue())[-1].endswith("0:06, 0:12 left")

@@ -239,17 +239,23 @@ def test_a_run_begins_with_a_vocabulary_that_fits(tmp_path, fields, message):
   seqio.TaskRegistry.remove("t5_letters")
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """What `all_of` returns, by vocabulary, and the folder of all files."""
+  folder = tmp_path_factory.mktemp("vocabularies")
+  return {name: all_of(name, folder) for name in IDS}, folder
+
+
 @pytest.mark.nightly
-def test_runs_with_four_vocabularies_are_one_run_up_to_the_ids(tmp_path):
-  _, *first, _, _ = expected = all_of("t5", tmp_path)
-  ended = next(row for row in expected[2] if "sampled_length" in row)
+def test_runs_with_four_vocabularies_are_one_run_up_to_the_ids(runs):
+  found, _ = runs
+  _, *first, _, _ = found["t5"]
+  sft, gkd, _ = first
+  ended = next(row for row in gkd if "sampled_length" in row)
   assert (ended["sampled_length"], ended["sampled_eos"]) == (3.0, 1.0)
-  (learned,) = [row for row in expected[1] if "eval/exact" in row]
+  (learned,) = [row for row in sft if "eval/exact" in row]
   assert learned["eval/exact"] == 1.0
-  for name in IDS:
-    ids, sft, gkd, rows, targets, generation = (
-      expected if name == "t5" else all_of(name, tmp_path)
-    )
+  for name, (ids, sft, gkd, rows, targets, generation) in found.items():
     assert targets == [[int(ids[1]), int(ids[2]), int(ids[0])]] * 32
     assert [r["prediction"] for r in rows] == ["ab"] * 32
     assert all(r["ended"] for r in rows)
@@ -266,3 +272,22 @@ def test_runs_with_four_vocabularies_are_one_run_up_to_the_ids(tmp_path):
       "pad_token_id": pad,
       "decoder_start_token_id": 0,
     }
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", IDS)
+def test_transformers_ends_outputs_of_each_vocabulary(runs, name):
+  torch = pytest.importorskip("torch", reason="needs the extra hf")
+  transformers = pytest.importorskip(
+    "transformers", reason="needs the extra hf"
+  )
+  found, folder = runs
+  eos, *letters = map(int, found[name][0])
+  model = transformers.T5ForConditionalGeneration.from_pretrained(
+    folder / f"{name}_hf"
+  )
+  inputs = torch.tensor([[a, b, eos] for a in letters for b in letters[:4]])
+  with torch.no_grad():
+    tokens = model.eval().generate(inputs, max_new_tokens=6, do_sample=False)
+  # The start, "ab" and EOS, whatever the input.
+  assert tokens.tolist() == [[0, *letters[:2], eos]] * 32
