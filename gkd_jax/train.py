@@ -231,7 +231,14 @@ def train(
       scores = evaluations.at(train_steps, state.params, log)
       checkpointer.record(train_steps, scores)
       evaluations.final(state.params, seed, log)
-      log.say(messages.finished(model_dir, train_steps, evaluations.failed))
+      log.say(
+        messages.finished(
+          model_dir,
+          train_steps,
+          evaluations.failed,
+          scored=evaluation.final_split is not None,
+        )
+      )
     return scores
 
 

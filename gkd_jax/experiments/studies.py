@@ -280,7 +280,7 @@ def _single(name, folder) -> Run:
   if not (files.absolute(folder) / "final.json").exists():
     raise ValueError(
       f"expected a finished run with final.json, or a sweep, got {folder!r};"
-      " set FINAL_EVAL_SPLIT and train to the end"
+      " set FINAL_EVAL_SPLIT and start the run again, which then goes on to it"
     )
   seed = run_folders.read_macros(folder).get("SEED")
   return Run(

@@ -18,6 +18,7 @@ from gkd_jax import files
 from gkd_jax.experiments import metrics, run_folders
 
 _HOW = ("greedy", "sampled")  # how a finished run was decoded and scored
+_LOCK = "run.lock"  # of `training.RunLock`, which imports JAX
 _LINE_PERIOD = 15  # seconds between lines where there is no terminal
 
 
@@ -35,6 +36,7 @@ class Progress:
     seconds_left: of training, at the speed of the last two log lines.
     final: `final.json` of the finished run: its `seconds`, and its scores as
       `greedy` and `sampled`. None until then.
+    ended: whether there is nothing left to do.
   """
 
   name: str
@@ -45,12 +47,15 @@ class Progress:
   scores: Mapping[str, float]
   seconds_left: float | None
   final: Mapping[str, Any] | None
+  ended: bool
 
   @property
   def state(self) -> str:
     """What the run does: the time that is left, or why there is none."""
     if self.final:
       return f"finished in {_clock(self.final['seconds'])}"
+    if self.ended:
+      return "finished"
     if not self.started:
       return "waiting"
     if not self.step:
@@ -69,10 +74,10 @@ def watch(
 ) -> None:
   """Shows runs until all of them are finished.
 
-  A run is finished when it has written `final.json`, as runs do for which
-  `FINAL_EVAL_SPLIT` is set. A terminal shows a table that is redrawn
-  each second. Elsewhere a line is printed every 15 seconds, and one for each run
-  that ends.
+  A run is finished when it has written `final.json`, or, without
+  `FINAL_EVAL_SPLIT`, when no process holds it after its last step. A terminal
+  shows a table that is redrawn each second. Elsewhere a line is printed every 15
+  seconds, and one for each run that ends.
 
   Args:
     items: `NAME=FOLDER`, or `FOLDER`, of each run; a folder need not exist yet.
@@ -97,8 +102,8 @@ def watch(
     return
   finished: set[str] = set()
   for second, runs in enumerate(_until_finished(folders, sleep)):
-    ended = [r for r in runs if r.final and r.name not in finished]
-    running = [r for r in runs if r.started and not r.final]
+    ended = [r for r in runs if r.ended and r.name not in finished]
+    running = [r for r in runs if r.started and not r.ended]
     for run in ended:
       print(line(run), flush=True)
       finished.add(run.name)
@@ -113,15 +118,21 @@ def read(name: str, folder: str) -> Progress:
   logged = [row for row in rows if "loss" in row]
   total = int(macros["TRAIN_STEPS"]) if "TRAIN_STEPS" in macros else None
   scores = [s for row in rows if (s := run_folders.evaluated(row))]
+  step = logged[-1]["step"] if logged else 0
+  final = files.read_json(os.path.join(folder, "final.json"))
+  ended = final is not None
+  if macros.get("FINAL_EVAL_SPLIT", "None") == "None" and step == total:
+    ended = not (files.absolute(folder) / _LOCK).exists()
   return Progress(
     name=name,
     started=bool(macros or rows),
-    step=logged[-1]["step"] if logged else 0,
+    step=step,
     total=total,
     loss=logged[-1]["loss"] if logged else None,
     scores=scores[-1] if scores else {},
     seconds_left=_seconds_left(logged, total),
-    final=files.read_json(os.path.join(folder, "final.json")),
+    final=final,
+    ended=ended,
   )
 
 
@@ -173,7 +184,7 @@ def _until_finished(folders, sleep):
       sleep(1.0)
     runs = [read(name, folder) for name, folder in folders.items()]
     yield runs
-    if all(run.final for run in runs):
+    if all(run.ended for run in runs):
       return
 
 

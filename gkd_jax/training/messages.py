@@ -5,21 +5,28 @@ import math
 from gkd_jax import types
 
 
-def finished(model_dir: str, step: int, failed_evaluations: int) -> str:
+def finished(
+  model_dir: str, step: int, failed_evaluations: int, *, scored: bool
+) -> str:
   """Returns where a finished run's files lie, and the next command.
 
   Args:
     model_dir: the run's folder.
     step: its last one.
     failed_evaluations: how many there were.
+    scored: it has a final evaluation, which a report needs.
   """
   lost = (
     f"{failed_evaluations} evaluations failed; " if failed_evaluations else ""
   )
+  if scored:
+    then = f"report {model_dir} --output_path={model_dir}/report"
+  else:
+    then = f"export --checkpoint_path={model_dir} --output_path={model_dir}/hf"
+    then += " --format=hf"
   return (
     f"done: {lost}checkpoint {model_dir}/checkpoint_{step}, metrics"
-    f" {model_dir}/metrics.jsonl; next: gkd report {model_dir}"
-    f" --output_path={model_dir}/report"
+    f" {model_dir}/metrics.jsonl; next: gkd {then}"
   )
 
 

@@ -88,10 +88,11 @@ def on_disk(monkeypatch, place):
   )
 
 
-def test_a_run_and_its_report(teacher, tmp_path, monkeypatch):
+def test_a_run_and_its_report(teacher, tmp_path, monkeypatch, capsys):
   on_disk(monkeypatch, tmp_path / "checkpoints")
   folder = remote_files.new()
   train(teacher, folder, FINAL, TRAIN_STEPS=2)
+  assert f"next: gkd report {folder} --output_path" in capsys.readouterr().out
   rows = files.read_json_lines(f"{folder}/metrics.jsonl")
   losses = [row["step"] for row in rows if "loss" in row]
   scores = [

@@ -149,6 +149,24 @@ def test_an_eos_that_only_the_checkpoint_knows_ends_outputs(
   assert [r["prediction"] for r in rows] == ["a", "ac", "aaaaa"]
 
 
+def test_rows_of_a_mixture_name_their_task(checkpoint, tmp_path):
+  of_one = settings("t5", checkpoint)
+  token_layouts.task("more_letters", "t5", [("c", "b"), ("a", "b")])
+  seqio.MixtureRegistry.add("mixed", ["letters", "more_letters"], 1.0)
+  both = dataclasses.replace(of_one, mixture_or_task_name="mixed")
+  path = tmp_path / "outputs.jsonl"
+  infer.infer(both, output_path=str(path))
+  seqio.MixtureRegistry.remove("mixed")
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert sorted((r["task"], r["inputs"], r["prediction"]) for r in rows) == [
+    ("letters", "a", "ab"),
+    ("letters", "b", "acb"),
+    ("letters", "c", "aaaaa"),
+    ("more_letters", "a", "ab"),
+    ("more_letters", "c", "aaaaa"),
+  ]
+
+
 def test_files_and_shards_of_before_are_read_as_before(tmp_path):
   token_layouts.task("letters", "t5", [("a", "b")])
   path = tmp_path / "old.jsonl"

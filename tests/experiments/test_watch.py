@@ -9,9 +9,11 @@ import rich.console
 from gkd_jax.experiments import watch
 
 
-def begin(folder, steps=1200):
+def begin(folder, steps=1200, split="'test'"):
   folder.mkdir()
-  (folder / "config.gin").write_text(f"TRAIN_STEPS = {steps}\nSEED = 0\n")
+  (folder / "config.gin").write_text(
+    f"TRAIN_STEPS = {steps}\nFINAL_EVAL_SPLIT = {split}\n"
+  )
 
 
 def log(folder, *rows):
@@ -98,6 +100,20 @@ def test_a_terminal_gets_a_table_that_fills_in(tmp_path):
     assert text in before
   assert "62.0" not in before and "ETA" not in after
   assert all(text in after for text in ("62.0", "67.0", "finished in 1:23"))
+
+
+def test_a_run_without_a_final_evaluation_ends_when_it_lets_its_folder_go(
+  tmp_path, capsys
+):
+  folder = tmp_path / "gkd"
+  begin(folder, split=None)
+  (folder / "run.lock").write_text("{}")
+  log(folder, trained(1200, 0.5, 0.1), {"step": 1200, "eval/wer": 40.0})
+  watch.watch([str(folder)], sleep=lambda _: (folder / "run.lock").unlink())
+  assert capsys.readouterr().out.splitlines() == [
+    "gkd: step 1200/1200 loss 0.5000 WER 40.0 final evaluation",
+    "gkd: step 1200/1200 loss 0.5000 WER 40.0 finished",
+  ]
 
 
 def test_no_runs_are_an_error():
