@@ -161,6 +161,8 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, whole, capsys):
   assert saved(tmp_path) == [2, 3]
 
 
+# The step is saved before it is evaluated: the test above this one.
+@pytest.mark.nightly
 def test_an_evaluation_may_end_the_run_after_its_step_is_saved(tmp_path):
   METRIC.values = [TypeError("of the metric")]
   with pytest.raises(TypeError, match="of the metric"):
@@ -303,7 +305,13 @@ def test_parameters_that_are_not_finite_are_refused(tmp_path):
 def test_a_rate_that_is_not_finite_stops_the_run_with_its_name(tmp_path):
   rate = lambda step: jax.numpy.where(step < 2, 0.01, jax.numpy.inf)
   with pytest.raises(FloatingPointError) as error:
-    run(tmp_path, 9, rate=rate, max_skipped_in_row=3)
+    run(
+      tmp_path,
+      9,
+      rate=rate,
+      max_skipped_in_row=3,
+      evaluation={"split": None},
+    )
   text = str(error.value)
   assert (
     "got 3 non-finite ones in a row up to step 5 (learning_rate inf)" in text
@@ -341,10 +349,11 @@ def test_data_without_a_position(tmp_path, capsys):
   with pytest.raises(ValueError, match="set SAVE_DATA_POSITION = False"):
     run(tmp_path / "run")
   assert not (tmp_path / "run").exists()
-  run(tmp_path / "run", 2, save_position=False)
-  run(tmp_path / "run", 4, save_position=False)
+  without = {"save_position": False, "evaluation": {"split": None}}
+  run(tmp_path / "run", 2, **without)
+  run(tmp_path / "run", 4, **without)
   assert "resumed" in capsys.readouterr().out
-  run(tmp_path / "whole", 4, save_position=False)
+  run(tmp_path / "whole", 4, **without)
   # The data began anew, in another order.
   losses = [
     [r["loss"] for r in logged(tmp_path / name) if "loss" in r]

@@ -54,21 +54,32 @@ class ChatTemplate:
       ) from error
 
   def render(
-    self, messages: Sequence[Mapping[str, Any]], *, to_answer: bool = True
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    *,
+    to_answer: bool = True,
   ) -> str:
     """Returns a conversation as text.
 
     Args:
-      messages: each with `role` and `content`.
+      messages: each with `role`, and `content` or `tool_calls`.
+      tools: JSON schemas of what the model may call.
       to_answer: end where the model's answer begins.
 
     Raises:
       ValueError: the template refuses the messages.
     """
+    calls = any(message.get("tool_calls") for message in messages)
+    if calls and "tool_calls" not in self.source:
+      raise ValueError(
+        "expected a chat template that shows tool calls, got one that leaves"
+        " them out; set VOCABULARY_PATH"
+      )
     try:
       return self._template.render(
         messages=messages,
-        tools=None,
+        tools=tools,
         documents=None,
         add_generation_prompt=to_answer,
         **self._tokens,

@@ -86,7 +86,12 @@ def explained(task: str, split: str) -> Iterator[None]:
 
 
 def read_split(
-  task: Any, split: str, lengths: Mapping[str, int], *, use_cached: bool = False
+  task: Any,
+  split: str,
+  lengths: Mapping[str, int],
+  *,
+  use_cached: bool = False,
+  seed: int | None = None,
 ) -> tf.data.Dataset:
   """Returns the examples of a split in its order, with `explained` errors.
 
@@ -97,6 +102,7 @@ def read_split(
     split: name of the split.
     lengths: seqio feature to length.
     use_cached: read seqio's cache.
+    seed: of what a task draws, and of a mixture's order.
 
   Raises:
     ValueError: the split cannot be read.
@@ -107,6 +113,7 @@ def read_split(
       split=split,
       shuffle=False,
       use_cached=use_cached,
+      seed=seed,
     )
 
 

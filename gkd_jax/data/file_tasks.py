@@ -198,8 +198,8 @@ class FilesSource(sources.ColumnsDataSource):
     if not kept:
       fields = ", INPUT_FIELD or PROMPT_TEMPLATE" if bad else ""
       raise ValueError(
-        f"expected rows of {split!r} that can be used, got none of {total}; set"
-        f" {split.upper()}_FILES{fields}"
+        f"expected rows of {split!r} that can be used, got none of {total} in"
+        f" {', '.join(map(str, paths))}; set {split.upper()}_FILES{fields}"
       )
     target = self._settings.form.target_field
     if target and not any(with_answer):
@@ -224,9 +224,12 @@ class FilesSource(sources.ColumnsDataSource):
         prompt, answer = row_texts.prompt_and_answer(
           row.fields, self._settings.form
         )
-        return _encoded(self._vocabulary, prompt, answer) | {
+        is_text = isinstance(prompt, str)
+        # A field of this name beside a text is none of ours.
+        tools = None if is_text else row_texts.tools(row.fields)
+        return _encoded(self._vocabulary, prompt, answer, tools) | {
           "place": row.place,
-          "is_text": isinstance(prompt, str),
+          "is_text": is_text,
         }
       except row_texts.BadRow as error:
         problem = str(error)
@@ -264,8 +267,10 @@ class FilesSource(sources.ColumnsDataSource):
       mend = f"mend the files, or set {setting} = '{other}'"
       if setting == "LONG_LINES":
         mend = f"set TASK_FEATURE_LENGTHS, or {setting} = '{other}'"
-      elif len(lines) == total and "(no field " in shown:
+      elif len(lines) == total:
         mend = "set INPUT_FIELD, TARGET_FIELD or PROMPT_TEMPLATE"
+        if "(no field " not in shown:
+          mend = f"mend the files, or {mend}"
       raise ValueError(
         f"expected rows that {what}, got {len(lines):,} of {total:,} that do"
         f" not: {shown}; {mend}"
@@ -290,7 +295,7 @@ def _by_reason(lines):
   return shown if more <= 0 else f"{shown} and {more:,} more"
 
 
-def _encoded(vocabulary, prompt, answer):
+def _encoded(vocabulary, prompt, answer, tools=None):
   """Returns ids of prompt and answer as bytes of int32, and their texts."""
   if isinstance(prompt, str):
     ids = _prompt_ids(vocabulary, prompt)
@@ -304,10 +309,12 @@ def _encoded(vocabulary, prompt, answer):
         f" {vocabulary}; set VOCABULARY_PATH"
       )
     try:
-      ids, target_ids = vocabulary.encode_exchange(prompt, answer)
+      ids, target_ids = vocabulary.encode_exchange(prompt, answer, tools)
     except ValueError as error:
       raise row_texts.BadRow(str(error)) from error
     prompt = json.dumps(prompt, ensure_ascii=False)
+    if isinstance(answer, Mapping):  # tool calls, as the template writes them
+      answer = vocabulary.decode(target_ids)
   as_bytes = lambda x: None if x is None else np.asarray(x, "<i4").tobytes()
   return {
     "inputs": as_bytes(ids),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -155,16 +156,14 @@ def _parquet(path):
 
   try:
     table = pyarrow.parquet.read_table(io.BytesIO(path.read_bytes()))
-  except pyarrow.ArrowException as error:
+    batches = [batch.to_pylist() for batch in table.to_batches()]
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
     raise ValueError(
       f"expected a whole Parquet file, got {str(error).splitlines()[0]} in"
       f" {path}; write it again, or set other files"
     ) from error
-  number = 0
-  for batch in table.to_batches():
-    for fields in batch.to_pylist():
-      number += 1
-      yield Row(f"{path}:{number}", fields)
+  for number, fields in enumerate(itertools.chain(*batches), start=1):
+    yield Row(f"{path}:{number}", fields)
 
 
 _READERS = {

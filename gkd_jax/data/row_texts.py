@@ -1,11 +1,13 @@
 """What a row of a file asks, and what it answers: texts, or conversations."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Messages = Sequence[Mapping[str, Any]]
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
 
 
 class BadRow(ValueError):
@@ -18,7 +20,8 @@ class RowForm:
 
   The fields that TRL reads are read as well: `messages`, whose last message is the
   answer if it is the assistant's, or `prompt` and `completion`, each a text or a
-  list of messages.
+  list of messages. Messages may have `tool_calls` in place of a content, and a row
+  `tools`.
 
   Attributes:
     input_field: field of the prompt, a text or a list of messages.
@@ -37,7 +40,7 @@ class RowForm:
 
 def prompt_and_answer(
   fields: Mapping[str, Any], form: RowForm
-) -> tuple[str | Messages, str | None]:
+) -> tuple[str | Messages, str | Message | None]:
   """Returns a row's prompt, a text or messages, and its answer.
 
   Args:
@@ -45,7 +48,8 @@ def prompt_and_answer(
     form: where they are.
 
   Returns:
-    The prompt, and the answer; None where the row has none.
+    The prompt, and the answer: a text, the message if it has tool calls, or None
+    where the row has none.
 
   Raises:
     BadRow: a field is missing, or is not what it should be.
@@ -56,6 +60,26 @@ def prompt_and_answer(
   elif form.chat:
     prompt = [{"role": "user", "content": prompt}]
   return prompt, answer
+
+
+def tools(fields: Mapping[str, Any]) -> list[Any] | None:
+  """Returns the JSON schemas in a row's `tools`, a list or a list as JSON.
+
+  Args:
+    fields: of the row.
+
+  Raises:
+    BadRow: it is no list.
+  """
+  found = fields.get("tools")
+  if isinstance(found, str):
+    try:
+      found = json.loads(found)
+    except ValueError as error:
+      raise BadRow(f"not JSON in 'tools' ({error})") from error
+  if found is not None and not isinstance(found, list):
+    raise BadRow(f"{type(found).__name__} and no list in 'tools'")
+  return _without_none(found) or None
 
 
 def _parts(fields, form):
@@ -78,6 +102,8 @@ def _parts(fields, form):
     name = "prompt"
   else:
     names = dict.fromkeys([form.input_field, "messages", "prompt"])
+    if empty := [name for name in names if name in fields]:
+      raise BadRow(f"null in {' and '.join(map(repr, empty))}")
     raise BadRow(
       f"no field {' or '.join(map(repr, names))} among"
       f" {', '.join(map(repr, fields)) or 'none'}"
@@ -101,6 +127,8 @@ def _answer(fields, form):
       if others or last["role"] != "assistant":
         raise BadRow(f"{name!r} is not one message of the assistant")
       value = _said(last, name)
+      if not isinstance(value, str):
+        return value
     if not (text := _text(value, name)):
       raise BadRow(f"an empty {name!r}")
     return text
@@ -126,25 +154,34 @@ def _text(value, name):
 
 
 def _said(message, name):
-  """Returns an answer's text, which is all that is trained on."""
-  _refuse_calls(message, name)
-  return _text(message["content"], name)
+  """Returns an answer's text, which is all that is trained on, or its calls."""
+  if message.get("function_call"):
+    raise BadRow(f"function_call in {name!r}, whose form now is tool_calls")
+  return (
+    message if message.get("tool_calls") else _text(message["content"], name)
+  )
 
 
 def _messages(value, name):
+  """Returns messages without what is null: Parquet has each field in all."""
   is_list = isinstance(value, list) and value
   if not is_list or not all(isinstance(m, Mapping) for m in value):
     raise BadRow(f"no messages with 'role' and 'content' in {name!r}")
-  for message in value:
-    if message.get("content") is None:
-      _refuse_calls(message, name)
-    if not isinstance(message.get("role"), str) or (
-      message.get("content") is None
-    ):
+  messages = _without_none(value)
+  for message in messages:
+    if not isinstance(message.get("role"), str):
       raise BadRow(f"no messages with 'role' and 'content' in {name!r}")
+    if "content" not in message and not message.get("tool_calls"):
+      raise BadRow(
+        f"a message of {message['role']!r} with neither 'content' nor"
+        f" 'tool_calls' in {name!r}"
+      )
+  return messages
+
+
+def _without_none(value):
+  if isinstance(value, Mapping):
+    return {k: _without_none(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_none(v) for v in value]
   return value
-
-
-def _refuse_calls(message, name):
-  if message.get("tool_calls") or message.get("function_call"):
-    raise BadRow(f"tool calls in {name!r}, which are not supported")

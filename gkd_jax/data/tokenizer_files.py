@@ -189,13 +189,18 @@ class TokenizerVocabulary(seqio.Vocabulary):
     return self._chat_ids(self._chat_text(messages, to_answer))
 
   def encode_exchange(
-    self, messages: Sequence[Mapping[str, Any]], answer: str | None
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    answer: str | Mapping[str, Any] | None,
+    tools: Sequence[Any] | None = None,
   ) -> tuple[list[int], list[int] | None]:
     """Returns the ids of a conversation, and of the model's answer to it.
 
     Args:
-      messages: each with `role` and `content`.
-      answer: what the model says next; None: the second result is None.
+      messages: each with `role`, and `content` or `tool_calls`.
+      answer: what the model says next, or its message; None: the second result is
+        None.
+      tools: JSON schemas of what the model may call.
 
     Returns:
       The ids up to where the answer begins, and those of the answer up to the EOS
@@ -205,12 +210,13 @@ class TokenizerVocabulary(seqio.Vocabulary):
       ValueError: as `encode_chat`, or what the template renders before an answer
         depends on the answer.
     """
-    before = self._chat_text(messages, True)
+    before = self._chat_text(messages, True, tools)
     prompt = self._chat_ids(before)
     if answer is None:
       return prompt, None
-    said = {"role": "assistant", "content": answer}
-    text = self._chat_text([*messages, said], False)
+    if isinstance(answer, str):
+      answer = {"role": "assistant", "content": answer}
+    text = self._chat_text([*messages, answer], False, tools)
     ids = self._chat_ids(text)
     if ids[: len(prompt)] == prompt:
       ids = ids[len(prompt) :]
@@ -227,7 +233,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
       return prompt, ids[: ends[0] + 1]
     return prompt, ids + list(self.eos_ids[:1])
 
-  def _chat_text(self, messages, to_answer):
+  def _chat_text(self, messages, to_answer, tools=None):
     """Returns a conversation, what it spells of special tokens broken."""
     if self.chat_template is None:
       raise ValueError(
@@ -235,15 +241,13 @@ class TokenizerVocabulary(seqio.Vocabulary):
         " VOCABULARY_PATH, or make the rows texts"
       )
     find = self._finder
-    return self.chat_template.render(
-      chat.map_strings(
-        messages,
-        lambda s: find.sub(
-          lambda m: m[0][0] + _BREAK + m[0][1:], s.translate(_MARKS)
-        ),
+    messages, tools = chat.map_strings(
+      (messages, tools),
+      lambda s: find.sub(
+        lambda m: m[0][0] + _BREAK + m[0][1:], s.translate(_MARKS)
       ),
-      to_answer=to_answer,
     )
+    return self.chat_template.render(messages, tools, to_answer=to_answer)
 
   def _chat_ids(self, text):
     text = self._finder.sub(lambda m: _mark(m[0]), text).replace(_BREAK, "")

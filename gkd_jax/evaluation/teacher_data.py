@@ -26,6 +26,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gkd_jax import data, partitioning
+from gkd_jax.data import errors
 from gkd_jax.evaluation import teacher_records
 from gkd_jax.tasks import teacher_shards
 
@@ -75,7 +76,7 @@ def write(
   count = jax.process_count() if process_count is None else process_count
   _check(model, task, split, shards, temperature)
   _check_references(task, split, lengths, shards, use_cached)
-  dataset = functools.partial(
+  examples = functools.partial(
     _examples, task, lengths, model, split, num_examples, use_cached, seed
   )
   settings = {
@@ -86,14 +87,14 @@ def write(
     "SEED": seed,
     **_settings(model, task, shards, temperature),
   }
-  total = _begun(prefix, settings, shards, dataset, model, index)
+  total = _begun(prefix, settings, shards, examples, model, index)
   paths = teacher_shards.shard_paths(prefix, shards.num_shards)
   mine = _missing(paths, index, count)
   if mine:
     mesh = partitioning.make_mesh(devices=jax.local_devices())
     params = jax.device_put(params, partitioning.replicated(mesh))
     size = min(batch_size, -(-total // shards.num_shards))
-    for s, start, rows in _shares(dataset(), total, shards.num_shards, mine):
+    for s, start, rows in _shares(examples(), total, shards.num_shards, mine):
       records = teacher_records.records(
         model,
         params,
@@ -202,31 +203,28 @@ def _name(decode_fn):
 
 def _examples(
   task, lengths, model, split, num_examples, use_cached, seed
-) -> tf.data.Dataset:
-  """Returns pairs of example and model features, in the order of the split."""
-  dataset = task.get_dataset(
-    sequence_length=dict(lengths),
-    split=split,
-    shuffle=False,
-    use_cached=use_cached,
-    seed=seed,
+) -> Iterator[tuple[Any, Any]]:
+  """Yields pairs of example and model features, in the order of the split."""
+  dataset = errors.read_split(
+    task, split, lengths, use_cached=use_cached, seed=seed
   )
-  if num_examples is not None:
-    dataset = dataset.take(num_examples)
   convert = data.feature_converter(
     model.FEATURE_CONVERTER_CLS, False, model.special_tokens
   )
-  features = convert(dataset, dict(lengths))
-  return tf.data.Dataset.zip((dataset, features))
+  with errors.explained(task.name, split):
+    if num_examples is not None:
+      dataset = dataset.take(num_examples)
+    features = convert(dataset, dict(lengths))
+    yield from tf.data.Dataset.zip((dataset, features)).as_numpy_iterator()
 
 
-def _begun(prefix, settings, shards, dataset, model, index):
+def _begun(prefix, settings, shards, examples, model, index):
   """Writes or compares the manifest, and returns the number of examples."""
   # Tuples become lists in JSON.
   settings = json.loads(json.dumps(settings))
   manifest = teacher_shards.read_manifest(prefix)
   if manifest is None and index == 0:
-    total = sum(1 for _ in dataset())
+    total = sum(1 for _ in examples())
     if not total:
       raise ValueError(
         f"expected examples in the split {settings['EVAL_SPLIT']!r} of"
@@ -272,13 +270,15 @@ def _begun(prefix, settings, shards, dataset, model, index):
 
 
 def _shares(
-  dataset: tf.data.Dataset, total: int, num_shards: int, wanted: set[int]
+  pairs: Iterator[tuple[Any, Any]],
+  total: int,
+  num_shards: int,
+  wanted: set[int],
 ) -> Iterator[tuple[int, int, Sequence[Any]]]:
   """Yields number, index of the first example, and pairs of wanted shards.
 
   The examples of other shards are read and dropped.
   """
-  pairs = dataset.as_numpy_iterator()
   for s in range(max(wanted) + 1):
     start, stop = s * total // num_shards, (s + 1) * total // num_shards
     share = itertools.islice(pairs, stop - start)

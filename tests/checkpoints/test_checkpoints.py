@@ -384,16 +384,6 @@ def _kill_in_second_save(folder, condition):
   return [name for name in folders(folder) if "tmp" in name]
 
 
-def _after(seconds):
-  start = []
-
-  def condition():
-    start.append(time.monotonic())
-    return start[-1] - start[0] > seconds
-
-  return condition
-
-
 def test_kill_in_the_middle_of_an_async_save(tmp_path):
   partial = "checkpoint_2.orbax-checkpoint-tmp"
   moments = {
@@ -401,11 +391,10 @@ def test_kill_in_the_middle_of_an_async_save(tmp_path):
     tmp_path / "writing": lambda: (
       _bytes_below(tmp_path / "writing" / partial) > 2**20
     ),
-    tmp_path / "some_time": _after(0.15),
   }
   with futures.ThreadPoolExecutor() as pool:
     left = list(pool.map(_kill_in_second_save, moments, moments.values()))
-  # A slow machine may miss one moment, not all of them.
+  # A slow machine may miss one moment, not both.
   assert [partial] in left
   abstract = {
     "step": jax.ShapeDtypeStruct((), jnp.int32),

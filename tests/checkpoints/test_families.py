@@ -16,7 +16,7 @@ from gkd_jax.checkpoints import export, huggingface
 NAMES = sorted(
   path.name
   for path in golden_hf.FOLDERS.iterdir()
-  if path.name not in ("llama_sharded",)
+  if not path.name.endswith("_sharded")
 )
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -171,11 +171,9 @@ def test_the_text_part_of_a_model_of_texts_and_images(prefix, tmp_path):
   assert "1 unmapped: audio.weight" in refusal(tmp_path)
 
 
-def test_shards_are_the_whole_model():
-  whole, shards = (
-    golden_hf.FOLDERS / "llama",
-    golden_hf.FOLDERS / "llama_sharded",
-  )
+@pytest.mark.parametrize("name", ["llama", "t5gemma"])
+def test_shards_are_the_whole_model(name):
+  whole, shards = (golden_hf.FOLDERS / f"{name}{x}" for x in ("", "_sharded"))
   config, params = checkpoints.load_model(shards)
   expected = checkpoints.load_model(whole)
   assert config == expected[0]

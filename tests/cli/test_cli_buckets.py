@@ -206,6 +206,8 @@ def test_import_infer_eval_compare_and_export(teacher, capsys):
   ]
 
 
+# tests/planning/test_precompile.py keeps programs on the disk.
+@pytest.mark.nightly
 def test_programs_for_other_devices():
   folder = remote_files.new()
   command = functools.partial(

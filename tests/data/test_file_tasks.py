@@ -146,12 +146,22 @@ def test_rows_without_answers_are_prompts(model, tmp_path):
   assert "targets" not in examples(task_of(model, path, target_field=None))[0]
 
 
+# As Hugging Face's templates have them.
+WITH_TOOLS = (
+  "{% if tools %}{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% endif %}"
+  "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+  "{% for c in m.tool_calls or [] %}"
+  "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+  "{{ '<|im_end|>' if m.role == 'assistant' }} {% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 BAD = [
   ('{"inputs": "a", "targets": "b"', "not JSON"),
   ('{"targets": "b"}', "no field 'inputs'"),
   ('{"inputs": "a"}', "no answer"),
   ('"a"', "str and no JSON object"),
-  ('{"messages": [{"role": "tool"}]}', "no messages with 'role' and 'content'"),
+  ('{"messages": [{"role": "tool"}]}', "a message of 'tool' with neither"),
+  ('{"inputs": null}', "null in 'inputs'"),
 ]
 
 
@@ -198,7 +208,7 @@ def test_rows_of_other_fields_say_what_to_set(plain, tmp_path, capsys):
   ):
     examples(task_of(plain, path))
   with pytest.raises(
-    ValueError, match=r"got none of 2; set TRAIN_FILES, INPUT"
+    ValueError, match=rf"got none of 2 in {path}; set TRAIN_FILES, INPUT"
   ):
     examples(task_of(plain, path, bad_lines="skip"))
   capsys.readouterr()
@@ -211,6 +221,57 @@ def test_rows_of_other_fields_say_what_to_set(plain, tmp_path, capsys):
   examples(task_of(plain, path, target_field=None, **settings))
   examples(task_of(plain, path, target_field="answer", **settings))
   assert not capsys.readouterr().out
+
+
+def test_lines_that_are_all_bad_are_not_to_be_skipped(plain, tmp_path):
+  path = write(tmp_path / "a.jsonl", [{"inputs": True}] * 2)
+  with pytest.raises(ValueError, match="mend the files, or set INPUT_FIELD, T"):
+    examples(task_of(plain, path))
+
+
+def test_tool_calls_are_prompts_and_answers_as_the_template_has_them(tmp_path):
+  folder = str(
+    tiny_tokenizers.byte_level(tmp_path / "t", chat_template=WITH_TOOLS)
+  )
+  user = {"role": "user", "content": "hello"}
+  call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+  calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+  found = {"role": "tool", "content": "42", "tool_calls": None}
+  answer = {"role": "assistant", "content": "hell"}
+  tools = [{"function": {"name": "f"}}]
+  rows = [
+    {"messages": [user, calls], "tools": tools},
+    {"messages": [user, calls, found, answer], "tools": json.dumps(tools)},
+    {"prompt": [user], "completion": [calls], "tools": None},
+    {"prompt": "hello", "completion": "hell", "tools": "a hammer"},
+  ]
+  path = write(tmp_path / "a.jsonl", rows)
+  lengths = {"inputs": 64, "targets": 16}
+  got = examples(
+    task_of(folder, path, task_feature_lengths=lengths), lengths=lengths
+  )
+  vocabulary = data.TokenizerVocabulary(folder)
+  text = vocabulary._decode  # beyond an EOS of the prompt
+  assert [(text(x["inputs"]), text(x["targets"])) for x in got] == [
+    ("[f]user:hello assistant:", 'f{"x": 1}'),
+    ('[f]user:hello assistant:f{"x": 1} tool:42 assistant:', "hell"),
+    ("user:hello assistant:", 'f{"x": 1}'),
+    ("hello", "hell"),
+  ]
+  assert [x["targets_pretokenized"] for x in got] == [
+    b'f{"x": 1}',
+    b"hell",
+    b'f{"x": 1}',
+    b"hell",
+  ]
+  assert all(x["targets"][-1] == 2 for x in got)
+
+
+def test_tool_calls_that_a_template_leaves_out_are_a_bad_row(model, tmp_path):
+  calls = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+  rows = [{"messages": [{"role": "user", "content": "a"}, calls]}]
+  with pytest.raises(ValueError, match=r"a.jsonl:1 .*that shows tool calls"):
+    examples(task_of(model, write(tmp_path / "a.jsonl", rows)))
 
 
 def test_texts_that_are_not_put_in_a_chat_template_are_said_once(

@@ -75,8 +75,19 @@ def test_parquet_keeps_lists_and_numbers(tmp_path):
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
   path = tmp_path / "a.parquet"
-  pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), path)
-  for content in (path.read_bytes()[:-9], b"", b"n\n1\n"):
+  table = pyarrow.table({"n": ["abcdef", "ghijkl"] * 20})
+  pyarrow.parquet.write_table(
+    table,
+    path,
+    use_dictionary=False,
+    compression="none",
+    write_statistics=False,
+  )
+  whole = path.read_bytes()
+  at = whole.index(b"abcdef")
+  inside = whole[: at - 4] + b"\xff" * 10 + whole[at + 6 :]
+  no_text = whole[:at] + b"\xff" * 6 + whole[at + 6 :]
+  for content in (whole[:-9], b"", b"n\n1\n", inside, no_text):
     path.write_bytes(content)
     with pytest.raises(
       ValueError, match=r"a whole Parquet file, .*a.parquet; "

@@ -9,7 +9,6 @@ ASSISTANT = {"role": "assistant", "content": "a"}
 TOOL = {"role": "tool", "content": "42"}
 CALLS = {
   "role": "assistant",
-  "content": None,
   "tool_calls": [
     {"type": "function", "function": {"name": "f", "arguments": "{}"}}
   ],
@@ -70,6 +69,18 @@ GOOD = [
     ([USER], "a"),
   ),
   (row_texts.RowForm(chat=True), {"messages": [USER]}, ([USER], None)),
+  # As OpenAI and TRL have calls of tools: as an answer, before one, beside a text.
+  (FORM, {"messages": [USER, CALLS | {"content": None}]}, ([USER], CALLS)),
+  (
+    FORM,
+    {"messages": [USER, CALLS, TOOL, ASSISTANT]},
+    ([USER, CALLS, TOOL], "a"),
+  ),
+  (
+    FORM,
+    {"prompt": [USER], "completion": [CALLS | {"content": "a"}]},
+    ([USER], CALLS | {"content": "a"}),
+  ),
 ]
 BAD = [
   (
@@ -85,25 +96,22 @@ BAD = [
   (FORM, {"messages": []}, "no messages with 'role' and 'content'"),
   (FORM, {"messages": "hello"}, "no messages with 'role' and 'content'"),
   (FORM, {"messages": [{"from": "user", "value": "q"}]}, "no messages with"),
-  (FORM, {"messages": [{"role": "user", "content": None}]}, "no messages with"),
-  # As OpenAI and TRL have calls of tools: as an answer, before one, beside a text.
   (
     FORM,
-    {"messages": [USER, CALLS]},
-    "tool calls in 'messages', which are not",
+    {"messages": [{"role": "user", "content": None}]},
+    "of 'user' with nei",
   ),
-  (FORM, {"messages": [USER, CALLS, TOOL, ASSISTANT]}, "tool calls in 'mess"),
-  (FORM, {"messages": [USER, CALLS | {"content": "a"}]}, "tool calls in"),
   (
     FORM,
-    {"prompt": [USER], "completion": [CALLS]},
-    "tool calls in 'completion'",
+    {"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]},
+    "function_call in 'messages', whose form now is tool_calls",
   ),
   (
     FORM,
     {"messages": [USER, {"role": "assistant", "content": None}]},
-    "no messages with 'role' and 'content'",
+    "'assistant' with neither 'content' nor 'tool_calls' in 'messages'",
   ),
+  (FORM, {"inputs": None, "a": 1}, "null in 'inputs'"),
   (FORM, {"messages": [ASSISTANT]}, "no message before the answer"),
   (FORM, {"prompt": [USER], "completion": [USER]}, "not one message of the as"),
   (
@@ -128,3 +136,13 @@ def test_prompt_and_answer_of_a_row(form, fields, expected):
 def test_what_is_wrong_with_a_row(form, fields, said):
   with pytest.raises(row_texts.BadRow, match=said):
     row_texts.prompt_and_answer(fields, form)
+
+
+def test_tools_are_a_list_or_a_list_as_json():
+  tool = {"function": {"name": "f"}}
+  for given in ([tool | {"strict": None}], '[{"function": {"name": "f"}}]'):
+    assert row_texts.tools({"tools": given}) == [tool]
+  assert row_texts.tools({"tools": []}) is row_texts.tools({}) is None
+  for bad, said in (("[", "not JSON in 'tools'"), ("{}", "dict and no list")):
+    with pytest.raises(row_texts.BadRow, match=said):
+      row_texts.tools({"tools": bad})

@@ -115,9 +115,15 @@ def test_wrong_options_say_what_to_change():
   with pytest.raises(
     ValueError, match=r"beam_search, got temperature; set DEC"
   ):
-    model.predict_batch_with_aux(params, batch, None, {"temperature": 1.0})
+    jax.eval_shape(
+      lambda: model.predict_batch_with_aux(
+        params, batch, None, {"temperature": 1.0}
+      )
+    )
   with pytest.raises(ValueError, match="got 0; set num_decodes"):
-    model.predict_batch_with_aux(params, batch, num_decodes=0)
+    jax.eval_shape(
+      lambda: model.predict_batch_with_aux(params, batch, num_decodes=0)
+    )
   for number in (1, 17):
     with pytest.raises(ValueError, match=rf"got {number}; set NUM_REAL_TOKENS"):
       toy_models.model(8, num_real_tokens=number)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import seqio
@@ -39,13 +40,14 @@ def scorer(tmp_path_factory):
 
 def by_hand(model, params, tokens, over):
   """The probability for one unpadded row of tokens, in float64."""
-  logits = model.module.apply(
+  run = lambda params, tokens: model.module.apply(
     {"params": params},
-    np.array([tokens]),
+    tokens,
     np.zeros((1, 1), np.int32),
     np.ones((1, 1), np.int32),
     enable_dropout=False,
   )
+  logits = jax.jit(run)(params, np.array([tokens]))
   e = np.exp(np.asarray(logits[0, 0], np.float64))
   return e[ONE] / (e.sum() if over == "vocabulary" else e[ONE] + e[ZERO])
 

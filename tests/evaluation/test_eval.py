@@ -113,6 +113,8 @@ def test_several_samples_are_scored_together(greedy, sampled):
     evaluate(sampled[0], "runs/eval.gin", NUM_SAMPLES=0)
 
 
+# tests/decoding/test_sampling.py has its distribution.
+@pytest.mark.nightly
 def test_top_k_of_one_is_greedy(greedy, tmp_path):
   scores, rows = evaluate(
     tmp_path,

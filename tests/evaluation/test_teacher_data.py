@@ -299,6 +299,32 @@ def test_wrong_settings_are_told(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_rows_that_cannot_be_read_are_a_sentence(tmp_path):
+  _, _, task = toy()
+  lines = tmp_path / "rows.tsv"
+  lines.write_text("1\t1\n2\n")
+  columns = lambda rows: rows.map(
+    lambda line: dict(
+      zip(
+        ("inputs", "targets"),
+        tf.io.decode_csv(line, ["", ""], "\t"),
+        strict=True,
+      )
+    )
+  )
+  broken = seqio.Task(
+    "broken_rows",
+    source=seqio.TextLineDataSource({"train": str(lines)}),
+    preprocessors=[columns, *task.preprocessors[-2:]],
+    output_features=task.output_features,
+  )
+  with pytest.raises(
+    ValueError, match=r"the split 'train' of broken_rows, got 'Expect 2 fields"
+  ):
+    write(tmp_path / "out", task=broken)
+  assert list(tmp_path.iterdir()) == [lines]
+
+
 def test_a_task_that_shrank_is_told(tmp_path):
   _, _, task = toy()
   write(tmp_path / "out")

@@ -320,7 +320,9 @@ def task_of(method, folder):
   return outputs_of_a_teacher(folder) if method == "seqkd" else "arithmetic_cot"
 
 
-@pytest.mark.parametrize("method", nightly.of(METHODS, ["imitkd"]))
+# tests/cli/test_cli_files.py takes two steps by a shipped run file.
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", METHODS)
 def test_two_steps_change_the_student(method, toys, tmp_path):
   parts = gin_probe.parts_of(toys(method), tmp_path, **macros(method))
   model, optimizer, seed = parts["model"], parts["optimizer"], seed_of(method)

@@ -1,5 +1,6 @@
 """Tiny models of Hugging Face's families, and what transformers computes of them."""
 
+import copy
 import functools
 import json
 import pathlib
@@ -12,7 +13,7 @@ from flax import traverse_util
 
 from gkd_jax import checkpoints, decoding, models, network
 from gkd_jax.checkpoints import huggingface
-from gkd_jax.network import layers, rotary_stacks
+from gkd_jax.network import blocks, layers
 
 FOLDERS = pathlib.Path(__file__).parents[1] / "golden" / "hf"
 
@@ -73,7 +74,7 @@ def _causal(model, params, given):
       jnp.concatenate([places, given["left_position_ids"]]),
       enable_dropout=False,
       capture_intermediates=lambda module, _: isinstance(
-        module, rotary_stacks.RotaryLayer | layers.LayerNorm
+        module, blocks.Layer | layers.LayerNorm
       ),
       mutable=["intermediates"],
     )
@@ -149,13 +150,26 @@ def _encoder_decoder(model, params, given):
   def loss_of(params):
     encoded = model.encode(params, batch)
     hidden = model.decoder_hidden(params, encoded, batch)
-    logits = model.decoder_logits(params, encoded, batch)
+    logits, kept = model.module.apply(
+      {"params": params},
+      *batch.values(),
+      enable_dropout=False,
+      capture_intermediates=lambda module, _: isinstance(module, blocks.Layer),
+      mutable=["intermediates"],
+    )
     loss, log_probs = _loss(logits, given)
     return loss, {
       "encoded": encoded,
       "hidden": hidden,
       "logits": logits,
       "log_probs": log_probs,
+      "layers": {
+        side: [
+          layers[f"layers_{i}"]["__call__"][0]
+          for i in range(model.config.depths[side])
+        ]
+        for side, layers in kept["intermediates"].items()
+      },
     }
 
   gradient, results = jax.grad(loss_of, has_aux=True)(params)
@@ -216,6 +230,89 @@ def check_beams(got):
   np.testing.assert_array_equal(found.tokens[:, ::-1], expected)
   np.testing.assert_allclose(
     found.scores[:, ::-1], given["beam4_no_eos_scores"], rtol=0, atol=1e-4
+  )
+
+
+def check_layers(got, key, expected):
+  """Compares what a stack's layers give, but for the last, which a norm follows.
+
+  Args:
+    got: `[B, T, D]` of each layer.
+    key: of the golden numbers: row 0, the embedding first, the norm's last.
+    expected: the golden numbers.
+  """
+  of_layers = expected[key][1:-1]
+  assert len(of_layers) == len(got) - 1
+  np.testing.assert_allclose(
+    np.stack(got)[:-1, 0],
+    of_layers,
+    rtol=0,
+    atol=1e-5 * np.abs(of_layers).max(initial=0),
+    err_msg=key,
+  )
+
+
+def check_ends(name, got):
+  """Compares greedy outputs that end as the folder says.
+
+  Returns:
+    How many of them end.
+  """
+  expected = got.expected
+  tokens = checkpoints.load_special_tokens(FOLDERS / name)
+  model = copy.copy(got.model.with_special_tokens(tokens))
+  length = model.max_output_length = expected["greedy"].shape[1]
+  batch = _prompts(expected, length)
+  if expected["decoder_start_token_id"] >= 0:
+    batch = {
+      "encoder_input_tokens": expected["input_ids"],
+      "decoder_input_tokens": np.zeros_like(expected["greedy"]),
+    }
+  tokens, aux = jax.jit(model.predict_batch_with_aux)(got.params, batch)
+  ends = np.isin(expected["greedy"], expected["eos_token_ids"])
+  lengths = np.where(ends.any(1), ends.argmax(1) + 1, length)
+  np.testing.assert_array_equal(aux["lengths"], lengths)
+  np.testing.assert_array_equal(aux["ended"], ends.any(1))
+  kept = np.arange(length) < lengths[:, None]
+  np.testing.assert_array_equal(
+    np.where(kept, tokens[:, :length], -1),
+    np.where(kept, expected["greedy"], -1),
+  )
+  return ends.any(1).sum()
+
+
+def check_padding(got):
+  """Compares the encoder's rows padded on the left, or not, with those on the right.
+
+  Masks say what is padding: rows may begin with it.
+  """
+  given = got.expected
+  logits = jax.jit(got.model.logits)
+  lengths = given["attention_mask"].sum(axis=1)
+  left = [
+    np.roll(given[name], given["attention_mask"].shape[1] - n, axis=-1)[i]
+    for name in ("input_ids", "attention_mask")
+    for i, n in enumerate(lengths)
+  ]
+  assert len(set(lengths)) == 3
+  batch = {
+    "encoder_input_tokens": np.stack(left[:3]),
+    "encoder_input_mask": np.stack(left[3:]),
+    "decoder_input_tokens": given["decoder_input_ids"],
+    "decoder_target_tokens": given["decoder_input_ids"],
+  }
+  kept = given["logits_mask"] > 0
+  np.testing.assert_allclose(
+    logits(got.params, batch)[kept], got.logits[kept], rtol=0, atol=2e-5
+  )
+  row, end = 1, int(kept[1].sum())
+  alone = {
+    "encoder_input_tokens": given["input_ids"][row : row + 1, : lengths[row]],
+    "decoder_input_tokens": given["decoder_input_ids"][row : row + 1, :end],
+    "decoder_target_tokens": given["decoder_input_ids"][row : row + 1, :end],
+  }
+  np.testing.assert_allclose(
+    logits(got.params, alone)[0], got.logits[row, :end], rtol=0, atol=2e-5
   )
 
 

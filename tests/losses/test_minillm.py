@@ -282,6 +282,8 @@ def test_the_steps_gradient_is_the_papers():
   )
 
 
+# tests/decoding/test_loops.py has slots, test_trainer.py schedules.
+@pytest.mark.nightly
 def test_slots_and_schedules_change_no_output():
   """At step 2 of 8 the lines have the numbers' values."""
   numbers = {"teacher_temperature": 0.75, "sampling_temperature": 1.25}

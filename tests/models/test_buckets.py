@@ -202,6 +202,8 @@ def step_result(source, batch, microbatches=1, **settings):
   return jax.tree.map(jnp.subtract, state.params, new.params), metrics
 
 
+# Microbatches without buckets: tests/training/test_trainer.py.
+@pytest.mark.nightly
 def test_microbatches_choose_their_own_lengths():
   # Of the two parts, rows 0, 2, 4, 6 and 1, 3, 5, 7, one alone is short.
   batch = toy_models.batch()

@@ -89,6 +89,8 @@ def test_alpha_1_is_on_policy_gkd_to_the_bit():
   assert optax.tree.norm(moved) > 1e-3
 
 
+# Of the same outputs: the test above this one.
+@pytest.mark.nightly
 def test_the_same_outputs_are_drawn_as_in_the_step_of_gkd():
   model, student, teacher = rl(0.5, n=1, baseline="none")
   batch = judged(model, student)
@@ -167,7 +169,10 @@ def by_hand(model, params, teacher, batch, alpha):
   return total / len(w), pull(jnp.asarray(cotangent, jnp.float32))[0]
 
 
-@pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize(
+  ("alpha", "temperature"),
+  [pytest.param(0.0, 1.0, marks=pytest.mark.nightly), (0.3, 0.7)],
+)
 def test_loss_and_gradient_equal_the_formula_in_float64(alpha, temperature):
   model, student, teacher = rl(
     alpha, divergence="jsd", beta=0.9, sampling_temperature=temperature

@@ -52,11 +52,7 @@ def test_hidden_states_of_all_layers_equal_transformers(name):
   close(
     got.hidden, expected["hidden"], expected["logits_mask"], rtol=0, atol=1e-4
   )
-  # The last one is the norm's.
-  of_layers = expected["layers_row0"][1:-1]
-  got_layers = np.stack(got.layers)[: len(of_layers), 0]
-  scale = np.abs(of_layers).max()
-  np.testing.assert_allclose(got_layers, of_layers, rtol=0, atol=1e-5 * scale)
+  golden_hf.check_layers(got.layers, "layers_row0", expected)
 
 
 @each
@@ -74,6 +70,13 @@ def test_gradients_equal_transformers(name):
 @each
 def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(golden_hf.causal_results(name))
+
+
+@pytest.mark.parametrize(
+  "name", nightly.of((*SHORT, *LONG), ["gemma3_text_linear"])
+)
+def test_greedy_outputs_end_where_those_of_transformers_do(name):
+  assert golden_hf.check_ends(name, golden_hf.causal_results(name)) > 0
 
 
 @pytest.mark.parametrize("name", nightly.of((*SHORT, *LONG), ["gemma2"]))
@@ -156,8 +159,9 @@ def small():
 
 def test_packed_rows_have_the_logits_of_unpacked_ones(small):
   model, params, pairs = small
-  packed = np.asarray(model.logits(params, toy.packed([pairs[:4]], 40)))[0]
-  apart = np.asarray(model.logits(params, toy.rows(pairs[:4])))
+  logits = lambda batch: np.asarray(jax.jit(model.logits)(params, batch))
+  packed = logits(toy.packed([pairs[:4]], 40))[0]
+  apart = logits(toy.rows(pairs[:4]))
   start = 0
   for i, (prompt, output) in enumerate(pairs[:4]):
     size = len(prompt) + len(output)

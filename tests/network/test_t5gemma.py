@@ -40,6 +40,14 @@ def test_logits_and_hidden_states_equal_transformers(name):
 
 
 @each
+def test_hidden_states_of_all_layers_equal_transformers(name):
+  got = results(name)
+  expected = got.expected
+  golden_hf.check_layers(got.layers["decoder"], "layers_row0", expected)
+  golden_hf.check_layers(got.layers["encoder"], "encoder_layers_row0", expected)
+
+
+@each
 def test_gradients_equal_transformers(name):
   golden_hf.check_gradients(results(name))
 
@@ -49,45 +57,24 @@ def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(results(name))
 
 
-@pytest.mark.parametrize(
+short = pytest.mark.parametrize(
   "name",
   nightly.of(["t5gemma_wide", "t5gemma_untied", "t5gemma"], ["t5gemma_wide"]),
 )
+
+
+@short
+def test_greedy_outputs_end_where_those_of_transformers_do(name):
+  assert golden_hf.check_ends(name, results(name)) > 0
+
+
+@short
 def test_beams_and_their_scores_equal_transformers(name):
   golden_hf.check_beams(results(name))
 
 
 def test_rows_padded_on_either_side_equal_a_row_alone():
-  """Masks say what is padding: the encoder's rows may begin with it."""
-  got = results("t5gemma_wide")
-  given = got.expected
-  logits = jax.jit(got.model.logits)
-  lengths = given["attention_mask"].sum(axis=1)
-  left = [
-    np.roll(given[name], given["attention_mask"].shape[1] - n, axis=-1)[i]
-    for name in ("input_ids", "attention_mask")
-    for i, n in enumerate(lengths)
-  ]
-  assert len(set(lengths)) == 3
-  batch = {
-    "encoder_input_tokens": np.stack(left[:3]),
-    "encoder_input_mask": np.stack(left[3:]),
-    "decoder_input_tokens": given["decoder_input_ids"],
-    "decoder_target_tokens": given["decoder_input_ids"],
-  }
-  kept = given["logits_mask"] > 0
-  np.testing.assert_allclose(
-    logits(got.params, batch)[kept], got.logits[kept], rtol=0, atol=2e-5
-  )
-  row, end = 1, int(kept[1].sum())
-  alone = {
-    "encoder_input_tokens": given["input_ids"][row : row + 1, : lengths[row]],
-    "decoder_input_tokens": given["decoder_input_ids"][row : row + 1, :end],
-    "decoder_target_tokens": given["decoder_input_ids"][row : row + 1, :end],
-  }
-  np.testing.assert_allclose(
-    logits(got.params, alone)[0], got.logits[row, :end], rtol=0, atol=2e-5
-  )
+  golden_hf.check_padding(results("t5gemma_wide"))
 
 
 def test_a_model_axis_divides_the_heads_of_both_sides():

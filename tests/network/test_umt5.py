@@ -37,6 +37,14 @@ def test_logits_and_hidden_states_equal_transformers(name):
 
 
 @each
+def test_hidden_states_of_all_layers_equal_transformers(name):
+  got = results(name)
+  expected = got.expected
+  golden_hf.check_layers(got.layers["decoder"], "layers_row0", expected)
+  golden_hf.check_layers(got.layers["encoder"], "encoder_layers_row0", expected)
+
+
+@each
 def test_gradients_equal_transformers(name):
   golden_hf.check_gradients(results(name))
 
@@ -46,9 +54,24 @@ def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
   golden_hf.check_greedy(results(name))
 
 
-@pytest.mark.parametrize(
+short = pytest.mark.parametrize(
   "name", nightly.of(["umt5", "umt5_tied"], ["umt5_tied"])
 )
+
+
+@short
+def test_greedy_outputs_end_where_those_of_transformers_do(name):
+  assert golden_hf.check_ends(name, results(name)) > 0
+
+
+# test_t5gemma has this too.
+@pytest.mark.nightly
+@each
+def test_rows_padded_on_either_side_equal_a_row_alone(name):
+  golden_hf.check_padding(results(name))
+
+
+@short
 def test_beams_and_their_scores_equal_transformers(name):
   golden_hf.check_beams(results(name))
 

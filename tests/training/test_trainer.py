@@ -328,7 +328,10 @@ def test_schedules_stay_in_their_range(setting, name, limit):
       gkd(**{setting: no_schedule})
 
 
-@pytest.mark.parametrize(("source", "chunk"), [("student", 0), ("data", 16)])
+@pytest.mark.parametrize(
+  ("source", "chunk"),
+  [pytest.param("student", 0, marks=pytest.mark.nightly), ("data", 16)],
+)
 def test_temperatures_may_be_schedules(source, chunk):
   numbers = {
     "teacher_temperature": 1.25,
