@@ -1,7 +1,7 @@
 """Hugging Face's families with rotary positions, as a table.
 
 A decoder-only family is a row of `TABLE`, a side of an encoder-decoder a row of
-`SIDES` (see `hf_t5gemma`): what `config.json` means where it is silent, which of our
+`SIDES` or `SIDES_2` (see `hf_t5gemma`): what `config.json` means where it is silent, which of our
 fields are always the same, and which parameters a layer has. The rest is common
 to all, here the names of parameters and in `hf_rotary` the fields.
 
@@ -99,6 +99,13 @@ _GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
   "attn_logit_softcapping": 50.0,
   "final_logit_softcapping": 30.0,
 }
+_GEMMA3_DEFAULTS = _GEMMA_DEFAULTS | {
+  "vocab_size": 262208,
+  "rope_theta": 1_000_000.0,
+  "rope_local_base_freq": 10_000.0,
+  "sliding_window_pattern": 6,
+  "final_logit_softcapping": None,
+}
 _ROWS = (
   Family(
     "llama",
@@ -148,14 +155,7 @@ _ROWS = (
   Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
-    _GEMMA_DEFAULTS
-    | {
-      "vocab_size": 262208,
-      "rope_theta": 1_000_000.0,
-      "rope_local_base_freq": 10_000.0,
-      "sliding_window_pattern": 6,
-      "final_logit_softcapping": None,
-    },
+    _GEMMA3_DEFAULTS,
     # The cap on attention logits in its configuration is never applied.
     _GEMMA | {"qk_norm": True},
     _GEMMA_NORMS | _QK_NORMS,
@@ -194,6 +194,26 @@ SIDES = {
       "post_cross_attention_layer_norm": "post_cross_attn_layernorm",
     },
     _GEMMA_TOKENS,
+  ),
+}
+# Of T5Gemma 2.
+SIDES_2 = {
+  "encoder": dataclasses.replace(
+    SIDES["encoder"],
+    name="t5gemma2_text",
+    defaults=_GEMMA3_DEFAULTS,
+    constants=SIDES["encoder"].constants
+    | {"qk_norm": True, "centred_window": True},
+    norms=SIDES["encoder"].norms
+    | {k.removeprefix("self_"): v for k, v in _QK_NORMS.items()},
+  ),
+  "decoder": dataclasses.replace(
+    SIDES["decoder"],
+    name="t5gemma2_decoder",
+    defaults=_GEMMA3_DEFAULTS,
+    constants=_GEMMA | {"qk_norm": True, "merged_attention": True},
+    norms=_QK_NORMS
+    | {k: v for k, v in SIDES["decoder"].norms.items() if "cross" not in k},
   ),
 }
 

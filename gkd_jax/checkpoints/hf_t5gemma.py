@@ -1,7 +1,10 @@
-"""Hugging Face's folders of T5Gemma: two sides of `families`.
+"""Hugging Face's folders of T5Gemma and T5Gemma 2: two sides of `families`.
 
-Reference: the fields and parameter names of `transformers.T5GemmaConfig` and
-`T5GemmaForConditionalGeneration`, versions 4.57 and 5.24.
+Of T5Gemma 2 what reads texts; what reads images is left aside.
+
+References: the fields and parameter names of `transformers.T5GemmaConfig` and
+`T5GemmaForConditionalGeneration`, versions 4.57 and 5.24, and of `T5Gemma2Config`
+and `T5Gemma2ForConditionalGeneration`, version 5.24.
 """
 
 import os
@@ -12,12 +15,28 @@ from gkd_jax import network
 from gkd_jax.checkpoints import families, hf_rotary
 
 CONFIG = network.T5GemmaConfig
-KINDS = ("t5gemma",)
+KINDS = ("t5gemma", "t5gemma2")
 EMBEDDING = "model.decoder.embed_tokens.weight"
 HEAD = "lm_head.out_proj.weight"
 START = "bos_token_id"
-COPIES, UNUSED = (), ".^"  # nothing
-_VOCAB_SIZE = 256000  # if `config.json` does not say
+COPIES = ()
+UNUSED = r"model\.encoder\.(vision_tower|multi_modal_projector)\..*"
+# If `config.json` does not say.
+_VOCAB_SIZE = {"t5gemma": 256000, "t5gemma2": 262208}
+_END_OF_IMAGE = 256000
+# In exports, which have no images: as small as may be.
+_NO_IMAGES = {
+  "mm_tokens_per_image": 1,
+  "vision_config": {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 4,
+    "patch_size": 4,
+  },
+}
 _ATTENTIONS = {
   "encoder": {"attention": "self_attn"},
   "decoder": {
@@ -30,26 +49,33 @@ _ATTENTIONS = {
 def name_table(config: network.T5GemmaConfig) -> dict[str, tuple[str, bool]]:
   """Returns our parameter path to (their name, whether it is transposed)."""
   encoder = "model.encoder"
-  table = {
-    "token_embedder/embedding": (EMBEDDING, False),
-    "encoder/token_embedder/embedding": (
-      f"{encoder}.embed_tokens.weight",
-      False,
-    ),
+  of_encoder = f"{encoder}.embed_tokens.weight", False
+  table = {"token_embedder/embedding": (EMBEDDING, False)}
+  if config.decoder.merged_attention:
+    table["token_embedder/embedding"] = of_encoder
+  else:
+    table["encoder/token_embedder/embedding"] = of_encoder
+  if config.end_of_image is not None:
+    vector = f"{encoder}.embed_tokens.eoi_embedding"
+    table["token_embedder/vector"] = (vector, False)
+  table |= {
     "encoder/encoder_norm/scale": (f"{encoder}.norm.weight", False),
     "decoder/decoder_norm/scale": ("model.decoder.norm.weight", False),
   }
   if not config.logits_via_embedding:
     table["decoder/logits_dense/kernel"] = (HEAD, True)
-  for side, attentions in _ATTENTIONS.items():
+  for side, family in _sides(config.decoder.merged_attention).items():
+    attentions = dict(_ATTENTIONS[side])
+    if config.decoder.merged_attention:
+      attentions.pop("encoder_decoder_attention", None)
     table |= families.layer_names(
-      getattr(config, side),
-      families.SIDES[side],
-      side,
-      f"model.{side}",
-      attentions,
+      getattr(config, side), family, side, f"model.{side}", attentions
     )
   return table
+
+
+def _sides(second):
+  return families.SIDES_2 if second else families.SIDES
 
 
 def special_tokens(text: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,14 +107,20 @@ def read_config(
       f"expected one {tie} at the top and in 'decoder', got {ties[0]} and"
       f" {ties[1]} in {os.fspath(path)}; set both alike, or {setting}"
     )
-  shared = {"vocab_size": text.get("vocab_size", _VOCAB_SIZE)}
+  kind = text["model_type"]
+  shared = {"vocab_size": text.get("vocab_size", _VOCAB_SIZE[kind])}
+  fields = {side: text.get(side, {}) for side in _ATTENTIONS}
+  end_of_image = None
+  if kind == "t5gemma2":
+    end_of_image = fields["encoder"].get("eoi_token_index", _END_OF_IMAGE)
+    fields["encoder"] = fields["encoder"].get("text_config", {})
   sides = {
     side: hf_rotary.read_fields(
-      {**text.get(side, {}), **shared}, family, setting=setting, path=path
+      {**fields[side], **shared}, family, setting=setting, path=path
     )
-    for side, family in families.SIDES.items()
+    for side, family in _sides(kind == "t5gemma2").items()
   }
-  return network.T5GemmaConfig(**sides)
+  return network.T5GemmaConfig(**sides, end_of_image=end_of_image)
 
 
 def write_config(config: network.T5GemmaConfig, dtype: str) -> dict[str, Any]:
@@ -102,7 +134,8 @@ def write_config(config: network.T5GemmaConfig, dtype: str) -> dict[str, Any]:
     ValueError: if T5Gemma does not compute what a side says.
   """
   sides = {}
-  for side, family in families.SIDES.items():
+  second = config.decoder.merged_attention
+  for side, family in _sides(second).items():
     of_side = getattr(config, side)
     if not hf_rotary.computes(family, of_side):
       raise ValueError(
@@ -111,13 +144,22 @@ def write_config(config: network.T5GemmaConfig, dtype: str) -> dict[str, Any]:
       )
     sides[side] = hf_rotary.write_fields(of_side, family)
   sides["encoder"]["tie_word_embeddings"] = True
-  sides["decoder"] |= {
-    "is_decoder": True,
-    "cross_attention_hidden_size": config.encoder.emb_dim,
-  }
+  if second:
+    sides["encoder"] = {
+      "model_type": "t5gemma2_encoder",
+      "text_config": sides["encoder"],
+      "eoi_token_index": config.end_of_image,
+      "tie_word_embeddings": True,
+      **_NO_IMAGES,
+    }
+  else:
+    sides["decoder"] |= {
+      "is_decoder": True,
+      "cross_attention_hidden_size": config.encoder.emb_dim,
+    }
   return {
-    "architectures": ["T5GemmaForConditionalGeneration"],
-    "model_type": KINDS[0],
+    "architectures": [f"T5Gemma{'2' * second}ForConditionalGeneration"],
+    "model_type": KINDS[second],
     "is_encoder_decoder": True,
     "vocab_size": config.vocab_size,
     "tie_word_embeddings": config.logits_via_embedding,

@@ -179,6 +179,8 @@ class Embed(nn.Module):
     weights: type of the table, see the module; "auto" is that of a table that
       is no output head.
     stddev: of the initial table.
+    apart: id of a token that has a vector beside the table, see `rotary.embedded`;
+      None: there is none.
   """
 
   num_embeddings: int
@@ -186,8 +188,13 @@ class Embed(nn.Module):
   dtype: Any = jnp.float32
   weights: str = "float32"
   stddev: float = 1.0
+  apart: int | None = None
 
   def setup(self):
+    if self.apart is not None:
+      self.vector = param_with_axes(
+        "vector", nn.initializers.zeros, (self.features,), axes=("embed",)
+      )
     self.embedding, self.scales = _matrix(
       "embedding",
       nn.initializers.normal(stddev=self.stddev),

@@ -18,12 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from gkd_jax import losses, partitioning
 from gkd_jax.network import blocks, layers, projections
 
-_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 # Attention of a layer: to all positions, or to those of its window.
 FULL, WINDOWED = 0, 1
 
@@ -55,6 +52,10 @@ class RotaryConfig(blocks.Config):
       in the others.
     window: a windowed layer attends to so many positions, its own included.
     window_pattern: which layers are windowed; repeated over the layers.
+    centred_window: an encoder's window is so many positions in all, one more of
+      them ahead where they are even; else so many on each side.
+    merged_attention: a decoder has one attention, to itself and to the encoder's
+      output, which is not rotated (T5Gemma 2); else one after the other.
     max_positions: longest row that the published model is meant for, kept for
       exports; longer ones are computed alike. None: not known.
     family: name in Hugging Face's `model_type` for exports; empty: the first
@@ -80,6 +81,8 @@ class RotaryConfig(blocks.Config):
   local_rope_theta: float | None = None
   window: int | None = None
   window_pattern: Sequence[bool] = ()
+  centred_window: bool = False
+  merged_attention: bool = False
   max_positions: int | None = None
   family: str = ""
 
@@ -243,8 +246,11 @@ def masks(
   """
   if config.window is None:
     return mask[None]
-  distance = jnp.abs(query_places[:, :, None] - key_places[None, None])
-  near = mask & (distance < config.window)
+  behind = query_places[:, :, None] - key_places[None, None]
+  distance, window = jnp.abs(behind), config.window
+  if config.centred_window:
+    window = jnp.where(behind < 0, window // 2 + 1, (window + 1) // 2)
+  near = mask & (distance < window)
   return jnp.stack([jnp.broadcast_to(mask, near.shape), near])
 
 
@@ -275,161 +281,15 @@ def embed(config: RotaryConfig, weights: str, **kwargs: Any) -> layers.Embed:
 def embedded(
   config: RotaryConfig, table: layers.Embed, tokens: jax.Array
 ) -> jax.Array:
-  """Looks up int32 tokens `[B, T]`; returns `[B, T, D]`, scaled if need be."""
+  """Looks up int32 tokens `[B, T]`; returns `[B, T, D]`, scaled if need be.
+
+  The vector of a token apart is not scaled.
+  """
   x = table(tokens)
   if config.scale_embedding:
     # Rounded first, as the published models were trained.
     x = x * jnp.sqrt(jnp.float32(config.emb_dim)).astype(x.dtype)
+  if table.apart is not None:
+    here = (tokens == table.apart)[:, :, None]
+    x = jnp.where(here, table.vector.astype(x.dtype), x)
   return x
-
-
-class GroupedAttention(nn.Module):
-  """Attention whose key heads are shared by groups of query heads.
-
-  The cache is that of `layers.Attention`, with G heads. It is as long as the rows
-  in windowed layers too, whose mask leaves out what lies before the window.
-
-  Attributes:
-    config: sizes.
-    weights: type of the kernels, see `projections`.
-    prefill: create the cache from these T positions.
-    decode_length: length of the self-attention cache, for the call that creates it
-      without `prefill`.
-  """
-
-  config: RotaryConfig
-  weights: str = "float32"
-  prefill: bool = False
-  decode_length: int | None = None
-
-  @nn.compact
-  def __call__(
-    self,
-    queries: jax.Array,
-    mask: jax.Array,
-    rotation: Rotation | None,
-    *,
-    memory: jax.Array | None = None,
-    decode_index: jax.Array | None = None,
-  ) -> jax.Array:
-    """Attends from `queries` to `memory`.
-
-    Args:
-      queries: `[B, T, D]`.
-      mask: bool `[b, T, S]`.
-      rotation: of the positions `[b, T, K / 2]`; None for cross-attention.
-      memory: `[B, S, D']` for cross-attention, None for self-attention.
-      decode_index: int32, the position that is decoded (T is 1): a scalar, or
-        `[B]` with one per row. None for attention over whole sequences.
-
-    Returns:
-      `[B, T, D]`.
-    """
-    config = self.config
-    query = self._heads("query", config.num_heads, queries, rotation)
-    source = queries if memory is None else memory
-    key, value = (
-      self._remembered(name, source, rotation, memory, decode_index)
-      for name in ("key", "value")
-    )
-    out = grouped_attention(
-      query,
-      key,
-      value,
-      mask,
-      scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
-      softcap=config.attention_softcap,
-    )
-    return layers.Dense(
-      queries.shape[-1],
-      ("joined_kv", "embed"),
-      config.dtype,
-      _NORMAL,
-      self.weights,
-      name="out",
-    )(out.reshape(*queries.shape[:-1], config.num_heads * config.head_dim))
-
-  def _heads(self, name, heads, x, rotation):
-    """Projects `[B, T, D]` to `[B, heads, T, K]`."""
-    config = self.config
-    y = layers.Dense(
-      heads * config.head_dim,
-      ("embed", "joined_kv"),
-      config.dtype,
-      _NORMAL,
-      self.weights,
-      config.qkv_bias,
-      name=name,
-    )(x)
-    y = y.reshape(*x.shape[:-1], heads, config.head_dim)
-    y = partitioning.constrain(y, "batch", "length", "heads", "kv")
-    if name != "value":
-      if config.qk_norm:
-        y = norm(config, axis="kv", name=f"{name}_norm")(y)
-      if rotation is not None:
-        y = rotate(y, rotation)
-    return jnp.swapaxes(y, 1, 2)
-
-  def _remembered(self, name, source, rotation, memory, index):
-    """Returns keys or values `[B, G, S, K]`, those of the cache in decoding."""
-    cached = f"cached_{name}"
-    make = lambda: self._heads(name, self.config.num_kv_heads, source, rotation)
-    if index is None:
-      now = make()
-      if self.prefill:
-        self.variable("cache", cached, lambda: now).value = now
-      return now
-    if memory is not None:
-      return self.variable("cache", cached, make).value
-    is_new = not self.has_variable("cache", cached)
-    config = self.config
-    shape = source.shape[0], config.num_kv_heads, self.decode_length
-    kept = self.variable(
-      "cache",
-      cached,
-      lambda: jnp.zeros((*shape, config.head_dim), config.dtype),
-    )
-    if not is_new and index.ndim:
-      # Not a scatter, see `layers.Attention`.
-      here = jnp.arange(kept.value.shape[2])[None] == index[:, None]
-      kept.value = jnp.where(here[:, None, :, None], make(), kept.value)
-    elif not is_new:
-      kept.value = jax.lax.dynamic_update_slice(
-        kept.value, make(), (0, 0, index, 0)
-      )
-    return kept.value
-
-
-def grouped_attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  mask: jax.Array,
-  *,
-  scale: float,
-  softcap: float | None = None,
-) -> jax.Array:
-  """Computes softmax(cap(scale · query keyᵀ)) value; the softmax is float32.
-
-  Query head h reads key head h // (H / G).
-
-  Args:
-    query: `[B, H, T, K]`.
-    key: `[B, G, S, K]`.
-    value: `[B, G, S, K]`.
-    mask: bool `[b, T, S]`, b being B or 1.
-    scale: factor of the logits.
-    softcap: see `losses.soft_cap`.
-
-  Returns:
-    `[B, T, H, K]` in the query's type.
-  """
-  rows, heads, length, width = query.shape
-  groups = key.shape[1]
-  query = query.reshape(rows, groups, heads // groups, length, width)
-  logits = jnp.einsum("bgrtk,bgsk->bgrts", query, key).astype(jnp.float32)
-  logits = losses.soft_cap(logits * scale, softcap)
-  logits = jnp.where(mask[:, None, None], logits, layers.MASKED)
-  weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-  out = jnp.einsum("bgrts,bgsk->btgrk", weights, value)
-  return out.reshape(rows, length, heads, width)

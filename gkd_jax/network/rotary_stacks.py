@@ -10,18 +10,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gkd_jax import losses
-from gkd_jax.network import blocks, layer_loops, layers, projections, rotary
+from gkd_jax.network import (
+  blocks,
+  layer_loops,
+  layers,
+  projections,
+  rotary,
+  rotary_attention,
+)
 
 
 class RotaryLayer(blocks.Layer):
   """Self-attention, cross-attention to an encoder if there is one, and MLP.
 
-  A norm comes before each of them, and perhaps one after it.
+  With `merged_attention`, one attention is both of the former. A norm comes before each of them, and perhaps one after it.
 
   Attributes:
     name_of_attention: of the parameters of self-attention.
-    prefill: see `rotary.GroupedAttention`.
-    decode_length: see `rotary.GroupedAttention`.
+    prefill: see `rotary_attention.GroupedAttention`.
+    decode_length: see `rotary_attention.GroupedAttention`.
   """
 
   name_of_attention: str = "self_attention"
@@ -45,7 +52,7 @@ class RotaryLayer(blocks.Layer):
       x: `[B, T, D]`.
       masks: see `rotary.masks`.
       rotations: see `rotary.rotations`.
-      decode_index: see `rotary.GroupedAttention`.
+      decode_index: see `rotary_attention.GroupedAttention`.
       encoded: `[B, S, D']`, or None for no cross-attention.
       cross_mask: bool, broadcastable to `[B, T, S]`; with `encoded`.
       kind: of `RotaryConfig.layer_kinds`.
@@ -54,18 +61,27 @@ class RotaryLayer(blocks.Layer):
       `[B, T, D]`.
     """
     mask, rotation = rotary.of_kind((masks, rotations), kind)
-    attention = lambda name: rotary.GroupedAttention(
+    attention = lambda name: rotary_attention.GroupedAttention(
       self.config, self.weights, self.prefill, self.decode_length, name=name
     )
     mlp = layers.MlpBlock(self.config, self.weights, name="mlp")
+    memory = encoded if self.config.merged_attention else None
+    if memory is not None:
+      sizes = x.shape[:2]
+      mask = jnp.concatenate(
+        [
+          jnp.broadcast_to(m, (*sizes, m.shape[-1])) for m in (mask, cross_mask)
+        ],
+        axis=-1,
+      )
     x = self._sublayer(
       self.name_of_attention,
       x,
       lambda y: attention(self.name_of_attention)(
-        y, mask, rotation, decode_index=decode_index
+        y, mask, rotation, memory=memory, decode_index=decode_index
       ),
     )
-    if encoded is not None:
+    if encoded is not None and memory is None:
       x = self._sublayer(
         "cross_attention",
         x,
@@ -90,9 +106,13 @@ class RotaryLayer(blocks.Layer):
 
 
 class RotaryEncoder(nn.Module):
-  """Token embedding, layers that see in both directions, final norm."""
+  """Token embedding, layers that see in both directions, final norm.
+
+  Attributes are those of `RotaryDecoder`.
+  """
 
   config: rotary.RotaryConfig
+  embed: layers.Embed | None = None
   scan_layers: bool = False
   weights: str = "float32"
 
@@ -103,7 +123,9 @@ class RotaryEncoder(nn.Module):
     """Tokens `[B, S]` and mask `[B, S, S]` or `[B, 1, S]` -> `[B, S, D]`."""
     config = self.config
     places = jnp.arange(tokens.shape[1])
-    embed = rotary.embed(config, self.weights, name="token_embedder")
+    embed = self.embed
+    if embed is None:
+      embed = rotary.embed(config, self.weights, name="token_embedder")
     x = layers.dropout(config)(
       rotary.embedded(config, embed, tokens), deterministic=deterministic
     )

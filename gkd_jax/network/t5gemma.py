@@ -1,6 +1,7 @@
-"""T5Gemma: an encoder and a decoder of Gemma 2's layers, with T5's call.
+"""T5Gemma: an encoder and a decoder of Gemma's layers, with T5's call.
 
-Reference: T5Gemma (arXiv 2504.06225).
+References: T5Gemma (arXiv 2504.06225), of Gemma 2's; T5Gemma 2 (arXiv 2512.14856),
+of Gemma 3's, with one attention in a decoder's layer and one table for both sides.
 """
 
 import dataclasses
@@ -20,14 +21,21 @@ class T5GemmaConfig:
 
   Attributes:
     encoder: of the encoder.
-    decoder: of the decoder, whose head may be its own embedding.
+    decoder: of the decoder, whose head may be its own embedding. With
+      `merged_attention`, its embedding is the encoder's too.
+    end_of_image: id of a token whose embedding stands beside the table; None:
+      there is none.
   """
 
   encoder: rotary.RotaryConfig
   decoder: rotary.RotaryConfig
+  end_of_image: int | None = None
 
   def __post_init__(self):
-    for name in ("vocab_size", "dtype", "remat_policy", "dropout_rate"):
+    same = ["vocab_size", "dtype", "remat_policy", "dropout_rate"]
+    if getattr(self.decoder, "merged_attention", False):
+      same.append("emb_dim")
+    for name in same:
       sides = getattr(self.encoder, name), getattr(self.decoder, name)
       if sides[0] != sides[1]:
         raise ValueError(
@@ -45,9 +53,10 @@ class T5GemmaConfig:
 
   def with_layers(self, kept: Mapping[str, Sequence[int]]) -> "T5GemmaConfig":
     """See `t5.T5Config.with_layers`."""
-    return T5GemmaConfig(
-      self.encoder.with_layers({"decoder": kept["encoder"]}),
-      self.decoder.with_layers({"decoder": kept["decoder"]}),
+    return dataclasses.replace(
+      self,
+      encoder=self.encoder.with_layers({"decoder": kept["encoder"]}),
+      decoder=self.decoder.with_layers({"decoder": kept["decoder"]}),
     )
 
   @property
@@ -98,8 +107,11 @@ class T5Gemma(t5.Transformer):
 
   def setup(self):
     config, options = self.config, (self.scan_layers, self.weights)
-    self.token_embedder = rotary.embed(config.decoder, self.weights)
-    self.encoder = rotary_stacks.RotaryEncoder(config.encoder, *options)
+    self.token_embedder = rotary.embed(
+      config.decoder, self.weights, apart=config.end_of_image
+    )
+    shared = self.token_embedder if config.decoder.merged_attention else None
+    self.encoder = rotary_stacks.RotaryEncoder(config.encoder, shared, *options)
     self.decoder = rotary_stacks.RotaryDecoder(
       config.decoder, self.token_embedder, *options
     )

@@ -22,6 +22,7 @@ NAMES = sorted(
   path.name
   for path in golden_hf.FOLDERS.iterdir()
   if (path / "golden.npz").exists()
+  if VERSION > 4 or path.name != "t5gemma2"
 )
 
 
@@ -41,7 +42,10 @@ def load(folder, given):
     torch_dtype=torch.float32,
     output_loading_info=True,
   )
-  assert not any(report.values()), report
+  # An export of a T5Gemma 2 has no parameters for images.
+  missing = {k for k in report.pop("missing_keys") if "encoder.vision" not in k}
+  missing = {k for k in missing if "multi_modal" not in k}
+  assert not missing and not any(report.values()), report
   return model.eval(), with_encoder
 
 
@@ -127,7 +131,7 @@ def test_transformers_computes_and_generates_the_same_of_an_export(
     logits[kept], their_logits[kept], rtol=0, atol=1e-6
   )
   np.testing.assert_array_equal(tokens, their_tokens)
-  if name.startswith("t5gemma") and VERSION > 4:
+  if name.startswith("t5gemma") and name != "t5gemma2" and VERSION > 4:
     return  # its encoder's windows are one wider there
   np.testing.assert_allclose(
     logits[kept], given["logits"][kept], rtol=0, atol=2e-4

@@ -37,6 +37,15 @@ def causal(width):
   return models.DecoderOnlyModel(module)
 
 
+def t5gemma2(width):
+  module = network.T5GemmaConfig(
+    config(width, 1, qk_norm=True, centred_window=True),
+    config(width, 2, qk_norm=True, merged_attention=True),
+    end_of_image=3,
+  )
+  return models.EncoderDecoderModel(network.T5Gemma(module))
+
+
 def t5gemma(width):
   fields = {"norm_unit_offset": True, "post_norms": True}
   fields |= {"attention_softcap": 3.0, "final_softcap": width / 2}
@@ -46,13 +55,13 @@ def t5gemma(width):
   )
 
 
-MODELS = {"causal": causal, "t5gemma": t5gemma}
+MODELS = {"causal": causal, "t5gemma": t5gemma, "t5gemma2": t5gemma2}
 SHAPES = toy_models.SHAPES | toy_decoder_only.SHAPES
 
 
 def batch(name):
-  toys = {"causal": toy_decoder_only, "t5gemma": toy_models}
-  return toys[name].batch()
+  toys = toy_decoder_only if name == "causal" else toy_models
+  return toys.batch()
 
 
 def drawn(model, seed):
@@ -162,6 +171,7 @@ def test_an_on_policy_step_is_the_same_when_it_is_split(name, split):
   assert 0 < ended < rows == 8
 
 
+# test_trainer has an uneven end.
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_without_a_prompt_change_nothing(name):

@@ -13,6 +13,7 @@ from gkd_jax import models, network
 NAMES = [
   "t5gemma_wide",
   "t5gemma_untied",
+  "t5gemma2",
   pytest.param("t5gemma", marks=pytest.mark.nightly),
 ]
 each = pytest.mark.parametrize("name", NAMES)
@@ -59,7 +60,10 @@ def test_cached_greedy_tokens_and_log_probs_equal_transformers(name):
 
 short = pytest.mark.parametrize(
   "name",
-  nightly.of(["t5gemma_wide", "t5gemma_untied", "t5gemma"], ["t5gemma_wide"]),
+  nightly.of(
+    ["t5gemma_wide", "t5gemma_untied", "t5gemma", "t5gemma2"],
+    ["t5gemma_wide", "t5gemma2"],
+  ),
 )
 
 
@@ -73,8 +77,11 @@ def test_beams_and_their_scores_equal_transformers(name):
   golden_hf.check_beams(results(name))
 
 
-def test_rows_padded_on_either_side_equal_a_row_alone():
-  golden_hf.check_padding(results("t5gemma_wide"))
+@pytest.mark.parametrize(
+  "name", nightly.of(["t5gemma_wide", "t5gemma2"], ["t5gemma_wide"])
+)
+def test_rows_padded_on_either_side_equal_a_row_alone(name):
+  golden_hf.check_padding(results(name))
 
 
 def test_a_model_axis_divides_the_heads_of_both_sides():
@@ -94,8 +101,11 @@ def test_hidden_states_times_the_head_are_logits_before_the_cap():
     )
 
 
-def test_scanned_layers_have_the_same_logits():
-  got = results("t5gemma_wide")
+@pytest.mark.parametrize(
+  "name", nightly.of(["t5gemma_wide", "t5gemma2"], ["t5gemma_wide"])
+)
+def test_scanned_layers_have_the_same_logits(name):
+  got = results(name)
   model = models.EncoderDecoderModel(
     network.T5Gemma(got.model.config, scan_layers=True)
   )
