@@ -1,9 +1,9 @@
 """Hugging Face's families with rotary positions, as a table.
 
 A decoder-only family is a row of `TABLE`, a side of an encoder-decoder a row of
-`SIDES` or `SIDES_2` (see `hf_t5gemma`): what `config.json` means where it is silent, which of our
-fields are always the same, and which parameters a layer has. The rest is common
-to all, here the names of parameters and in `hf_rotary` the fields.
+`SIDES` or `SIDES_2` (see `hf_t5gemma`): what `config.json` means where it is silent,
+which of our fields are always the same, and which parameters a layer has. The rest is
+common to all, here the names of parameters and in `hf_rotary` the fields.
 
 References: the fields and parameter names of `transformers`, versions 4.57 and
 5.24, https://huggingface.co/docs/transformers/model_doc/llama and its siblings.

@@ -109,14 +109,11 @@ class GroupedAttention(nn.Module):
   def _merged(self, name, queries, rotation, memory, index):
     """Returns keys or values of the queries, then those of the memory."""
     if index is None:
-      still = (
-        *rotation.cos.shape[:1],
-        memory.shape[1],
-        *rotation.cos.shape[2:],
-      )
-      turns = (jnp.ones(still), jnp.zeros(still))
+      rows, _, pairs = rotation.cos.shape
+      none = rows, memory.shape[1], pairs  # the memory is not rotated
       rotation = rotary.Rotation(
-        *(jnp.concatenate(x, 1) for x in zip(rotation, turns, strict=True))
+        jnp.concatenate([rotation.cos, jnp.ones(none)], axis=1),
+        jnp.concatenate([rotation.sin, jnp.zeros(none)], axis=1),
       )
       both = jnp.concatenate([queries, memory], axis=1)
       return self._heads(name, self.config.num_kv_heads, both, rotation)

@@ -23,7 +23,8 @@ from gkd_jax.network import (
 class RotaryLayer(blocks.Layer):
   """Self-attention, cross-attention to an encoder if there is one, and MLP.
 
-  With `merged_attention`, one attention is both of the former. A norm comes before each of them, and perhaps one after it.
+  With `merged_attention`, one attention is both of the former. A norm comes before
+  each of them, and perhaps one after it.
 
   Attributes:
     name_of_attention: of the parameters of self-attention.
