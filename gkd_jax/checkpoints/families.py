@@ -202,10 +202,15 @@ SIDES_2 = {
     SIDES["encoder"],
     name="t5gemma2_text",
     defaults=_GEMMA3_DEFAULTS,
-    constants=SIDES["encoder"].constants
-    | {"qk_norm": True, "centred_window": True},
-    norms=SIDES["encoder"].norms
-    | {k.removeprefix("self_"): v for k, v in _QK_NORMS.items()},
+    constants={
+      **SIDES["encoder"].constants,
+      "qk_norm": True,
+      "centred_window": True,
+    },
+    norms={
+      **SIDES["encoder"].norms,
+      **{k.removeprefix("self_"): v for k, v in _QK_NORMS.items()},
+    },
   ),
   "decoder": dataclasses.replace(
     SIDES["decoder"],

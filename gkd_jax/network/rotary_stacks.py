@@ -68,6 +68,7 @@ class RotaryLayer(blocks.Layer):
     mlp = layers.MlpBlock(self.config, self.weights, name="mlp")
     memory = encoded if self.config.merged_attention else None
     if memory is not None:
+      assert cross_mask is not None  # comes with `encoded`
       sizes = x.shape[:2]
       mask = jnp.concatenate(
         [
