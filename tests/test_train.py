@@ -161,7 +161,7 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, whole, capsys):
   assert saved(tmp_path) == [2, 3]
 
 
-# The step is saved before it is evaluated: the test above this one.
+# test_an_evaluation_that_fails_costs_no_step has the step saved before it, too.
 @pytest.mark.nightly
 def test_an_evaluation_may_end_the_run_after_its_step_is_saved(tmp_path):
   METRIC.values = [TypeError("of the metric")]

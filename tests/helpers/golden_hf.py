@@ -252,6 +252,12 @@ def check_layers(got, key, expected):
   )
 
 
+def check_layers_of_both_sides(got):
+  """Compares what the layers of an encoder-decoder give."""
+  for side, key in (("decoder", "layers"), ("encoder", "encoder_layers")):
+    check_layers(got.layers[side], f"{key}_row0", got.expected)
+
+
 def check_ends(name, got):
   """Compares greedy outputs that end as the folder says.
 

@@ -89,7 +89,7 @@ def test_alpha_1_is_on_policy_gkd_to_the_bit():
   assert optax.tree.norm(moved) > 1e-3
 
 
-# Of the same outputs: the test above this one.
+# test_alpha_1_is_on_policy_gkd_to_the_bit draws the same outputs too.
 @pytest.mark.nightly
 def test_the_same_outputs_are_drawn_as_in_the_step_of_gkd():
   model, student, teacher = rl(0.5, n=1, baseline="none")

@@ -38,10 +38,7 @@ def test_logits_and_hidden_states_equal_transformers(name):
 
 @each
 def test_hidden_states_of_all_layers_equal_transformers(name):
-  got = results(name)
-  expected = got.expected
-  golden_hf.check_layers(got.layers["decoder"], "layers_row0", expected)
-  golden_hf.check_layers(got.layers["encoder"], "encoder_layers_row0", expected)
+  golden_hf.check_layers_of_both_sides(results(name))
 
 
 @each
