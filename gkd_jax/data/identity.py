@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -131,14 +132,16 @@ def _digest_of_file(path: str, size: int, share: float) -> str:
 def _digest_of_rows(dataset: tf.data.Dataset) -> list[Any]:
   """Returns the number of rows, and a digest that depends on their order."""
 
-  def add(state, row):
-    count, total = state
-    for value in tf.nest.flatten(row, expand_composites=True):
-      text = tf.io.serialize_tensor(value)
-      # Wraps around, as int64 does in TensorFlow.
-      total = total * 1_000_003 + tf.strings.to_hash_bucket_fast(text, 2**62)
-    return count + 1, total
+  def hashes(*row):
+    values = tf.nest.flatten(row, expand_composites=True)
+    texts = tf.stack([tf.io.serialize_tensor(value) for value in values])
+    return tf.strings.to_hash_bucket_fast(texts, 2**62)
 
-  zero = tf.constant(0, tf.int64)
-  count, total = dataset.reduce((zero, zero), add)
-  return [int(count), f"{int(total) % 2**64:016x}"]
+  # A polynomial in the hashes, modulo 2**64 as arrays of NumPy are.
+  factor, count, total = np.uint64(1_000_003), 0, np.zeros(1, np.uint64)
+  blocks = dataset.map(hashes, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
+  for block in blocks.as_numpy_iterator():
+    powers = factor ** np.arange(block.size + 1, dtype=np.uint64)
+    terms = block.astype(np.uint64).ravel() * powers[-2::-1]
+    count, total = count + len(block), total * powers[-1] + terms.sum()
+  return [count, f"{int(total[0]):016x}"]

@@ -297,6 +297,19 @@ def test_files_are_known_by_their_content(tmp_path, monkeypatch):
     seqio.TaskRegistry.remove("positions_lines")
 
 
+def test_rows_are_known_by_the_digest_that_saved_positions_hold():
+  with task(range(2, 1500)) as a_task:
+    found = identity.sources(a_task, "train")["positions_numbers"]["rows"]
+  # A polynomial in the hashes of all features, one after the other.
+  total = 0
+  for i in range(2, 1500):
+    text = tf.io.serialize_tensor(tf.constant([i], tf.int32))
+    value = int(tf.strings.to_hash_bucket_fast(text, 2**62))
+    for _ in ("inputs", "targets"):
+      total = (total * 1_000_003 + value) % 2**64
+  assert found == [1498, f"{total:016x}"]
+
+
 def test_a_mixture_is_known_by_its_tasks_and_rates():
   with task([2, 3], name="positions_a") as a, task([4, 5], name="positions_b"):
     settings = {"SEED": 0}
