@@ -40,6 +40,7 @@ def test_few_frames_from_the_command_line_to_the_formula(
         TEACHER_CHECKPOINT_PATH=command_line.save_toy_teacher(
           tmp_path / "teacher"
         ),
+        MIXTURE_OR_TASK_NAME="arithmetic_cot_1k",
         DIVERGENCE="forward_kl",
         BETA=None,
         STUDENT_DATA_FRACTION=1.0,

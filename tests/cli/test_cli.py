@@ -7,7 +7,6 @@ import json
 import signal
 
 import jax
-import nightly
 import numpy as np
 import pytest
 from command_line import (
@@ -26,14 +25,7 @@ from gkd_jax import checkpoints
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("smoke") / "teacher"
-  done = gkd(
-    "train",
-    "--gin_file=experiments/smoke_teacher.gin",
-    *gin(MODEL_DIR=str(folder)),
-  )
-  assert done.returncode == 0, done.stderr
-  return folder
+  return save_toy_teacher(tmp_path_factory.mktemp("smoke") / "teacher")
 
 
 def smoke(teacher, folder, **macros):
@@ -83,9 +75,7 @@ def test_smoke_run_writes_what_it_says(whole):
     "checkpoint_20",
   }
   assert "step 20/20" in printed and "step 20 evaluation" in printed
-  # A teacher of ten steps is one: nothing to remark.
   assert "data's tokens: cross-entropy" in printed
-  assert "warning" not in printed
   for whose in ("the data", "the student's samples"):
     assert printed.count(f"signal on {whose} at step ") == 1
   rows = _lines(folder / "metrics.jsonl")
@@ -118,9 +108,24 @@ def test_smoke_run_writes_what_it_says(whole):
   assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
-@pytest.mark.parametrize(
-  "how", nightly.of([signal.SIGKILL, signal.SIGTERM], [signal.SIGKILL])
-)
+@pytest.mark.nightly
+def test_a_teacher_of_ten_steps_is_one(tmp_path):
+  folder = tmp_path / "teacher"
+  done = gkd(
+    *("train", "--gin_file=experiments/smoke_teacher.gin"),
+    *gin(MODEL_DIR=str(folder)),
+  )
+  assert done.returncode == 0, done.stderr
+  done = gkd(*smoke(folder, tmp_path / "student"))
+  assert done.returncode == 0, done.stderr
+  assert "data's tokens: cross-entropy" in done.stdout
+  assert "warning" not in done.stdout
+
+
+# test_ctrl_c_saves_the_step_and_the_same_command_goes_on, in tests/test_train.py,
+# and test_kill_in_the_middle_of_an_async_save, in tests/checkpoints, are shorter.
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, whole, tmp_path, how):
   folder = tmp_path / "student"
   # Another step in every run of the test; pytest shows it if it fails. From 7
@@ -272,13 +277,8 @@ def test_import_and_export_between_formats(tmp_path, capsys):
   assert "--checkpoint_path" in said and str(lost) in said
 
 
-@pytest.fixture(scope="module")
-def some_teacher(tmp_path_factory):
-  return save_toy_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-def test_a_wrong_setting_ends_the_process(some_teacher, tmp_path):
-  done = gkd(*smoke(some_teacher, tmp_path / "student", DIVERGENCE="jds"))
+def test_a_wrong_setting_ends_the_process(teacher, tmp_path):
+  done = gkd(*smoke(teacher, tmp_path / "student", DIVERGENCE="jds"))
   assert done.returncode == 2
   # Nothing before it, and nothing of gin's after it.
   assert done.stderr.startswith("gkd: expected ") and not done.stdout

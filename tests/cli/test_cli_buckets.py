@@ -46,6 +46,7 @@ def train(teacher, folder, *flags, **macros):
   settings = {
     "MODEL_DIR": folder,
     "TEACHER_CHECKPOINT_PATH": teacher,
+    "MIXTURE_OR_TASK_NAME": "arithmetic_cot_1k",
     "TASK_FEATURE_LENGTHS": LENGTHS,
     "EVAL_NUM_EXAMPLES": 4,
     "LOG_PERIOD": 1,

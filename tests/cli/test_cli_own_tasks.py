@@ -39,17 +39,18 @@ seqio.TaskRegistry.add(
 """
 
 
-def train_own_task(folder, targets, *, eos):
-  """Two steps of SFT on a task in a file outside of the repository.
+def sft_of_own_task(folder, name, targets, *, eos):
+  """Writes a task into a file of a folder; returns `gkd`'s arguments for SFT.
 
   Args:
     folder: for the file, and the run below it.
+    name: of the task.
     targets: Python expression for the 64 targets.
     eos: whether texts end in EOS.
   """
   text = OWN_TASK.replace("TARGETS", targets).replace("EOS)", f"{eos})")
-  (folder / "my_file.py").write_text(text)
-  return gkd(
+  (folder / f"{name}_file.py").write_text(text.replace("my_task", name))
+  return [
     "train",
     "--gin_file=models/toy.gin",
     "--gin_file=runs/sft.gin",
@@ -57,26 +58,30 @@ def train_own_task(folder, targets, *, eos):
     "--gin.toy/network.T5Config.vocab_size=384",
     *gin(
       MODEL_DIR=str(folder / "run"),
-      MIXTURE_OR_TASK_NAME="my_task",
-      MIXTURE_OR_TASK_MODULE="my_file",
+      MIXTURE_OR_TASK_NAME=name,
+      MIXTURE_OR_TASK_MODULE=f"{name}_file",
       TASK_FEATURE_LENGTHS={"inputs": 12, "targets": 12},
       TRAIN_STEPS=2,
     ),
-    cwd=folder,
-    env={"PYTHONPATH": f"{ROOT}:{folder}"},
-  )
+  ]
 
 
 def test_a_task_outside_of_the_repository(tmp_path):
-  done = train_own_task(tmp_path, "WORDS", eos=True)
+  done = gkd(
+    *sft_of_own_task(tmp_path, "my_task", "WORDS", eos=True),
+    cwd=tmp_path,
+    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+  )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "run" / "checkpoint_2").is_dir()
 
 
-def test_a_batch_without_a_target_token(tmp_path):
-  done = train_own_task(tmp_path, '[""] * 64', eos=False)
-  assert done.returncode == 2, done.stdout
-  assert "got a batch without any at step 0" in done.stderr
+def test_a_batch_without_a_target_token(tmp_path, capsys, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  said = refused(
+    capsys, *sft_of_own_task(tmp_path, "empty", '[""] * 64', eos=False)
+  )
+  assert "got a batch without any at step 0" in said
   assert not list((tmp_path / "run").glob("checkpoint_*"))
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from gkd_jax.tasks import teacher_shards
 
-TASK = "arithmetic_cot"
+TASK = "arithmetic_cot_1k"
 LENGTHS = {"inputs": 16, "targets": 24}
 SHARDS = 60
 
@@ -60,14 +60,13 @@ def _whole(teacher, tmp_path_factory):
   return prefix
 
 
-@pytest.mark.parametrize(
-  "kills", [1, pytest.param(5, marks=pytest.mark.nightly)]
-)
-def test_kills_lose_and_double_nothing(teacher, whole, tmp_path, kills):
+# test_only_missing_shards_are_written_again, in tests/evaluation, kills nothing.
+@pytest.mark.nightly
+def test_kills_lose_and_double_nothing(teacher, whole, tmp_path):
   prefix = tmp_path / "out"
   rng = np.random.default_rng()
   finished = [0]
-  for kill in range(kills):
+  for kill in range(5):
     # Another shard in every run of the test; pytest shows it if it fails.
     stop = int(rng.integers(1, 8))
     print(f"kill {kill} after {stop} more shards")
@@ -114,26 +113,28 @@ def test_other_settings_are_one_sentence(teacher, whole, capsys):
     ("stored_teacher", "forward_kl"),
   ],
 )
-def test_a_student_trains_on_the_shards(whole, tmp_path, file, loss):
+def test_a_student_trains_on_the_shards(whole, tmp_path, capsys, file, loss):
   files = [f"--gin_file=runs/{file}.gin"]
   if file == "sft":
     files.append("--gin_file=runs/distilled_task.gin")
-  done = command_line.gkd(
+  command_line.here(
     "train",
     "--gin_file=models/toy.gin",
     *files,
     "--gin.STUDENT=%TOY_STUDENT",
-    MODEL_DIR=str(tmp_path),
-    TEACHER_DATA_PATH=str(whole),
-    ORIGINAL_TASK=TASK,
-    TASK_FEATURE_LENGTHS=LENGTHS,
-    TRAIN_STEPS=2,
-    EVAL_NUM_EXAMPLES=2,
-    LOG_PERIOD=1,
+    *command_line.gin(
+      MODEL_DIR=str(tmp_path),
+      TEACHER_DATA_PATH=str(whole),
+      ORIGINAL_TASK=TASK,
+      TASK_FEATURE_LENGTHS=LENGTHS,
+      TRAIN_STEPS=2,
+      EVAL_NUM_EXAMPLES=2,
+      LOG_PERIOD=1,
+    ),
   )
-  assert done.returncode == 0, done.stderr
   # No teacher in memory.
-  assert "student " in done.stdout and "\nteacher " not in done.stdout
+  said = capsys.readouterr().out
+  assert "student " in said and "\nteacher " not in said
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   losses = [r["loss"] for r in rows if "loss" in r]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 
+import nightly
 import numpy as np
 import pytest
 import seqio
@@ -246,7 +247,9 @@ STATEFUL = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+  "name", nightly.of(STATEFUL, ["from_generator", "random"])
+)
 def test_a_pipeline_without_a_position_is_told_at_the_first_try(name):
   with task(STATEFUL[name]) as a_task:
     with pytest.raises(ValueError, match="set SAVE_DATA_POSITION = False"):

@@ -84,7 +84,12 @@ def test_blocks_of_a_batch_are_shards_in_order(alone):
 
 @pytest.mark.parametrize(
   "grid, only",
-  [(TWO, None), (IN_TURNS, None), (SHARED_ROWS, None), (EIGHT, (2, 3))],
+  [
+    pytest.param(TWO, None, marks=pytest.mark.nightly),
+    pytest.param(IN_TURNS, None, marks=pytest.mark.nightly),
+    (SHARED_ROWS, None),
+    (EIGHT, (2, 3)),
+  ],
   ids=["two", "in turns", "shared rows", "half of a shard"],
 )
 def test_other_processes_read_the_same_and_go_on(

@@ -157,6 +157,8 @@ def test_beam_search_finds_no_less_likely_outputs(greedy, tmp_path):
   assert min(gains) > -1e-4 and max(gains) > 1e-3
 
 
+# tests/evaluation/test_measurements.py has the values.
+@pytest.mark.nightly
 def test_instruments_of_a_model_against_itself(greedy, tmp_path):
   scores, rows = evaluate(
     tmp_path,

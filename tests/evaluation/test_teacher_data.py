@@ -22,7 +22,7 @@ EXAMPLES = 20
 
 @functools.cache
 def toy():
-  """A model for `arithmetic_cot`, its parameters, and the task."""
+  """A model for `arithmetic_cot_1k`, its parameters, and the task."""
   config = network.T5Config(
     vocab_size=24,
     emb_dim=8,
@@ -42,7 +42,7 @@ def toy():
     "decoder_input_tokens": (1, LENGTHS["targets"]),
   }
   params = toy_models.initial_params(model, 3, shapes, 2)
-  return model, params, data.load_task("arithmetic_cot")
+  return model, params, data.load_task("arithmetic_cot_1k")
 
 
 @functools.cache

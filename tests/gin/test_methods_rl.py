@@ -1,4 +1,4 @@
-"""The gin files of RL + GKD, RLEF* and MiniLLM, as a user starts them."""
+"""The gin files of RL + GKD, RLEF* and MiniLLM, by the command line."""
 
 import json
 
@@ -16,7 +16,7 @@ from gkd_jax import network
 from gkd_jax.tasks import text_rewards
 
 include 'models/toy.gin'
-MIXTURE_OR_TASK_NAME = 'arithmetic_cot'
+MIXTURE_OR_TASK_NAME = 'arithmetic_cot_1k'
 TASK_FEATURE_LENGTHS = {'inputs': 16, 'targets': 12}
 STUDENT = %TOY_STUDENT
 BATCH_SIZE = 8
@@ -44,15 +44,15 @@ def train(method, tmp_path, text="", files=(), **macros):
   run = tmp_path / "run.gin"
   run.write_text(RUN + text)
   model_dir = tmp_path / "model"
-  done = command_line.gkd(
-    "train",
-    f"--gin_file=methods/{method}.gin",
-    *(f"--gin_file={file}" for file in files),
-    f"--gin_file={run}",
-    env={"PYTHONPATH": f"{command_line.ROOT}:{tmp_path}"},
-    **{"MODEL_DIR": str(model_dir)} | macros,
-  )
-  assert done.returncode == 0, done.stderr
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(tmp_path)
+    command_line.here(
+      "train",
+      f"--gin_file=methods/{method}.gin",
+      *(f"--gin_file={file}" for file in files),
+      f"--gin_file={run}",
+      *command_line.gin(**{"MODEL_DIR": str(model_dir)} | macros),
+    )
   lines = (model_dir / "metrics.jsonl").read_text().splitlines()
   return model_dir, [r for r in map(json.loads, lines) if "loss" in r]
 
@@ -80,6 +80,8 @@ def leaves(folder):
   return jax.tree.leaves(checkpoints.load_params(folder))
 
 
+# test_rlef has such a mix, tests/evaluation/test_entailment.py the scorer.
+@pytest.mark.nightly
 def test_rl_gkd_with_the_entailment_scorer(folders, tmp_path):
   text = WITH_TEACHER + (
     "import seqio\n"
@@ -110,7 +112,6 @@ def test_rl_gkd_with_the_entailment_scorer(folders, tmp_path):
   assert "models.RLGKDModel" in (folder / "config.gin").read_text()
 
 
-@pytest.mark.nightly
 def test_rlef(folders, tmp_path):
   _, rows = train(
     "rlef",

@@ -19,6 +19,7 @@ def settings(folder, **macros):
     "MODEL_DIR": str(folder / "student"),
     "INITIAL_CHECKPOINT_PATH": str(folder / "first"),
     "TEACHER_CHECKPOINT_PATH": str(folder / "teacher"),
+    "MIXTURE_OR_TASK_NAME": "arithmetic_cot_1k",
     "LOG_PERIOD": 1,
     "EVAL_SPLIT": None,
     "CHECKPOINT_PERIOD": PERIOD,
