@@ -220,6 +220,8 @@ def test_a_finished_run_makes_up_its_evaluation_and_then_does_nothing(
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+# tests/training/test_preflight.py and test_teacher_check.py have what is said.
+@pytest.mark.nightly
 def test_a_teacher_is_looked_at_again_when_a_run_goes_on(tmp_path, capsys):
   a_model, _, params = toy_models.gkd(student_data_fraction=0.0)
   fields = dataclasses.asdict(a_model.teacher.config)
@@ -343,12 +345,19 @@ def stateful(split, shuffle_files, seed=None):
   )
 
 
-def test_data_without_a_position(tmp_path, capsys):
+def test_data_without_a_position_are_refused(tmp_path):
   seqio.TaskRegistry.remove(TASK)
   add(stateful)
   with pytest.raises(ValueError, match="set SAVE_DATA_POSITION = False"):
     run(tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+# tests/data/test_positions.py has iterators of such data.
+@pytest.mark.nightly
+def test_data_begin_anew_without_a_position(tmp_path, capsys):
+  seqio.TaskRegistry.remove(TASK)
+  add(stateful)
   without = {"save_position": False, "evaluation": {"split": None}}
   run(tmp_path / "run", 2, **without)
   run(tmp_path / "run", 4, **without)

@@ -53,7 +53,8 @@ def by_hand(model, params, tokens, over):
 
 
 @pytest.mark.parametrize(
-  ("over", "partitions"), [("vocabulary", 2), ("answers", 1)]
+  ("over", "partitions"),
+  [("vocabulary", 2), pytest.param("answers", 1, marks=pytest.mark.nightly)],
 )
 def test_scores_equal_a_direct_computation(scorer, over, partitions):
   model, params, folder = scorer

@@ -70,11 +70,11 @@ network.Transformer.config = %{macro}
 @pytest.mark.parametrize(
   ("family", "macro"),
   [
-    # The deep ones take a second each to trace.
+    # The others take a second each to trace.
     pytest.param(
       family,
       macro,
-      marks=() if re.search("SMALL|BASE", macro) else pytest.mark.nightly,
+      marks=() if "SMALL" in macro else pytest.mark.nightly,
     )
     for family, macros in SIZES.items()
     for macro in macros

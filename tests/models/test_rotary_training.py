@@ -146,10 +146,7 @@ SPLITS = {
 @pytest.mark.parametrize(
   ("name", "split"),
   nightly.besides(
-    [
-      ("causal", "microbatches"),
-      ("causal", "mesh 4x2"),
-    ],
+    [("causal", "mesh 4x2")],
     MODELS,
     SPLITS,
   ),
