@@ -76,9 +76,10 @@ def write(
   count = jax.process_count() if process_count is None else process_count
   _check(model, task, split, shards, temperature)
   _check_references(task, split, lengths, shards, use_cached)
-  examples = functools.partial(
-    _examples, task, lengths, model, split, num_examples, use_cached, seed
+  dataset = _dataset(
+    task, lengths, model, split, num_examples, use_cached, seed
   )
+  examples = functools.partial(_examples, task, split, dataset)
   settings = {
     "CHECKPOINT_PATH": fingerprint(params),
     "TASK_FEATURE_LENGTHS": dict(lengths),
@@ -201,10 +202,10 @@ def _name(decode_fn):
   return f"{module}.{decode_fn.__qualname__}"
 
 
-def _examples(
+def _dataset(
   task, lengths, model, split, num_examples, use_cached, seed
-) -> Iterator[tuple[Any, Any]]:
-  """Yields pairs of example and model features, in the order of the split."""
+) -> tf.data.Dataset:
+  """Returns pairs of example and model features, in the order of the split."""
   dataset = errors.read_split(
     task, split, lengths, use_cached=use_cached, seed=seed
   )
@@ -214,8 +215,13 @@ def _examples(
   with errors.explained(task.name, split):
     if num_examples is not None:
       dataset = dataset.take(num_examples)
-    features = convert(dataset, dict(lengths))
-    yield from tf.data.Dataset.zip((dataset, features)).as_numpy_iterator()
+    return tf.data.Dataset.zip((dataset, convert(dataset, dict(lengths))))
+
+
+def _examples(task, split, dataset) -> Iterator[tuple[Any, Any]]:
+  """Yields the pairs of a data set."""
+  with errors.explained(task.name, split):
+    yield from dataset.as_numpy_iterator()
 
 
 def _begun(prefix, settings, shards, examples, model, index):

@@ -5,9 +5,7 @@ import json
 import seqio
 import tensorflow as tf
 from command_line import (
-  ROOT,
   gin,
-  gkd,
   here,
   refused,
   save_toy,
@@ -66,13 +64,10 @@ def sft_of_own_task(folder, name, targets, *, eos):
   ]
 
 
-def test_a_task_outside_of_the_repository(tmp_path):
-  done = gkd(
-    *sft_of_own_task(tmp_path, "my_task", "WORDS", eos=True),
-    cwd=tmp_path,
-    env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-  )
-  assert done.returncode == 0, done.stderr
+def test_a_task_outside_of_the_repository(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  here(*sft_of_own_task(tmp_path, "my_task", "WORDS", eos=True))
   assert (tmp_path / "run" / "checkpoint_2").is_dir()
 
 
