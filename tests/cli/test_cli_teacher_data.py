@@ -8,6 +8,7 @@ import socket
 import command_line
 import numpy as np
 import pytest
+import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import teacher_shards
@@ -15,6 +16,13 @@ from gkd_jax.tasks import teacher_shards
 TASK = "arithmetic_cot_1k"
 LENGTHS = {"inputs": 16, "targets": 24}
 SHARDS = 60
+
+
+@pytest.fixture(autouse=True)
+def _no_task_stays():
+  yield
+  if (name := f"{TASK}_distilled") in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.remove(name)
 
 
 @pytest.fixture(name="teacher", scope="module")
