@@ -12,10 +12,10 @@ export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/programs}
 .venv-test/bin/ruff check .
 .venv-test/bin/pyright --pythonpath .venv-test/bin/python
-# A file's tests share programs and fixtures: they run in one process, and the
-# files in the order of tests/conftest.py.
 # Python's modules are compiled here, not by each process of pytest anew.
 .venv-test/bin/python -c "from gkd_jax.command_line import gin_settings
 gin_settings.import_tensorflow()
 import gkd_jax.infer, gkd_jax.train"
+# A file's tests share programs and fixtures: they run in one process, and the
+# files in the order of tests/conftest.py.
 .venv-test/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -108,6 +108,7 @@ def test_smoke_run_writes_what_it_says(whole):
   assert "STUDENT_DATA_FRACTION = 0.5" in (folder / "config.gin").read_text()
 
 
+# tests/training/test_teacher_check.py says when a teacher is remarked on.
 @pytest.mark.nightly
 def test_a_teacher_of_ten_steps_is_one(tmp_path):
   folder = tmp_path / "teacher"

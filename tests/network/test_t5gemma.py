@@ -12,9 +12,9 @@ from gkd_jax import models, network
 
 NAMES = [
   "t5gemma_wide",
+  "t5gemma_untied",
   "t5gemma2",
   pytest.param("t5gemma", marks=pytest.mark.nightly),
-  pytest.param("t5gemma_untied", marks=pytest.mark.nightly),
 ]
 each = pytest.mark.parametrize("name", NAMES)
 
